@@ -1,0 +1,1 @@
+"""autopar: an automatic parallelization compiler for PyTorch."""
