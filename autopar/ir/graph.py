@@ -202,8 +202,9 @@ class Graph:
                 raise GraphError(f"{where} defines `{name}` a second time; every value is defined once")
             defined.add(name)
 
-        for source in (*self.inputs, *self.parameters, *self.buffers, *self.constants):
-            define(source.value, f"{type(source).__name__.lower()} `{source.value}`")
+        sources: list[Input | Parameter | Buffer | Constant] = [*self.inputs, *self.parameters, *self.buffers, *self.constants]
+        for source in sources:
+            define(source.value, f"{self.source_kind[source.value]} `{source.value}`")
         seen: set[str] = set()
         for op in self.ops:
             if op.name in seen:

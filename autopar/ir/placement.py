@@ -48,7 +48,7 @@ class Placement:
 
     def __str__(self) -> str:
         if self.kind is not Kind.SHARD:
-            return self.kind.value
+            return str(self.kind.value)
         return f"S({self.dim})" if self.blocks == 1 else f"S({self.dim}, {self.blocks})"
 
     @property

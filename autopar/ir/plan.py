@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT = "autopar-plan"
-VERSION = 1
+FORMAT: Literal["autopar-plan"] = "autopar-plan"
+VERSION: Literal[1] = 1
 
 Axes = dict[str, str]  # mesh axis -> split name or placement text, in mesh order
 Bytes = Annotated[int, Field(ge=0)]
