@@ -1,0 +1,207 @@
+"""Small models of many kinds, and inputs for them: the models every test of the project is tried on.
+
+    model = ZOO["llama"].build(layers=4)
+    example = ZOO["llama"].inputs(model, batch=8)
+    model(**example) if isinstance(example, dict) else model(*example)
+
+Dropout stays on as each architecture's own default has it. `build(device="meta")` gives a model without memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """`build(layers=2, device="cpu", **config_overrides) -> model`; `inputs(model, batch=4, sequence=16, device="cpu") -> dict | tuple`."""
+
+    name: str
+    build: Callable[..., nn.Module]
+    inputs: Callable[..., Any]
+    has_loss: bool = True
+
+
+class MLP(nn.Module):
+    """Plain layers, a list of repeats, an output and no loss."""
+
+    def __init__(self, width: int = 32, layers: int = 2) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, width)
+        self.blocks = nn.ModuleList(MLPBlock(width) for _ in range(layers))
+        self.down = nn.Linear(width, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.down(x)
+
+
+class MLPBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.wide = nn.Linear(width, 2 * width)
+        self.narrow = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(F.gelu(self.wide(self.norm(x))))
+
+
+class Encoder(nn.Module):
+    """`nn.TransformerEncoder` between an embedding and a head, with the loss as output."""
+
+    def __init__(self, width: int = 32, layers: int = 2, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, width)
+        layer = nn.TransformerEncoderLayer(width, nhead=4, dim_feedforward=2 * width, dropout=dropout, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 64)
+
+    def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.encoder(self.embed(tokens))).flatten(0, 1), target.flatten())
+
+
+class ConvNet(nn.Module):
+    """Convolutions, batch norm and pooling; returns `{"loss", "scores"}`."""
+
+    def __init__(self, width: int = 16, layers: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2))
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()) for _ in range(layers))
+        )
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
+        scores = self.head(self.blocks(self.stem(image)).mean((2, 3)))
+        return {"loss": F.cross_entropy(scores, label), "scores": scores}
+
+
+def _hf(model_class: str, config_class: str, layers_name: str, **defaults: Any) -> Callable[..., nn.Module]:
+    def build(layers: int = 2, device: str = "cpu", seed: int = 0, **overrides: Any) -> nn.Module:
+        import transformers
+
+        sized = {layers_name: layers} if layers_name != "depths" else {"depths": [layers, layers]}
+        config = getattr(transformers, config_class)(**(defaults | sized | overrides))
+        torch.manual_seed(seed)
+        with torch.device(device):
+            model: nn.Module = getattr(transformers, model_class)(config)
+        return model.train()
+
+    return build
+
+
+def _plain(model_class: type[nn.Module]) -> Callable[..., nn.Module]:
+    def build(layers: int = 2, device: str = "cpu", seed: int = 0, **overrides: Any) -> nn.Module:
+        torch.manual_seed(seed)
+        with torch.device(device):
+            return model_class(layers=layers, **overrides).train()
+
+    return build
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _tokens(model: nn.Module, batch: int = 4, sequence: int = 16, device: str = "cpu", seed: int = 1) -> dict[str, Tensor]:
+    """`input_ids` and `labels`: `(batch, sequence)` int64; some labels are ignored (-100), unevenly over the rows."""
+    generator = _generator(seed)
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(1, vocabulary, (batch, sequence), generator=generator)
+    labels = torch.randint(1, vocabulary, (batch, sequence), generator=generator)
+    labels[0, : sequence // 2] = -100
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+def _images(model: nn.Module, batch: int = 4, sequence: int = 16, device: str = "cpu", seed: int = 1) -> dict[str, Tensor]:
+    """`pixel_values`: `(batch, 3, 32, 32)` in the model's dtype; `labels`: `(batch,)` int64."""
+    generator = _generator(seed)
+    dtype = next(model.parameters()).dtype
+    pixels = torch.randn(batch, 3, 32, 32, generator=generator, dtype=torch.float64).to(dtype)
+    return {"pixel_values": pixels.to(device), "labels": torch.randint(0, 10, (batch,), generator=generator).to(device)}
+
+
+def _rows(model: nn.Module, batch: int = 4, sequence: int = 16, device: str = "cpu", seed: int = 1) -> tuple[Tensor, ...]:
+    dtype = next(model.parameters()).dtype
+    return (torch.randn(batch, 16, generator=_generator(seed), dtype=torch.float64).to(dtype).to(device),)
+
+
+def _token_pair(model: nn.Module, batch: int = 4, sequence: int = 16, device: str = "cpu", seed: int = 1) -> tuple[Tensor, ...]:
+    generator = _generator(seed)
+    return tuple(torch.randint(0, 64, (batch, sequence), generator=generator).to(device) for _ in range(2))
+
+
+def _image_and_label(model: nn.Module, batch: int = 4, sequence: int = 16, device: str = "cpu", seed: int = 1) -> dict[str, Tensor]:
+    named = _images(model, batch, sequence, device, seed)
+    return {"image": named["pixel_values"][:, :, ::2, ::2].contiguous(), "label": named["labels"]}
+
+
+_ATTENTION = {"num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
+
+_ENTRIES = (
+    Entry(
+        "gpt2",
+        _hf(
+            "GPT2LMHeadModel", "GPT2Config", "n_layer", n_embd=64, n_head=4, vocab_size=257, n_positions=64, bos_token_id=0, eos_token_id=0
+        ),
+        _tokens,
+    ),
+    Entry(
+        "llama",
+        _hf("LlamaForCausalLM", "LlamaConfig", "num_hidden_layers", **_ATTENTION, num_key_value_heads=2, vocab_size=256),
+        _tokens,
+    ),
+    Entry(
+        "qwen3",
+        _hf("Qwen3ForCausalLM", "Qwen3Config", "num_hidden_layers", **_ATTENTION, num_key_value_heads=2, head_dim=16, vocab_size=256),
+        _tokens,
+    ),
+    Entry("bert", _hf("BertForMaskedLM", "BertConfig", "num_hidden_layers", **_ATTENTION, vocab_size=256), _tokens),
+    Entry(
+        "t5",
+        _hf(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            "num_layers",
+            d_model=64,
+            d_ff=128,
+            num_heads=4,
+            d_kv=16,
+            vocab_size=256,
+            decoder_start_token_id=0,
+        ),
+        _tokens,
+    ),
+    Entry(
+        "vit",
+        _hf("ViTForImageClassification", "ViTConfig", "num_hidden_layers", **_ATTENTION, image_size=32, patch_size=8, num_labels=10),
+        _images,
+    ),
+    Entry(
+        "resnet",
+        _hf(
+            "ResNetForImageClassification",
+            "ResNetConfig",
+            "depths",
+            embedding_size=16,
+            hidden_sizes=[16, 32],
+            layer_type="basic",
+            num_labels=10,
+        ),
+        _images,
+    ),
+    Entry("mlp", _plain(MLP), _rows, has_loss=False),
+    Entry("encoder", _plain(Encoder), _token_pair),
+    Entry("convnet", _plain(ConvNet), _image_and_label),
+)
+
+ZOO: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
