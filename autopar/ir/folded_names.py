@@ -1,0 +1,103 @@
+"""Names of repeated things written once: `model.layers.{0-31}.mlp.weight` stands for 32 names.
+
+A range in braces is `a-b`, `a-b:step`, or several of these joined by commas, as `{0-30:2}` and `{0,4-7}`. Several braces in one
+name vary together, so that they must hold equally many numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import zip_longest
+
+MAX_COUNT = 1_000_000
+"""More repeats than any model has; a hostile file must not make a reader list more."""
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_ITEM = re.compile(r"(\d{1,9})(?:-(\d{1,9})(?::(\d{1,9}))?)?")
+
+
+def ranges(name: str) -> list[list[range]]:
+    """The numbers in each pair of braces of `name`.
+
+    Raises `ValueError` in words where a range cannot be read, or where the braces do not hold equally many numbers.
+    """
+    found = []
+    for match in _BRACES.finditer(name):
+        items = []
+        for text in match[1].split(","):
+            item = _ITEM.fullmatch(text.strip())
+            if not item:
+                raise ValueError(f"`{{{match[1]}}}` is not a range; write {{0-31}}, {{0-30:2}} or {{0,2,5-7}}")
+            first, last, step = int(item[1]), int(item[2] or item[1]), int(item[3] or 1)
+            if last < first or step < 1:
+                raise ValueError(f"`{{{match[1]}}}` is an empty range; write the smaller number first")
+            items.append(range(first, last + 1, step))
+        if sum(map(len, items)) > MAX_COUNT:
+            raise ValueError(f"`{{{match[1]}}}` has more than {MAX_COUNT} numbers; no model repeats that often")
+        found.append(items)
+    if len({sum(map(len, items)) for items in found}) > 1:
+        raise ValueError(f"the ranges of `{name}` vary together and must hold equally many numbers")
+    return found
+
+
+def count(name: str) -> int:
+    """How many names `name` stands for; 1 without braces."""
+    found = ranges(name)
+    return sum(map(len, found[0])) if found else 1
+
+
+def expand(name: str) -> list[str]:
+    """The names that `name` stands for, in order."""
+    columns = [[number for item in items for number in item] for items in ranges(name)]
+    if not columns:
+        return [name]
+    pieces = _BRACES.split(name)[::2]
+    return ["".join(f"{piece}{number}" for piece, number in zip_longest(pieces, row, fillvalue="")) for row in zip(*columns, strict=True)]
+
+
+def stands_for(name: str, single: str) -> bool:
+    """Whether `single` is one of the names that `name` stands for."""
+    if name == single:
+        return True
+    found = ranges(name)
+    if not found:
+        return False
+    pattern = "".join(re.escape(piece) + (r"(\d{1,9})" if i < len(found) else "") for i, piece in enumerate(_BRACES.split(name)[::2]))
+    match = re.fullmatch(pattern, single)
+    if not match:
+        return False
+    places = {_position(items, int(number)) for items, number in zip(found, match.groups(), strict=True)}
+    return len(places) == 1 and None not in places
+
+
+def _position(items: list[range], number: int) -> int | None:
+    """Place of `number` in the joined ranges."""
+    before = 0
+    for item in items:
+        if number in item:
+            return before + item.index(number)
+        before += len(item)
+    return None
+
+
+def fold(names: list[str]) -> str:
+    """One name for `names`, which differ in their numbers only; the inverse of `expand`."""
+    split = [re.split(r"(?<![A-Za-z0-9])(\d+)(?![A-Za-z0-9])", name) for name in names]
+    first = split[0]
+    assert all(len(parts) == len(first) for parts in split), names
+    text = ""
+    for position, piece in enumerate(first):
+        column = [parts[position] for parts in split]
+        if all(item == piece for item in column):
+            text += piece
+        else:
+            text += "{" + _range_text([int(item) for item in column]) + "}"
+    return text
+
+
+def _range_text(numbers: list[int]) -> str:
+    if len(numbers) > 1:
+        step = numbers[1] - numbers[0]
+        if step >= 1 and all(b - a == step for a, b in zip(numbers, numbers[1:], strict=False)):
+            return f"{numbers[0]}-{numbers[-1]}" + (f":{step}" if step > 1 else "")
+    return ",".join(map(str, numbers))

@@ -1,0 +1,212 @@
+"""JSON for people: written so that plans diff well, read so that damage is named by line and column.
+
+Knows nothing of plans. Reading is bounded in size, depth and digits before anything is built from the text, so that a hostile file
+costs a message and not the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from autopar.errors import PlanFileError
+
+WIDTH = 140
+MAX_BYTES = 32 * 2**20
+"""A folded plan of a large model is some 100 kB; a plan of thousands of unfolded operations with alternatives a few MB."""
+MAX_DEPTH = 16
+MAX_DIGITS = 19  # of an integer: 2**63 - 1 has 19
+MAX_FLOAT_DIGITS = 400  # the longest that Python prints without an exponent has some 330
+
+Path = tuple[str | int, ...]
+
+
+def write(data: object) -> str:
+    """`data` as indented JSON that ends with a newline.
+
+    An object or list stands on one line where it fits; what does not fit is wrapped (values only) or opened (lists of objects).
+    A list of objects is always one line or more per object, so that a change shows as a change of its own line.
+    """
+    return _write(data, 0, 0) + "\n"
+
+
+def _compact(data: object) -> str:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False)
+
+
+def _holds_objects(data: object) -> bool:
+    """Whether a list of objects is somewhere inside."""
+    if isinstance(data, dict):
+        return any(_holds_objects(item) for item in data.values())
+    return isinstance(data, list) and any(isinstance(item, dict | list) for item in data)
+
+
+def _write(data: object, indent: int, used: int) -> str:
+    """`indent`: of the line the text starts on; `used`: characters already on that line behind the indent."""
+    if not isinstance(data, dict | list) or not data:
+        return _compact(data)
+    text = _compact(data)
+    opened = indent == 0 or _holds_objects(data)
+    if not opened and indent + used + len(text) < WIDTH:
+        return text
+    pad = " " * (indent + 1)
+    heads = [f"{_compact(key)}: " for key in data] if isinstance(data, dict) else [""] * len(data)
+    items = list(data.values()) if isinstance(data, dict) else data
+    parts = [head + _write(item, indent + 1, len(head)) for head, item in zip(heads, items, strict=True)]
+    left, right = ("{", "}") if isinstance(data, dict) else ("[", "]")
+    if opened:
+        return f"{left}\n{pad}" + f",\n{pad}".join(parts) + f"\n{' ' * indent}{right}"
+    return left + _fill(parts, indent + 1, used) + right
+
+
+def _fill(parts: list[str], indent: int, used: int) -> str:
+    """Parts wrapped into lines of at most `WIDTH` where a part itself is not longer."""
+    lines: list[str] = []
+    line, room = "", WIDTH - indent - used - 2
+    for part in parts:
+        if line and len(line) + len(part) + 2 > room:
+            lines.append(line)
+            line, room = part, WIDTH - indent - 2
+        else:
+            line = f"{line}, {part}" if line else part
+    return (",\n" + " " * indent).join([*lines, line])
+
+
+def read(text: str, source: str = "plan") -> dict[str, Any]:
+    """The object that `text` holds. `source` names the text in messages.
+
+    Raises `PlanFileError` with line and column where the text is no JSON object, is too large or too deep, holds a number JSON does
+    not have or that no plan needs, or gives one key twice.
+    """
+    if len(text) > MAX_BYTES:
+        raise PlanFileError(f"{source}: {len(text)} characters are no plan (at most {MAX_BYTES}); make it anew with `autopar plan`")
+    _check_depth(text, source)
+    duplicate = False
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal duplicate
+        found = dict(items)
+        duplicate = duplicate or len(found) != len(items)
+        return found
+
+    def integer(digits: str) -> int:
+        if len(digits.lstrip("-")) > MAX_DIGITS:
+            raise PlanFileError(f"{_place(text, digits, source)}: a number of {len(digits)} digits; a plan needs none beyond 2**63")
+        return int(digits)
+
+    def number(digits: str) -> float:
+        value = float(digits) if len(digits) <= MAX_FLOAT_DIGITS else float("inf")
+        if value in (float("inf"), float("-inf")):
+            raise PlanFileError(f"{_place(text, digits, source)}: the number `{digits[:24]}` is too long or too large")
+        return value
+
+    def constant(name: str) -> float:
+        raise PlanFileError(f"{_place(text, name, source)}: `{name}` is not a number; every number in a plan is finite")
+
+    try:
+        data = json.loads(text, object_pairs_hook=pairs, parse_int=integer, parse_float=number, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise PlanFileError(f"{source}:{error.lineno}:{error.colno}: not JSON: {error.msg}; restore the file or make the plan anew") from None
+    if duplicate:
+        raise PlanFileError(_first_duplicate(text, source))
+    if not isinstance(data, dict):
+        raise PlanFileError(f"{source}: a plan is a JSON object, this is {_KINDS.get(type(data), 'something else')}")
+    return data
+
+
+_KINDS = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a truth value", type(None): "null"}
+
+# One token of JSON: a string, a bracket or a separator. Strings first, so that brackets in them do not count. The closing quote is
+# optional: a string without one must cost one pass over the text, not one for every quote in it.
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"?|[{}\[\]:,]|[^\s"{}\[\]:,]+', re.DOTALL)
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[{}\[\]]', re.DOTALL)
+
+
+def _check_depth(text: str, source: str) -> None:
+    depth = 0
+    for token in _BRACKETS.finditer(text):
+        character = token[0]
+        if character in "{[":
+            depth += 1
+            if depth > MAX_DEPTH:
+                line, column = _line_column(text, token.start())
+                raise PlanFileError(f"{source}:{line}:{column}: nested deeper than {MAX_DEPTH} levels; no plan is")
+        elif character in "}]":
+            depth -= 1
+
+
+def _line_column(text: str, offset: int) -> tuple[int, int]:
+    return text.count("\n", 0, offset) + 1, offset - (text.rfind("\n", 0, offset) + 1) + 1
+
+
+def _place(text: str, token: str, source: str) -> str:
+    """`source:line:column` of the first value that reads `token`."""
+    for match in _TOKEN.finditer(text):
+        if match[0] == token:
+            line, column = _line_column(text, match.start())
+            return f"{source}:{line}:{column}"
+    return source
+
+
+def _walk(text: str) -> Iterator[tuple[Path, int, bool]]:
+    """Path and offset of every key (True) and every value (False) of a sound JSON text, in order."""
+    stack: list[str | int] = []
+    kinds: list[str] = []
+    expect_key = False
+    for token in _TOKEN.finditer(text):
+        word = token[0]
+        if word in "{[":
+            yield tuple(stack), token.start(), False
+            kinds.append(word)
+            expect_key = word == "{"
+            stack.append("" if expect_key else 0)
+        elif word in "}]":
+            kinds.pop()
+            stack.pop()
+            expect_key = False
+        elif word == ",":
+            if kinds[-1] == "{":
+                expect_key = True
+            else:
+                index = stack[-1]
+                assert isinstance(index, int)
+                stack[-1] = index + 1
+        elif word == ":":
+            expect_key = False
+        elif expect_key:
+            stack[-1] = json.loads(word)
+            yield tuple(stack), token.start(), True
+        else:
+            yield tuple(stack), token.start(), False
+
+
+def _first_duplicate(text: str, source: str) -> str:
+    seen: set[Path] = set()
+    for path, offset, is_key in _walk(text):
+        if is_key:
+            if path in seen:
+                line, column = _line_column(text, offset)
+                return f"{source}:{line}:{column}: `{show_path(path)}` is given twice; keep one of the two"
+            seen.add(path)
+    raise AssertionError("a key was seen twice")
+
+
+def locate(text: str, path: Path) -> int | None:
+    """Line of the value at `path` in a sound JSON text, or of the nearest thing around it that exists."""
+    best: tuple[int, int] | None = None
+    for found, offset, _ in _walk(text):
+        if found == path[: len(found)] and (best is None or len(found) > best[0]):
+            best = (len(found), offset)
+            if len(found) == len(path):
+                break
+    return None if best is None else _line_column(text, best[1])[0]
+
+
+def show_path(path: Path) -> str:
+    """`("parameters", 3, "stored", "tp")` as `parameters[3].stored.tp`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
