@@ -210,7 +210,7 @@ class Plan(_Data):
     def text(self) -> str:
         """The plan as it stands in a file: JSON in stable order, one line or two for each decision, ending with a newline."""
         data = {"format": self.format, "version": self.version, **self.model_dump(mode="json", exclude_defaults=True)}
-        return plan_json.write(data)
+        return plan_json.write(data, _BREAKS)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to `path`. A reader sees the old file or the whole new one, never a part.
@@ -283,6 +283,10 @@ class Plan(_Data):
         from autopar.ir.plan_text import summary  # which reads plans, and so imports this file
 
         return summary(self)
+
+
+# Fields that start a line in a file: what decides stands apart from what names.
+_BREAKS = frozenset({"stored", "split", "bytes", "memory_limit_bytes"})
 
 
 def _mode(target: Path) -> int:

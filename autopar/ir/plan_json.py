@@ -23,55 +23,48 @@ MAX_FLOAT_DIGITS = 400  # the longest that Python prints without an exponent has
 Path = tuple[str | int, ...]
 
 
-def write(data: object) -> str:
+def write(data: dict[str, Any], breaks: frozenset[str] = frozenset()) -> str:
     """`data` as indented JSON that ends with a newline.
 
-    An object or list stands on one line where it fits; what does not fit is wrapped (values only) or opened (lists of objects).
-    A list of objects is always one line or more per object, so that a change shows as a change of its own line.
+    Every field of `data` itself starts a line, as does every object in a list, so that a change shows as a change of its own line.
+    Below that an object or list stands on one line, wrapped where it is too long. Keys in `breaks` start a line wherever they are not
+    first: wrapping by length alone would move untouched fields when a value grows, and spoil the diff.
     """
-    return _write(data, 0, 0) + "\n"
+    lines = [f" {_compact(key)}: {_write(item, breaks, 1, len(key) + 4)}" for key, item in data.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _compact(data: object) -> str:
     return json.dumps(data, ensure_ascii=False, allow_nan=False)
 
 
-def _holds_objects(data: object) -> bool:
-    """Whether a list of objects is somewhere inside."""
-    if isinstance(data, dict):
-        return any(_holds_objects(item) for item in data.values())
-    return isinstance(data, list) and any(isinstance(item, dict | list) for item in data)
-
-
-def _write(data: object, indent: int, used: int) -> str:
+def _write(data: object, breaks: frozenset[str], indent: int, used: int) -> str:
     """`indent`: of the line the text starts on; `used`: characters already on that line behind the indent."""
-    if not isinstance(data, dict | list) or not data:
-        return _compact(data)
-    text = _compact(data)
-    opened = indent == 0 or _holds_objects(data)
-    if not opened and indent + used + len(text) < WIDTH:
-        return text
-    pad = " " * (indent + 1)
-    heads = [f"{_compact(key)}: " for key in data] if isinstance(data, dict) else [""] * len(data)
-    items = list(data.values()) if isinstance(data, dict) else data
-    parts = [head + _write(item, indent + 1, len(head)) for head, item in zip(heads, items, strict=True)]
-    left, right = ("{", "}") if isinstance(data, dict) else ("[", "]")
-    if opened:
-        return f"{left}\n{pad}" + f",\n{pad}".join(parts) + f"\n{' ' * indent}{right}"
-    return left + _fill(parts, indent + 1, used) + right
+    pad = "\n" + " " * (indent + 1)
+    if isinstance(data, list) and any(isinstance(item, dict | list) for item in data):
+        return f"[{pad}" + f",{pad}".join(_write(item, breaks, indent + 1, 0) for item in data) + f"\n{' ' * indent}]"
+    if isinstance(data, list):
+        return "[" + _wrap([(_compact(item), False) for item in data], pad, used) + "]"
+    if isinstance(data, dict):
+        parts = []
+        for key, item in data.items():
+            head = f"{_compact(key)}: "
+            text = head + _write(item, breaks, indent + 1, len(head))
+            parts.append((text, key in breaks or "\n" in text))
+        return "{" + _wrap(parts, pad, used) + "}"
+    return _compact(data)
 
 
-def _fill(parts: list[str], indent: int, used: int) -> str:
-    """Parts wrapped into lines of at most `WIDTH` where a part itself is not longer."""
-    lines: list[str] = []
-    line, room = "", WIDTH - indent - used - 2
-    for part in parts:
-        if line and len(line) + len(part) + 2 > room:
-            lines.append(line)
-            line, room = part, WIDTH - indent - 2
-        else:
-            line = f"{line}, {part}" if line else part
-    return (",\n" + " " * indent).join([*lines, line])
+def _wrap(parts: list[tuple[str, bool]], pad: str, used: int) -> str:
+    """Parts joined by commas, on a new line where a part asks for one or the line would pass `WIDTH`."""
+    text, column = "", len(pad) + used
+    for part, fresh in parts:
+        if text and (fresh or column + len(part) + 2 > WIDTH):
+            text, column = text + "," + pad, len(pad)
+        elif text:
+            text, column = text + ", ", column + 2
+        text, column = text + part, column + len(part)
+    return text
 
 
 def read(text: str, source: str = "plan") -> dict[str, Any]:
