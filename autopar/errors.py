@@ -12,7 +12,8 @@
     │   └── InfeasibleError      nothing fits; carries what is missing and what would fit
     ├── RuntimeSetupError        the process group, devices or ranks do not fit the plan
     │   ├── RankDisagreementError   a rank came with another plan or another first batch
-    │   └── InputError           inputs of other shapes, dtypes or structure than were traced
+    │   ├── InputError           inputs of other shapes, dtypes or structure than were traced (also a ValueError)
+    │   └── RanksFailedError     local ranks raised, died or did not answer; carries what each of them said
     └── VerifyError              the comparing processes themselves failed (not: the comparison was bad)
 
 Each message says what, where in the user's model, and the remedy. Broken invariants of autopar itself are `assert`s.
@@ -76,6 +77,14 @@ class RankDisagreementError(RuntimeSetupError):
 
 class InputError(RuntimeSetupError, ValueError):
     """Inputs differ in structure, shape or dtype from those the plan was made for."""
+
+
+class RanksFailedError(RuntimeSetupError):
+    """Local ranks failed; `failures` maps the rank to its error in a line and its traceback (empty where it died)."""
+
+    def __init__(self, message: str, failures: dict[int, tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.failures = failures
 
 
 class VerifyError(AutoparError):
