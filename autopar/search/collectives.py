@@ -1,0 +1,73 @@
+"""Times of collectives in the alpha-beta model, per mesh axis.
+
+With `n` ranks, `a` seconds a hop and `b` bytes per second and device, for `m` bytes of the whole value on one rank:
+
+| collective     | algorithm | time                              |
+|----------------|-----------|-----------------------------------|
+| all_reduce     | ring      | `2 (n-1) a + 2 (n-1)/n m / b`     |
+| all_gather     | ring      | `(n-1) a + (n-1)/n m / b`         |
+| reduce_scatter | ring      | `(n-1) a + (n-1)/n m / b`         |
+| all_to_all     | pairwise  | `(n-1) a + (n-1)/n m_local / b`   |
+
+Source: Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication Operations in MPICH"; NCCL's rings are the same.
+`m` is the gathered (or unreduced) size for the first three and what one rank holds for all-to-all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.ir.cluster import Cluster
+
+ALGORITHM = {"all_reduce": "ring", "all_gather": "ring", "reduce_scatter": "ring", "all_to_all": "pairwise"}
+BUCKET_BYTES = 25 * 2**20
+"""Parameter traffic goes in buckets of this size (DistributedDataParallel's default `bucket_cap_mb`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A mesh axis as the links see it: `size` ranks that exchange at `bytes_per_s` per rank with `latency_s` a hop."""
+
+    name: str
+    size: int
+    link: str
+    latency_s: float
+    bytes_per_s: float
+    launch_s: float
+
+    def hops(self, kind: str) -> int:
+        return (2 if kind == "all_reduce" else 1) * (self.size - 1)
+
+    def time_s(self, kind: str, size_bytes: float) -> float:
+        """Time of one collective; see the module's table. 0 on an axis of one rank."""
+        if self.size == 1:
+            return 0.0
+        return self.launch_s + self.hops(kind) * (self.latency_s + size_bytes / self.size / self.bytes_per_s)
+
+    def bucketed_s(self, kind: str, size_bytes: float) -> float:
+        """The same inside a bucket: the fixed part is shared in proportion to the bytes, up to one bucket."""
+        if self.size == 1:
+            return 0.0
+        fixed_s = self.launch_s + self.hops(kind) * self.latency_s
+        return fixed_s * min(1.0, size_bytes / BUCKET_BYTES) + self.hops(kind) * size_bytes / self.size / self.bytes_per_s
+
+
+def axes(cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...]) -> tuple[Axis, ...]:
+    """The axes of a mesh whose last axis is consecutive ranks and each earlier one strides over the later ones.
+
+    An axis that stays inside a machine uses `intra`. One that crosses machines uses the slower of `intra` and its share of the
+    network cards: each rank of its group in one machine brings its own card, `g` of them carry `g` times one card's bytes
+    (hierarchical rings, one per card).
+    """
+    found = []
+    stride = 1
+    for name, size in reversed(list(zip(names, mesh, strict=True))):
+        inside = size * stride <= cluster.devices_per_node or size == 1
+        if inside:
+            link, rate = cluster.intra, cluster.intra.bytes_per_s
+        else:
+            cards = max(1, cluster.devices_per_node // stride)
+            link, rate = cluster.inter, min(cluster.intra.bytes_per_s, cards * cluster.inter.bytes_per_s)
+        found.append(Axis(name, size, link.name, link.latency_s, rate, cluster.device.launch_s))
+        stride *= size
+    return tuple(reversed(found))
