@@ -1,0 +1,319 @@
+"""What a plan says, gathered for reading: roles of the axes, groups of parameters, the operations that matter, collectives by kind.
+
+Plain data for the plain text (`plan_text`) and for the terminal (`autopar.report`), so that both say the same. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autopar.ir import folded_names, units
+from autopar.ir.placement import parse
+from autopar.ir.plan import Axes, CollectivePlan, OpPlan, ParameterPlan, Plan, SegmentPlan
+
+KIND_WORDS = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all"}
+PHASES = ("forward", "backward", "gradient")
+GATHER_WORDS = {"never": "no", "step": "once a step", "use": "for each use"}
+
+# What a split of an operator's first output means, by dim. Operators that hold a weight are told by the weight instead (see `role`).
+_DIM_ROLES = {
+    "scaled_dot_product_attention": ("batch", "attention heads", "queries"),
+    "conv": ("batch", "channels", "image rows", "image columns"),
+    "batch_norm": ("batch", "channels", "image rows", "image columns"),
+    "native_batch_norm": ("batch", "channels", "image rows", "image columns"),
+    "embedding": ("batch", "sequence", "hidden"),
+}
+_TOKEN_DIMS = ("batch", "sequence")
+_HEAVY = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "conv", "scaled_dot_product_attention", "embedding", "cross_entropy", "batch_norm")
+
+
+def operator(target: str) -> str:
+    """The short name of an operator: `aten.linear.default` is `linear`, `aten.conv2d.default` is `conv2d`."""
+    parts = target.split(".")
+    return parts[1] if len(parts) > 1 else target
+
+
+def family(target: str) -> str:
+    """The operator's short name without dimension or underscore: `conv2d` and `convolution` are `conv`."""
+    name = operator(target).removeprefix("_")
+    return "conv" if name.startswith("conv") else name
+
+
+def is_heavy(op: OpPlan) -> bool:
+    """Whether the operation multiplies, looks up or ends the model: the ones by which a person knows a model's parts."""
+    return family(op.target) in _HEAVY
+
+
+def placements(axes: Axes, mesh: dict[str, int]) -> str:
+    """`S(1)@dp S(0)@tp`; axes of one rank and `R` are left out, `R` alone stands for the whole on every rank."""
+    return " ".join(f"{text}@{axis}" for axis, text in axes.items() if mesh[axis] > 1 and text != "R") or "R"
+
+
+def real_axes(plan: Plan) -> list[str]:
+    """The axes with more than one rank."""
+    return [axis for axis, size in plan.mesh.items() if size > 1]
+
+
+def gap_words(plan: Plan) -> str:
+    """What is proven about the plan."""
+    if not plan.predicted.fits:
+        return "no plan was found that fits; this is the one that needs least memory of those found"
+    if plan.name != "searched":
+        return f"a given plan; the best possible is at least {units.seconds(plan.lower_bound_s)}" if plan.gap > 0 else "a given plan"
+    if plan.gap < 1e-9:
+        return "optimal under the cost model"
+    return f"at most {units.percent(plan.gap)} above the optimum (which is at least {units.seconds(plan.lower_bound_s)})"
+
+
+def memory_words(plan: Plan) -> str:
+    """`61.2 GiB of 72 GiB: fits, 10.8 GiB to spare`."""
+    total, limit = sum(plan.memory_bytes.values()), plan.predicted.memory_limit_bytes
+    verdict = f"fits, {units.size(limit - total)} to spare" if plan.predicted.fits else f"does not fit: {units.size(total - limit)} are missing"
+    return f"{units.size(total)} of {units.size(limit)} per rank: {verdict}"
+
+
+def _pattern(name: str) -> str:
+    """`name` with every number and range as `#`: what repeats have in common."""
+    return re.sub(r"\{[^{}]*\}|(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "#", name)
+
+
+class Names:
+    """Finds what stands under a folded name."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._by_pattern: dict[str, list[str]] = {}
+        for name in names:
+            self._by_pattern.setdefault(_pattern(name), []).append(name)
+
+    def find(self, single: str) -> str | None:
+        """The name that is `single` or stands for it."""
+        near = self._by_pattern.get(_pattern(single), [])
+        return single if single in near else next((name for name in near if folded_names.stands_for(name, single)), None)
+
+
+def first(name: str) -> str:
+    """The first of the names that a folded name stands for."""
+    return re.sub(r"\{(\d+)[^{}]*\}", r"\1", name)
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """What the axes are used for: looks at operations together with the weights of their modules."""
+
+    plan: Plan
+    weights: dict[str, ParameterPlan]
+    names: Names
+
+    @classmethod
+    def of(cls, plan: Plan) -> Roles:
+        weights = {item.name.removesuffix(".weight"): item for item in plan.parameters if item.name.endswith(".weight")}
+        return cls(plan, weights, Names(weights))
+
+    def role(self, op: OpPlan, axis: str) -> str:
+        """What `op` splits over `axis`, in words; empty where the words are not known; `"whole"` where every rank does all of it."""
+        if op.split[axis] == "replicate":
+            return "whole"
+        kind = family(op.target)
+        output = parse(op.output[axis])
+        if kind == "cross_entropy":
+            return "tokens" if output.is_partial else "vocabulary"
+        if kind == "embedding" and output.is_partial:
+            return "vocabulary"
+        weight = self._weight(op)
+        if weight is not None and (used := parse(weight.used[axis])).is_shard and kind != "embedding":
+            transposed = kind in ("mm", "addmm", "matmul")
+            return "out features" if (used.dim == 0) != transposed else "in features" if used.dim < 2 else "kernel"
+        if output.is_shard:
+            words = _DIM_ROLES.get(kind, _TOKEN_DIMS)
+            return words[output.dim] if output.dim < len(words) else ""
+        return ""
+
+    def _weight(self, op: OpPlan) -> ParameterPlan | None:
+        name = self.names.find(op.module) if op.module else None
+        return None if name is None else self.weights[name]
+
+    def axis(self, axis: str) -> str:
+        """The roles of one axis, most used first: `batch`; `attention heads, columns, rows, vocabulary`."""
+        found: Counter[str] = Counter()
+        for segment in self.plan.segments:
+            for op in segment.ops:
+                if is_heavy(op):
+                    found[self.role(op, axis)] += segment.count
+                elif parse(op.output[axis]).is_shard and "norm" in op.module.rsplit(".", 1)[-1].lower():
+                    found[self.role(op, axis)] += segment.count
+        total = sum(found.values())
+        words = [role for role, _ in found.most_common() if role not in ("", "whole")]
+        if sharded := self._sharded_state(axis):
+            words.append(sharded)
+        if not words:
+            return "nothing: every rank does the same work" if total == found["whole"] else "see the operations"
+        return ", ".join(words)
+
+    def _sharded_state(self, axis: str) -> str:
+        """How much of the parameters is stored split but used whole over `axis`."""
+        split = total = 0
+        gathers: set[str] = set()
+        for item in self.plan.parameters:
+            numel = folded_names.count(item.name)
+            for length in item.shape:
+                numel *= length
+            total += numel
+            if parse(item.stored[axis]).is_shard and parse(item.used[axis]).is_replicated:
+                split += numel
+                gathers.add(GATHER_WORDS[item.gather])
+        if not split:
+            return ""
+        share = "" if split > 0.995 * total else f" for {units.percent(split / total)} of the parameters"
+        return f"sharded parameters, gradients and optimizer state{share} (gathered {' or '.join(sorted(gathers))})"
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Parameters that differ in numbers of their names only and lie alike; `shapes` has one entry unless theirs differ."""
+
+    name: str
+    count: int
+    shapes: tuple[tuple[int, ...], ...]
+    stored: str
+    used: str
+    gather: str
+    trainable: bool
+
+
+def parameter_groups(plan: Plan) -> list[ParameterGroup]:
+    """The parameters, folded further than the file folds them: numbers in names that lie alike are joined or written `*`."""
+    found: dict[tuple[str, ...], list[ParameterPlan]] = {}
+    for item in plan.parameters:
+        stored, used = placements(item.stored, plan.mesh), placements(item.used, plan.mesh)
+        found.setdefault((_pattern(item.name), stored, used, item.gather, str(item.trainable)), []).append(item)
+    groups = []
+    for (pattern, stored, used, gather, _), items in found.items():
+        names = [item.name for item in items]
+        name = names[0] if len(names) == 1 else _join(names, pattern)
+        shapes = tuple(dict.fromkeys(item.shape for item in items))
+        count = sum(map(folded_names.count, names))
+        groups.append(ParameterGroup(name, count, shapes, stored, used, gather, items[0].trainable))
+    return groups
+
+
+def _join(names: list[str], pattern: str) -> str:
+    """One name for several of one pattern: `h.{0-11}.w` where only one number varies and none is a range yet, else stars."""
+    if not any("{" in name for name in names):
+        joined = folded_names.fold(names)
+        if joined.count("{") == 1:
+            return joined
+    return pattern.replace("#", "*")
+
+
+@dataclass(frozen=True, slots=True)
+class OpRow:
+    """Operations of one segment that are told in one line: `names` of their modules below the segment's, and what they do per axis.
+
+    `other` rows stand for operations between them that only follow; `axes` is then empty and `names` lists their operators.
+    """
+
+    names: tuple[str, ...]
+    operators: tuple[str, ...]
+    axes: dict[str, str]
+    collectives: tuple[CollectivePlan, ...]
+    other: bool = False
+
+
+def op_rows(plan: Plan, segment: SegmentPlan, roles: Roles) -> list[OpRow]:
+    """What one repeat of `segment` does, shortened to what a person needs to follow it."""
+    serving = collectives_by_op(plan)
+    rows: list[OpRow] = []
+    skipped: list[str] = []
+
+    def flush() -> None:
+        if skipped:
+            counted = Counter(skipped)
+            rows.append(OpRow((), tuple(name if n == 1 else f"{name} x{n}" for name, n in counted.most_common()), {}, (), True))
+            skipped.clear()
+
+    for op in segment.ops:
+        collectives = tuple(serving.get(op.name, ()))
+        if not is_heavy(op) and not collectives:
+            skipped.append(operator(op.target))
+            continue
+        flush()
+        axes = {axis: _axis_words(op, axis, roles) for axis in real_axes(plan)}
+        name = _below(op.module, segment.name)
+        previous = rows[-1] if rows else None
+        if previous and not previous.other and (previous.axes, previous.collectives, previous.operators) == (axes, collectives, (operator(op.target),)):
+            rows[-1] = OpRow((*previous.names, name), previous.operators, axes, collectives)
+        else:
+            rows.append(OpRow((name,), (operator(op.target),), axes, collectives))
+    flush()
+    return rows
+
+
+def _axis_words(op: OpPlan, axis: str, roles: Roles) -> str:
+    role = "" if op.target == "autopar.reshard" else roles.role(op, axis) or op.split[axis]
+    return f"{role} {op.output[axis]}".strip() if role != "whole" else "whole"
+
+
+def _below(module: str, segment: str) -> str:
+    """`module` without the part that all of a segment shares."""
+    shared = first(segment)
+    if module == shared:
+        return "(layer)"
+    return module.removeprefix(f"{shared}.") or "(model)"
+
+
+def collectives_by_op(plan: Plan) -> dict[str, list[CollectivePlan]]:
+    """The collectives that serve each operation, by the name of its first repeat."""
+    names = Names(op.name for segment in plan.segments for op in segment.ops)
+    found: dict[str, list[CollectivePlan]] = {}
+    for item in plan.collectives:
+        name = names.find(item.op) or names.find(first(item.op))
+        if name is not None:
+            found.setdefault(name, []).append(item)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """All collectives of one kind on one axis in one phase, a step: `bytes` on one rank, `items` from the most exposed down."""
+
+    kind: str
+    axis: str
+    phase: str
+    count: int
+    bytes: int
+    time_s: float
+    exposed_s: float
+    items: tuple[CollectivePlan, ...]
+
+
+def traffic(plan: Plan) -> list[Traffic]:
+    """Collectives by axis, phase and kind, in that order."""
+    found: dict[tuple[str, str, str], list[CollectivePlan]] = {}
+    for item in plan.collectives:
+        found.setdefault((item.axis, item.phase, item.kind), []).append(item)
+    order = {axis: number for number, axis in enumerate(plan.mesh)}
+    keys = sorted(found, key=lambda key: (order[key[0]], PHASES.index(key[1]), key[2]))
+    rows = []
+    for axis, phase, kind in keys:
+        items = sorted(found[axis, phase, kind], key=lambda item: (-item.exposed_s * item.count, -item.bytes * item.count, item.value, item.op))
+        rows.append(
+            Traffic(
+                kind=KIND_WORDS[kind],
+                axis=axis,
+                phase=phase,
+                count=sum(item.count for item in items),
+                bytes=sum(item.bytes * item.count for item in items),
+                time_s=sum(item.time_s * item.count for item in items),
+                exposed_s=sum(item.exposed_s * item.count for item in items),
+                items=tuple(items),
+            )
+        )
+    return rows
+
+
+def bytes_moved(plan: Plan) -> int:
+    """Bytes of all collectives of a step, on one rank."""
+    return sum(item.bytes * item.count for item in plan.collectives)
