@@ -12,6 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from autopar.ir.fold import Segment
+
+__all__ = ["Floats", "Problem", "Segment", "Solution", "Table"]
+
 Floats = NDArray[np.float64]
 
 
@@ -24,15 +28,6 @@ class Table:
 
     cost_s: Floats
     memory_bytes: Floats
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """`count` repeats of `length` nodes, from position `start`."""
-
-    start: int
-    length: int
-    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +63,9 @@ class Problem:
 class Solution:
     """A choice and what is proven about it: no choice within the memory limit costs less than `lower_bound_s`.
 
-    `feasible` is False when nothing within the limit was found; then `choice` is the choice of least memory that was found.
+    `feasible` is False when nothing is within the limit; then `choice` is a choice of least memory, so that
+    `memory_bytes - memory_limit_bytes` is what is missing. `multiplier_s_per_byte` is the price of memory at which the lower bound
+    was found, 0 where memory is no constraint; `solve_with` takes it to price alternatives.
     """
 
     choice: tuple[int, ...]
@@ -76,3 +73,4 @@ class Solution:
     memory_bytes: float
     lower_bound_s: float
     feasible: bool
+    multiplier_s_per_byte: float = 0.0
