@@ -1,0 +1,100 @@
+"""The DeviceMesh that a plan runs on: taken from the running job, or from `torchrun`'s environment where none runs yet.
+
+Groups are made once for each mesh shape and kept for as long as the job's default process group lives: many plans of one shape share
+them, plans of different shapes have their own, and neither touches the default group that the user may use for work of his own.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from autopar.errors import PlanMismatchError, RuntimeSetupError
+
+DEFAULT_TIMEOUT_S = 600.0
+"""Timeout of a collective where the caller gives none: PyTorch's own for NCCL, and a third of its own for gloo."""
+
+_Key = tuple[str, tuple[tuple[str, int], ...], float]
+_meshes: weakref.WeakKeyDictionary[Any, dict[_Key, DeviceMesh]] = weakref.WeakKeyDictionary()
+"""By default process group, so that meshes go when `destroy_process_group` drops it."""
+
+
+def join_job(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
+    """World size of the running job. Where no process group is up but `torchrun` has set its environment, one is initialised.
+
+    1 where there is neither: a single process needs no group. Raises `RuntimeSetupError` where the job cannot be joined.
+    """
+    if not dist.is_available():
+        return 1
+    if dist.is_initialized():
+        return dist.get_world_size()
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        if len(missing) < len(needed) and "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
+            raise RuntimeSetupError(
+                f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']} but has no {', '.join(missing)}; start with "
+                "`torchrun`, or call torch.distributed.init_process_group yourself"
+            )
+        return 1
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except Exception as error:
+        raise RuntimeSetupError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the job at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within {timeout_s:g} s: {error}. Are all ranks started, and can they reach that address?"
+        ) from error
+    return dist.get_world_size()
+
+
+def mesh_for(axes: Mapping[str, int], device: torch.device | str = "cpu", timeout_s: float = DEFAULT_TIMEOUT_S) -> DeviceMesh:
+    """The mesh with these axis names and sizes (outer first) over all ranks of the job; `rank = outer index * inner size + inner index`.
+
+    `timeout_s` is that of every collective on the mesh's groups. A mesh of one rank needs no process group and has none.
+    A collective call: every rank must make it, in the same order among its other such calls.
+    Raises `PlanMismatchError` where the sizes do not multiply to the world size.
+    """
+    device = torch.device(device)
+    world_size = join_job(device, timeout_s)
+    shape = tuple(axes.values())
+    ranks = 1
+    for size in shape:
+        ranks *= size
+    if ranks != world_size:
+        sizes = ", ".join(f"{name}={size}" for name, size in axes.items())
+        raise PlanMismatchError(
+            f"the plan is for a mesh of {ranks} rank{'s' * (ranks > 1)} ({sizes}), but this job has {world_size}; start "
+            f"{'it with `torchrun --nproc-per-node ' + str(ranks) + '`' if ranks > 1 else 'one process'}, or plan for {world_size} "
+            f"device{'s' * (world_size > 1)}"
+        )
+    numbers = torch.arange(ranks, dtype=torch.int).view(shape)
+    if not (dist.is_available() and dist.is_initialized()):
+        # Private in PyTorch; should it go, a mesh over a one-rank group made with `dist.HashStore` replaces it.
+        return DeviceMesh(device.type, numbers, mesh_dim_names=tuple(axes), _init_backend=False, _rank=0)
+    known = _meshes.setdefault(dist.group.WORLD, {})
+    key = (device.type, tuple(axes.items()), timeout_s)
+    if key not in known:
+        groups = [_group_along(numbers, axis, timeout_s) for axis in range(len(shape))]
+        known[key] = DeviceMesh.from_group(groups, device.type, numbers, mesh_dim_names=tuple(axes))
+    return known[key]
+
+
+def _group_along(numbers: torch.Tensor, axis: int, timeout_s: float) -> dist.ProcessGroup:
+    """This rank's group along `axis`. Our own even where it spans the whole job, so that its timeout and its order are ours alone."""
+    mine = None
+    for row in numbers.movedim(axis, -1).reshape(-1, numbers.shape[axis]).tolist():
+        group = dist.new_group(row, timeout=timedelta(seconds=timeout_s))
+        if dist.get_rank() in row:
+            mine = group
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
