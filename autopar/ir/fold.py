@@ -28,6 +28,7 @@ _EXHAUSTIVE_OPS = 400  # below this length every period is tried; above, those t
 _WINDOW_OPS = 4
 _MAX_PERIODS = 256
 _MAX_OUTPUTS = 1 << 20
+_MIN_TRIES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,7 @@ def repeats(graph: Graph, segment: Segment) -> bool:
 def tokens(graph: Graph) -> Ints:
     """A number per operation, equal where operations are equal but for names and wiring. Shape `(len(graph.ops),)`."""
     kinds: dict[tuple[object, ...], int] = {}
-    kind_of = {
-        name: kinds.setdefault((value.shape, value.dtype, value.requires_grad), len(kinds)) for name, value in graph.values.items()
-    }
+    kind_of = {name: kinds.setdefault((value.shape, value.dtype, value.requires_grad), len(kinds)) for name, value in graph.values.items()}
 
     def canonical(arg: Arg) -> object:
         if isinstance(arg, Ref):
@@ -94,6 +93,16 @@ def tokens(graph: Graph) -> Ints:
         key = (op.target, canonical(op.args), canonical(op.kwargs) if op.kwargs else (), tuple([kind_of[name] for name in op.outputs]))
         result[position] = numbers.setdefault(key, len(numbers))
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Per position `i` of a run: a segment may hold `i` only if its start is in `low[i] < start <= high[i]`; where `turn[i]`, it may
+    not hold both `i` and `i + 2 * period`."""
+
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    turn: NDArray[np.bool_]
 
 
 class _Wiring:
@@ -162,8 +171,10 @@ class _Wiring:
                 most = period * ((run_stop - run_start) // period)
                 if most < min_saved or (best_rank is not None and most < -best_rank[0]):
                     continue
-                for segment in self._tandems(run_start, run_stop, period, min_saved):
+                for segment in self._tandems(run_start, run_stop, period):
                     saved = period * (segment.count - 1)
+                    if saved < min_saved or (best_rank is not None and saved < -best_rank[0]):
+                        break
                     rank = (-saved, period, self._crossing(segment), segment.start)
                     if (best_rank is None or rank < best_rank) and self.holds(segment):
                         best, best_rank = segment, rank
@@ -174,34 +185,32 @@ class _Wiring:
         boundary = segment.start + segment.length
         return int(np.count_nonzero((self.made >= segment.start) & (self.made < boundary) & (self.read >= boundary)))
 
-    def _tandems(self, run_start: int, run_stop: int, period: int, min_saved: int) -> list[Segment]:
-        """Candidate tandem repeats in a run of equal tokens: the longest, in all its rotations.
+    def _tandems(self, run_start: int, run_stop: int, period: int) -> list[Segment]:
+        """Candidate tandem repeats in a run of equal tokens, the longest first, in all their rotations.
 
-        Position `i` may lie in a segment that starts at `s` only if `low[i] < s <= high[i]`; -1 and infinity where its wiring
-        matches whatever the start. `holds` says the last word.
+        `_limits` knows most of the rules; `holds` knows all and says the last word.
         """
-        low, high = self._start_limits(run_start, run_stop, period)
-        limited = np.flatnonzero((low >= run_start) | (high < np.inf))
-        place, low, high = limited + run_start, low[limited], high[limited]
-        # a start becomes possible behind a `low` or behind a position that fits no start; rotations of it follow
-        bounds = np.unique(np.concatenate([[run_start], low[low >= run_start] + 1, place[high < np.inf] + 1])).astype(int)
+        limits = self._limits(run_start, run_stop, period)
+        limited = np.flatnonzero((limits.low >= run_start) | (limits.high < np.inf) | limits.turn)
+        place, low, high, turn = limited + run_start, limits.low[limited], limits.high[limited], limits.turn[limited]
+        # a start becomes possible behind a `low`, behind a position that fits no start, or behind a turn; its rotations follow
+        bounds = np.unique(np.concatenate([[run_start], low[low >= run_start] + 1, place[(high < np.inf) | turn] + 1])).astype(int)
         found: list[Segment] = []
-        longest = max(2, -(-min_saved // period) + 1)
         for left, right in zip(bounds, [*bounds[1:], run_stop], strict=True):
             for start in range(left, min(right, left + period)):
                 broken = (place >= start) & ~((low < start) & (start <= high))
                 end = int(place[np.argmax(broken)]) if broken.any() else run_stop
-                count = (end - start) // period + 1
-                if count > longest:
-                    found, longest = [], count
-                if count == longest:
+                turns = turn & (place >= start)
+                if turns.any():
+                    end = min(end, int(place[np.argmax(turns)]) + period)
+                if (count := (end - start) // period + 1) > 1:
                     found.append(Segment(int(start), period, count))
-        return found
+        return sorted(found, key=lambda segment: (-segment.count, segment.start))[: 4 * period + _MIN_TRIES]
 
-    def _start_limits(self, run_start: int, run_stop: int, period: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """`low`, `high` per position of the run; see `_tandems`."""
-        low = np.full(run_stop - run_start, -1.0)
-        high = np.full(run_stop - run_start, np.inf)
+    def _limits(self, run_start: int, run_stop: int, period: int) -> _Limits:
+        """What the wiring of every position `i` in the run, beside that of `i + period`, asks of a segment that holds both."""
+        count = run_stop - run_start
+        low, high, turn = np.full(count, -1.0), np.full(count, np.inf), np.zeros(count, np.bool_)
         near = np.arange(self.first[run_start], self.first[run_stop])
         # equal tokens have equally many operands, so the operands of i and i + period correspond one to one
         far = near + (self.first[run_start + period] - self.first[run_start])
@@ -212,9 +221,9 @@ class _Wiring:
         made_here = (made >= 0) & (later >= 0) & (self.slot[near] == self.slot[far])
         same_distance = made_here & (owner - made == other - later) & (owner - made < 2 * period)
         own = (made < 0) & (later < 0) & (self.kind[near] == self.kind[far]) & (self.kind[near] > 0) & ~same_value
-        fresh = (self.previous[near] < 0) & (self.previous[far] < 0)
-        again = (self.previous[near] >= 0) & (near - self.previous[near] == far - self.previous[far])
-        matches = same_distance | (own & (fresh | again))
+        fresh = own & (self.previous[near] < 0) & (self.previous[far] < 0)
+        again = own & (self.previous[near] >= 0) & (near - self.previous[near] == far - self.previous[far])
+        matches = same_distance | fresh | again
         # an invariant must be made before the segment
         inside = same_value & ~matches
         np.maximum.at(low, index[inside], made[inside].astype(float))
@@ -224,7 +233,13 @@ class _Wiring:
         np.minimum.at(high, index[entering], np.minimum(later, owner)[entering].astype(float))
         never = ~matches & ~same_value & ~entering
         high[index[never]] = -1.0
-        return low, high
+        # what is an invariant between two repeats cannot be a source of its own, or carried, between the next two
+        mode = np.select([inside, same_distance | entering, fresh, again], [1, 2, 3, 4], 0)
+        step = int(self.first[run_start + period] - self.first[run_start])
+        if step < len(mode):
+            changed = mode[:-step] != mode[step:]
+            turn[index[: len(changed)][changed]] = True
+        return _Limits(low, high, turn)
 
     def holds(self, segment: Segment) -> bool:
         """Check a segment against the rules, operand by operand."""
@@ -248,7 +263,11 @@ class _Wiring:
         own = (kind > 0) & (kind == kind[0]) & (distance == distance[0]) & (distance <= np.arange(rows.shape[1]))
         enters = inner.copy()
         enters[0] = outside[0] & (back[1] == 1)
-        return bool((inner.all(0) | same.all(0) | own.all(0) | enters.all(0)).all())
+        own_columns, same_columns = own.all(0), same.all(0)
+        own_columns &= ~same_columns
+        if np.isin(value[0, same_columns], value[:, own_columns]).any():
+            return False  # a source of one repeat's own that the others read elsewhere
+        return bool((inner.all(0) | same_columns | own_columns | enters.all(0)).all())
 
 
 def _runs(flags: NDArray[np.bool_], offset: int) -> list[tuple[int, int]]:
