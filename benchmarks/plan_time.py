@@ -104,7 +104,7 @@ def main() -> None:
         for depth in options.depths:  # in turn, so that a busy moment does not fall on one depth alone
             runs[depth].append(fresh(depth, options))
     rows = []
-    for depth, found in runs.items():
+    for found in runs.values():
         row = dict(found[0])
         for key in ("trace_s", "fold_s", "search_s", "total_s"):
             row[key] = round(statistics.median(run[key] for run in found), 4)
