@@ -9,6 +9,7 @@ order in which every operand is defined before it is used. All shapes are global
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -186,6 +187,12 @@ class Graph:
         kinds |= {item.value: "buffer" for item in self.buffers}
         kinds |= {item.value: "constant" for item in self.constants}
         return kinds
+
+    def fingerprint(self) -> str:
+        """sha256 of what the graph computes on what: names, shapes, dtypes, operations and mode, not the user's modules and lines."""
+        from autopar.ir.text import to_text
+
+        return hashlib.sha256(to_text(self, origins=False).encode()).hexdigest()
 
     def verify(self) -> Graph:
         """Check the laws of the IR and return the graph itself.
