@@ -14,7 +14,7 @@ import autopar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import plan_schema  # noqa: E402
+import generate_docs  # noqa: E402
 
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yml", ".json", ".sh", ""}
 # Hosts that the repository may name: documentation, papers, code. No package index: where packages come from is pip's own business.
@@ -55,8 +55,9 @@ def test_every_error_is_documented() -> None:
     assert [name for name in errors if name not in page] == []
 
 
-def test_plan_schema_is_current() -> None:
-    assert plan_schema.SCHEMA.read_text("utf-8") == plan_schema.schema_text(), "run: python scripts/plan_schema.py"
+def test_generated_parts_are_current() -> None:
+    for path, text in generate_docs.current_texts().items():
+        assert path.read_text("utf-8") == text, f"{path.name}: run python scripts/generate_docs.py"
 
 
 def test_plan_format_names_every_field() -> None:
