@@ -1,1 +1,161 @@
-"""Sharding rules: for every operator, the ways to run it on the ranks of one mesh axis."""
+"""Sharding rules: for every operator, the ways to run it on the ranks of one mesh axis.
+
+`splits(graph, op)` is what search and runtime ask; `table.py` holds the rules, `nest.py` turns them into splits.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from autopar.ir.graph import Arg, Graph, Op, Ref
+from autopar.ir.placement import RP, P, Placement, R
+from autopar.ir.rules.neighbours import RESHARD, blocks_by_op
+from autopar.ir.rules.nest import FLOATS, Blocks, Call, Nest, nest_splits, replicate, replicate_partial_gradient
+from autopar.ir.rules.split import PARTIAL, REPLICATE, REPLICATE_PARTIAL_GRADIENT, Split
+from autopar.ir.rules.table import RULES
+
+__all__ = ["PARTIAL", "REPLICATE", "REPLICATE_PARTIAL_GRADIENT", "Split", "has_rule", "splits", "unruled"]
+
+_NESTS: dict[Any, Nest | None] = {}
+_SPLITS: dict[Any, tuple[Split, ...]] = {}
+
+
+def has_rule(target: str) -> bool:
+    """Whether the operator named `target` has a rule; `replicated on purpose` is one."""
+    return target in RULES or target == RESHARD
+
+
+def unruled(graph: Graph) -> tuple[str, ...]:
+    """Operators of `graph` that run replicated because nobody wrote a rule for them, or because their rule does not cover their form."""
+    missing = {op.target for op in graph.ops if op.target != RESHARD and _nest(graph, op) is None}
+    return tuple(sorted(missing))
+
+
+def splits(graph: Graph, op: Op) -> tuple[Split, ...]:
+    """All ways to run `op` on one mesh axis. The first is `replicate` (for `autopar.reshard`: `R`).
+
+    Each is right for any values of the operands. An operator without a rule has only `replicate`.
+    """
+    if op.target == RESHARD:
+        return _reshard(graph, op)
+    facts = _facts(graph)
+    key = (_structure(graph, op), facts.blocks.get(op.name, ()), op.name in facts.weight_side)
+    found = _SPLITS.get(key)
+    if found is None:
+        call = _call(graph, op)
+        nest = _nest(graph, op)
+        found = (replicate(call),) if nest is None else nest_splits(nest, call, facts.blocks.get(op.name, ()))
+        if op.name in facts.weight_side:
+            found = (*found, replicate_partial_gradient(call))
+        _SPLITS[key] = found
+    return found
+
+
+def _call(graph: Graph, op: Op) -> Call:
+    values = graph.values
+    return Call(op, tuple(values[name] for name in op.operands), tuple(values[name] for name in op.outputs))
+
+
+def _masked(arg: Arg) -> Any:
+    """`arg` without the names of values: what equal layers share."""
+    if isinstance(arg, Ref):
+        return Ref
+    return tuple(map(_masked, arg)) if isinstance(arg, tuple) else arg
+
+
+def _structure(graph: Graph, op: Op) -> Any:
+    """Hashable; equal for operations that differ only in names."""
+    values = graph.values
+    return (
+        op.target,
+        tuple(map(_masked, op.args)),
+        tuple((key, _masked(arg)) for key, arg in op.kwargs) if op.kwargs else (),
+        tuple((value.shape, value.dtype) for value in (values[name] for name in op.operands)),
+        tuple((value.shape, value.dtype) for value in (values[name] for name in op.outputs)),
+    )
+
+
+def _nest(graph: Graph, op: Op) -> Nest | None:
+    family = RULES.get(op.target)
+    if family is None:
+        return None
+    key = _structure(graph, op)
+    if key not in _NESTS:
+        _NESTS[key] = family(_call(graph, op))
+    return _NESTS[key]
+
+
+class _Facts:
+    """What splits need to know of the whole graph: wishes of neighbours, and which operations depend on no input of the user's."""
+
+    __slots__ = ("blocks", "weight_side")
+
+    def __init__(self, graph: Graph) -> None:
+        self.blocks: dict[str, Blocks] = blocks_by_op(graph, lambda op: _nest(graph, op))
+        self.weight_side = _weight_side(graph)
+
+
+def _facts(graph: Graph) -> _Facts:
+    facts = graph.__dict__.get("_rule_facts")
+    if facts is None:
+        facts = graph.__dict__["_rule_facts"] = _Facts(graph)
+    assert isinstance(facts, _Facts)
+    return facts
+
+
+def _weight_side(graph: Graph) -> frozenset[str]:
+    """Operations that only prepare parameters: they read no input, directly or through others, and carry a gradient.
+
+    Their work is small and the same on every rank, while their consumers split the batch. `replicate/P` lets the gradient pass through
+    them as a term of a sum, so that it is summed once, at the parameter, with all others.
+    """
+    dependent = {item.value for item in graph.inputs}
+    found = []
+    for op in graph.ops:
+        if any(name in dependent for name in op.operands):
+            dependent.update(op.outputs)
+        elif op.target != RESHARD and any(graph.values[name].requires_grad for name in op.operands):
+            found.append(op.name)
+    return frozenset(found)
+
+
+def _reshard(graph: Graph, op: Op) -> tuple[Split, ...]:
+    """Every state that the producer can give or that a consumer wants, in a stable order."""
+    (source,) = op.operands
+    (result,) = op.outputs
+    states: dict[Placement, None] = {R: None}
+    producer = graph.producers.get(source)
+    if producer is not None:
+        position = producer.outputs.index(source)
+        states.update((split.outputs[position], None) for split in splits(graph, producer))
+    for consumer in graph.consumers[result]:
+        slots = [slot for slot, name in enumerate(consumer.operands) if name == result]
+        states.update((split.inputs[slot], None) for split in splits(graph, consumer) for slot in slots)
+    value = graph.values[source]
+    return _reshard_splits(tuple(states), value.shape, value.dtype in FLOATS, value.dtype != "bool")
+
+
+@lru_cache(maxsize=4096)
+def _reshard_splits(states: tuple[Placement, ...], shape: tuple[int, ...], differentiable: bool, summable: bool) -> tuple[Split, ...]:
+    def useful(state: Placement) -> bool:
+        if state == RP:
+            return differentiable
+        if state == P:
+            return summable
+        return not state.is_shard or shape[state.dim] // state.blocks > 1
+
+    return tuple(
+        Split(
+            name=str(state),
+            inputs=(state,),
+            outputs=(state,),
+            size=shape[state.dim] // state.blocks if state.is_shard else 0,
+            uneven=state.is_shard and state.blocks == 1,
+        )
+        for state in sorted(filter(useful, states), key=_order)
+    )
+
+
+def _order(state: Placement) -> tuple[int, int, int]:
+    return ((R, RP, P).index(state) if not state.is_shard else 3, state.dim, state.blocks)

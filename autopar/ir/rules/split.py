@@ -31,4 +31,5 @@ class Split:
 
 
 REPLICATE = "replicate"
+REPLICATE_PARTIAL_GRADIENT = "replicate/P"
 PARTIAL = "partial"

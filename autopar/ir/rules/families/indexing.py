@@ -1,0 +1,155 @@
+"""Operators that look up positions, and the losses that look up classes."""
+
+from __future__ import annotations
+
+from autopar.ir.graph import Ref
+from autopar.ir.placement import P, R, S
+from autopar.ir.rules.families.common import broadcast, names, positive
+from autopar.ir.rules.nest import Call, Group, Nest, Term
+from autopar.ir.rules.split import Split
+
+
+def embedding(call: Call) -> Nest | None:
+    """`embedding(weight[v h], ids[..]) -> [.. h]`. Split `v`: every rank looks up the rows it holds; rows of others are zero."""
+    weight, ids = (value.shape for value in call.operands)
+    loops = {f"d{dim}": size for dim, size in enumerate(ids)} | {"h": weight[1]}
+    vocabulary = Split("v", inputs=(S(0), R), outputs=(P,), size=weight[0], uneven=True, implementation="vocab_embedding")
+    extra = (vocabulary,) if weight[0] > 1 else ()
+    return Nest(loops, (((), ("h",)), names(len(ids))), ((*names(len(ids)), ("h",)),), extra=extra)
+
+
+def cross_entropy(call: Call) -> Nest | None:
+    """`autopar.cross_entropy(logits[m v], target[m]) -> loss_sum, weight_sum`. Split `m`: both are sums over rows. Split `v`: the
+    normaliser of the softmax is reduced over the axis, the logits stay where they are."""
+    rows, classes = call.operands[0].shape
+    vocabulary = Split("v", inputs=(S(1), R), outputs=(R, R), size=classes, uneven=True, implementation="vocab_cross_entropy")
+    return Nest({"m": rows}, ((("m",), ()), (("m",),)), ((), ()), extra=(vocabulary,) if classes > 1 else ())
+
+
+def nll_loss(call: Call) -> Nest | None:
+    """`cross_entropy_loss`, `nll_loss` with class indices and without class weights: row by row where nothing is averaged."""
+    logits, target = call.operands[0], call.operands[1]
+    if len(call.operands) != 2 or len(call.outputs) != 1 or call.op.arg(3, "reduction", 1) == 1 or logits.shape[:1] != target.shape[:1]:
+        return None
+    if len(target.shape) != len(logits.shape) - 1 or len(logits.shape) < 2:
+        return None
+    space = names(len(target.shape))
+    loops = {f"d{dim}": size for dim, size in enumerate(target.shape)}
+    result: Term = space if call.op.arg(3, "reduction", 1) == 0 else ()
+    return Nest(loops, ((space[0], (), *space[1:]), space), (result,))
+
+
+def batch_norm(call: Call) -> Nest | None:
+    """`autopar.batch_norm(x, weight, bias, mean, var) -> y, mean, var` in training: channels are independent; the batch and space are
+    coupled by their statistics, which are reduced over the axis, forward and backward. Gradients of weight and bias come out complete."""
+    x = call.operands[0].shape
+    others: tuple[Term, ...] = tuple((("c",),) for _ in call.operands[1:])
+    full: Term = ((), ("c",), *((),) * (len(x) - 2))
+    extra = tuple(
+        Split(
+            "b" if dim == 0 else f"d{dim}",
+            inputs=(S(dim), *(R for _ in others)),
+            outputs=(S(dim), R, R),
+            size=size,
+            implementation="sync_batch_norm",
+        )
+        for dim, size in enumerate(x)
+        if dim != 1 and size > 1
+    )
+    return Nest({"c": x[1]}, (full, *others), (full, (("c",),), (("c",),)), extra=extra)
+
+
+def gather(call: Call) -> Nest | None:
+    """`gather(x, dim, index)`: dim `dim` of x is needed whole; the index's own may be split."""
+    x, index = (value.shape for value in call.operands)
+    if len(x) != len(index) or not x:
+        return None
+    dim = positive(call.int(1, "dim"), len(x))
+    # Another dim is a loop only where the index spans all of it; a shorter one reads a leading part.
+    whole = frozenset(f"d{d}" for d in range(len(x)) if d != dim and x[d] != index[d])
+    loops = {f"d{d}": size for d, size in enumerate(index)}
+    source = tuple(() if d == dim or x[d] != index[d] else (f"d{d}",) for d in range(len(x)))
+    return Nest(loops, (source, names(len(index))), (names(len(index)),), whole=whole, linear=((0,),))
+
+
+def scatter(call: Call) -> Nest | None:
+    """`scatter(x, dim, index, source)`, `scatter_add`: dim `dim` is needed whole, and others that index or source do not span."""
+    shapes = [value.shape for value in call.operands]
+    rank = len(shapes[0])
+    if any(len(shape) != rank for shape in shapes) or not rank:
+        return None
+    dim = positive(call.int(1, "dim"), rank)
+    same = [d for d in range(rank) if d != dim and len({shape[d] for shape in shapes}) == 1]
+    term: Term = tuple((f"d{d}",) if d in same else () for d in range(rank))
+    floating = tuple(index for index in range(len(shapes)) if index != 1)
+    linear = (floating,) if len(shapes) == 3 else ()
+    return Nest({f"d{d}": shapes[0][d] for d in same}, tuple(term for _ in shapes), (term,), linear=linear)
+
+
+def index_select(call: Call) -> Nest | None:
+    """`index_select(x, dim, index)`: dim `dim` of x is needed whole; the index may be split."""
+    x, index = (value.shape for value in call.operands)
+    if len(index) != 1 or not x:
+        return None
+    dim = positive(call.int(1, "dim"), len(x))
+    result = names(len(x))
+    loops = {f"d{d}": size for d, size in enumerate(call.outputs[0].shape)}
+    return Nest(loops, (tuple(() if d == dim else group for d, group in enumerate(result)), (result[dim],)), (result,), linear=((0,),))
+
+
+def index(call: Call) -> Nest | None:
+    """`index(x, [i, None, j])`: indexed dims of x are needed whole; the indices' own dims and the other dims of x are loops.
+
+    Boolean indices have results whose size depends on data and no rule.
+    """
+    arg = call.op.args[1]
+    if not isinstance(arg, tuple):
+        return None
+    picked = [position for position, item in enumerate(arg) if isinstance(item, Ref)]
+    indices = call.operands[1:]
+    if not picked or len(indices) != len(picked) or any(value.dtype in ("bool", "uint8") for value in indices):
+        return None
+    x, result = call.operands[0].shape, call.outputs[0].shape
+    rank = max(len(value.shape) for value in indices)
+    # Indices side by side leave their dims in place; otherwise these come first.
+    start = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
+    span = result[start : start + rank]
+    loops = {f"d{d}": size for d, size in enumerate(result)}
+    free = iter([(f"d{d}",) for d in range(len(result)) if not start <= d < start + rank])
+    source: list[Group] = [() if d in picked else next(free) for d in range(len(x))]
+    shifted = tuple(
+        tuple((f"d{start + int(group[0][1:])}",) if group else () for group in broadcast(value.shape, span)) for value in indices
+    )
+    return Nest(loops, (tuple(source), *shifted), (names(len(result)),), linear=((0,),))
+
+
+def index_put(call: Call) -> Nest | None:
+    """`index_put(x, indices, values)`: dims of x behind and before the indexed ones are loops where the values span them."""
+    arg = call.op.args[1]
+    if not isinstance(arg, tuple):
+        return None
+    picked = [position for position, item in enumerate(arg) if isinstance(item, Ref)]
+    indices = call.operands[1 : 1 + len(picked)]
+    if not picked or len(call.operands) != len(picked) + 2 or any(value.dtype in ("bool", "uint8") for value in indices):
+        return None
+    x, values = call.operands[0].shape, call.operands[-1].shape
+    rank = max(len(value.shape) for value in indices)
+    start = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
+    rest = [d for d in range(len(x)) if d not in picked]
+    spread: list[Group] = [(f"d{d}",) for d in rest]
+    spread[start:start] = [()] * rank
+    offset = len(spread) - len(values)
+    if offset < 0:
+        return None
+    loops = {f"d{d}": x[d] for d in rest}
+    own = tuple(group if group and size == loops[group[0]] else () for group, size in zip(spread[offset:], values, strict=True))
+    full: Term = tuple((f"d{d}",) if d in rest else () for d in range(len(x)))
+    return Nest(loops, (full, *(((),) * len(value.shape) for value in indices), own), (full,), linear=())
+
+
+def one_hot(call: Call) -> Nest | None:
+    """`one_hot(ids, classes)`: a new last dim, which is whole."""
+    shape = call.operands[0].shape
+    if call.op.arg(1, "num_classes", -1) == -1:
+        return None
+    return Nest({f"d{d}": size for d, size in enumerate(shape)}, (names(len(shape)),), ((*names(len(shape)), ()),))

@@ -1,0 +1,156 @@
+"""Reductions and normalisations."""
+
+from __future__ import annotations
+
+from autopar.ir.graph import Ref
+from autopar.ir.rules.families.common import Family, dims, names, positive, sizes
+from autopar.ir.rules.nest import Call, Nest, Term
+
+
+def _reduced(call: Call, over: frozenset[int], splittable: bool, linear: bool, implementation: str = "") -> Nest | None:
+    shape = call.operands[0].shape
+    rank = len(shape)
+    operand = names(rank)
+    result: Term
+    if all(len(value.shape) == rank for value in call.outputs):
+        result = tuple(() if dim in over else group for dim, group in enumerate(operand))
+    else:
+        result = tuple(group for dim, group in enumerate(operand) if dim not in over)
+    if any(len(value.shape) != len(result) for value in call.outputs):
+        return None
+    loops = sizes(shape)
+    reduced = frozenset(f"d{dim}" for dim in over)
+    return Nest(
+        loops,
+        (operand,),
+        tuple(result for _ in call.outputs),
+        whole=frozenset() if splittable else reduced,
+        linear=((0,),) if linear else (),
+        uneven=frozenset(loops),
+        implementations=dict.fromkeys(reduced, implementation) if implementation else {},
+    )
+
+
+def _over(call: Call, position: int, name: str) -> frozenset[int]:
+    arg = call.op.arg(position, name)
+    return dims(None if isinstance(arg, bool) else call.ints(position, name), len(call.operands[0].shape))
+
+
+def total(call: Call) -> Nest | None:
+    """`sum`: a split of a reduced dim leaves terms of the sum."""
+    return _reduced(call, _over(call, 1, "dim"), True, linear=call.operands[0].dtype != "bool")
+
+
+def mean(call: Call) -> Nest | None:
+    """`mean`: the sum of the part over the global count is a term of the mean."""
+    return _reduced(call, _over(call, 1, "dim"), True, linear=True, implementation="mean_of_part")
+
+
+def coupled(position: int = 1, name: str = "dim") -> Family:
+    """`amax`, `var`, `any`, `argmax`, `norm`, ...: the reduced dims are needed whole."""
+
+    def family(call: Call) -> Nest | None:
+        return _reduced(call, _over(call, position, name), False, linear=False)
+
+    return family
+
+
+def everything(call: Call) -> Nest | None:
+    """`max(x)`, `any(x)`: over all dims, which are needed whole."""
+    return _reduced(call, frozenset(range(len(call.operands[0].shape))), False, linear=False)
+
+
+def layer_norm(call: Call) -> Nest | None:
+    """`layer_norm(x, normalized_shape, weight, bias)`, `rms_norm`, native forms: the normalised dims are needed whole."""
+    shape = call.operands[0].shape
+    normalized = call.ints(1, "normalized_shape") or ()
+    lead = len(shape) - len(normalized)
+    loops = {f"d{dim}": shape[dim] for dim in range(lead)}
+    first = tuple((f"d{dim}",) if dim < lead else () for dim in range(len(shape)))
+
+    def output(rank: int, own: tuple[int, ...]) -> Term:
+        return tuple((f"d{dim}",) if dim < lead and own[dim] == shape[dim] else () for dim in range(rank))
+
+    others: tuple[Term, ...] = tuple(((),) * len(value.shape) for value in call.operands[1:])
+    if any(len(value.shape) < lead for value in call.outputs):
+        return None
+    return Nest(loops, (first, *others), tuple(output(len(value.shape), value.shape) for value in call.outputs))
+
+
+def group_norm(call: Call) -> Nest | None:
+    """`group_norm(x[n c ..], groups, weight[c], bias[c])`: samples are independent."""
+    x = call.operands[0].shape
+    return Nest({"b": x[0]}, ((("b",), *((),) * (len(x) - 1)), *(((),) for _ in call.operands[1:])), ((("b",), *((),) * (len(x) - 1)),))
+
+
+def native_group_norm(call: Call) -> Nest | None:
+    """`native_group_norm(x, weight, bias, n, c, hw, groups, eps) -> y, mean[n g], rstd[n g]`: samples and groups are independent."""
+    x = call.operands[0].shape
+    groups = call.int(6, "group")
+    loops = {"b": x[0], "g": groups, "c": x[1] // groups}
+    channel = tuple(name for name in ("g", "c") if loops[name] > 1)
+    full: Term = (("b",), channel, *((),) * (len(x) - 2))
+    statistics: Term = (("b",), ("g",) if groups > 1 else ())
+    return Nest(
+        {name: size for name, size in loops.items() if name == "b" or size > 1},
+        (full, *((channel,) for _ in call.operands[1:])),
+        (full, statistics, statistics),
+        whole=frozenset({"c"}),
+    )
+
+
+def batch_norm_inference(call: Call) -> Nest | None:
+    """Batch normalisation with given statistics: every element for itself. Results besides the first are empty."""
+    x = call.operands[0].shape
+    loops = {"b": x[0], "c": x[1]} | {f"d{dim}": x[dim] for dim in range(2, len(x))}
+    full: Term = (("b",), ("c",), *((f"d{dim}",) for dim in range(2, len(x))))
+    rest = call.outputs[1:]
+    if any(value.shape not in ((0,), x[1:2]) for value in rest):
+        return None
+    # Saved statistics of a whole channel: the channel alone may be split where they are not empty.
+    coupled_ = frozenset(loops) - {"c"} if any(value.shape == x[1:2] for value in rest) else frozenset()
+    if any(value.shape == (0,) for value in rest):
+        return None if any(value.shape != (0,) for value in rest) else _only_first(loops, full, call)
+    return Nest(loops, (full, *((("c",),) for _ in call.operands[1:])), (full, *((("c",),) for _ in rest)), whole=coupled_)
+
+
+def _only_first(loops: dict[str, int], full: Term, call: Call) -> Nest | None:
+    # Empty results are terms of an empty sum; that is right and costs nothing.
+    return Nest(loops, (full, *((("c",),) for _ in call.operands[1:])), (full, *(((),) for _ in call.outputs[1:])))
+
+
+def batch_norm_eval(call: Call) -> Nest | None:
+    """`batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn)` where `training` is False."""
+    if call.op.arg(5, "training", False) is not False:
+        return None
+    return batch_norm_inference(call)
+
+
+def softmax(call: Call) -> Nest | None:
+    """`softmax(x, dim)` and its logarithm: the dim is needed whole."""
+    rank = len(call.operands[0].shape)
+    dim = positive(call.int(1, "dim"), rank)
+    term: Term = tuple(() if index == dim else (f"d{index}",) for index in range(rank))
+    loops = {f"d{index}": size for index, size in enumerate(call.operands[0].shape) if index != dim}
+    return Nest(loops, (term,), (term,))
+
+
+def elementwise_loss(position: int) -> Family:
+    """`mse_loss(x, y, reduction)` and its kin: a sum, a mean, or element by element.
+
+    `position` is the argument `reduction`: 0 none, 1 mean, 2 sum (`at::Reduction`).
+    """
+
+    def family(call: Call) -> Nest | None:
+        reduction = call.op.arg(position, "reduction", 1)
+        shape = call.operands[0].shape
+        if any(value.shape != shape for value in call.operands[1:]) or any(not isinstance(arg, Ref) for arg in call.op.args[:2]):
+            return None
+        full, loops = names(len(shape)), sizes(shape)
+        operands = tuple(full for _ in call.operands)
+        if reduction == 0:
+            return Nest(loops, operands, (full,))
+        implementations = dict.fromkeys(loops, "mean_loss_of_part") if reduction == 1 else {}
+        return Nest(loops, operands, ((),), implementations=implementations)
+
+    return family
