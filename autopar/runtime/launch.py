@@ -131,7 +131,7 @@ class RankPool:
         self.collective_timeout_s = collective_timeout_s
         self.start_timeout_s = start_timeout_s
         self._ranks: list[_Rank] = []
-        self._store: dist.TCPStore | None = None
+        self._store: Any = None
         self._folder = ""
         self._calls = 0
         self._finalizer: weakref.finalize[Any, Any] | None = None
@@ -155,7 +155,9 @@ class RankPool:
         self._folder = tempfile.mkdtemp(prefix="autopar-ranks-")
         self._finalizer = weakref.finalize(self, _end, self._ranks, self._folder)
         timeout = timedelta(seconds=self.start_timeout_s)
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout
+        )
         main = sys.modules.get("__main__")
         main_path = None if main is None or getattr(main, "__spec__", None) else getattr(main, "__file__", None)
         for rank in range(self.world_size):

@@ -6,6 +6,7 @@ them, plans of different shapes have their own, and neither touches the default 
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Mapping
@@ -26,29 +27,27 @@ _meshes: weakref.WeakKeyDictionary[Any, dict[_Key, DeviceMesh]] = weakref.WeakKe
 """By default process group, so that meshes go when `destroy_process_group` drops it."""
 
 
-def join_job(device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
-    """World size of the running job. Where no process group is up but `torchrun` has set its environment, one is initialised.
+def ensure_process_group(device: torch.device | str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
+    """World size of the running job. Where no process group is up but `torchrun` has set its environment, one is initialised:
+    nccl for a CUDA `device` (the default where there is one), gloo otherwise.
 
     1 where there is neither: a single process needs no group. Raises `RuntimeSetupError` where the job cannot be joined.
     """
-    if not dist.is_available():
-        return 1
     if dist.is_initialized():
         return dist.get_world_size()
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        if len(missing) < len(needed) and "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             raise RuntimeSetupError(
                 f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']} but has no {', '.join(missing)}; start with "
                 "`torchrun`, or call torch.distributed.init_process_group yourself"
             )
         return 1
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     except Exception as error:
         raise RuntimeSetupError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the job at {os.environ['MASTER_ADDR']}:"
@@ -65,20 +64,10 @@ def mesh_for(axes: Mapping[str, int], device: torch.device | str = "cpu", timeou
     Raises `PlanMismatchError` where the sizes do not multiply to the world size.
     """
     device = torch.device(device)
-    world_size = join_job(device, timeout_s)
+    check_fits(axes, ensure_process_group(device, timeout_s))
     shape = tuple(axes.values())
-    ranks = 1
-    for size in shape:
-        ranks *= size
-    if ranks != world_size:
-        sizes = ", ".join(f"{name}={size}" for name, size in axes.items())
-        raise PlanMismatchError(
-            f"the plan is for a mesh of {ranks} rank{'s' * (ranks > 1)} ({sizes}), but this job has {world_size}; start "
-            f"{'it with `torchrun --nproc-per-node ' + str(ranks) + '`' if ranks > 1 else 'one process'}, or plan for {world_size} "
-            f"device{'s' * (world_size > 1)}"
-        )
-    numbers = torch.arange(ranks, dtype=torch.int).view(shape)
-    if not (dist.is_available() and dist.is_initialized()):
+    numbers = torch.arange(math.prod(shape), dtype=torch.int).view(shape)
+    if not dist.is_initialized():
         # Private in PyTorch; should it go, a mesh over a one-rank group made with `dist.HashStore` replaces it.
         return DeviceMesh(device.type, numbers, mesh_dim_names=tuple(axes), _init_backend=False, _rank=0)
     known = _meshes.setdefault(dist.group.WORLD, {})
@@ -87,6 +76,19 @@ def mesh_for(axes: Mapping[str, int], device: torch.device | str = "cpu", timeou
         groups = [_group_along(numbers, axis, timeout_s) for axis in range(len(shape))]
         known[key] = DeviceMesh.from_group(groups, device.type, numbers, mesh_dim_names=tuple(axes))
     return known[key]
+
+
+def check_fits(axes: Mapping[str, int], world_size: int) -> None:
+    """Raise `PlanMismatchError` where the axis sizes do not multiply to `world_size`."""
+    ranks = math.prod(axes.values())
+    if ranks == world_size:
+        return
+    sizes = ", ".join(f"{name}={size}" for name, size in axes.items())
+    start = f"it with `torchrun --nproc-per-node {ranks}`" if ranks > 1 else "one process"
+    raise PlanMismatchError(
+        f"the plan is for a mesh of {ranks} rank{'s' * (ranks > 1)} ({sizes}), but this job has {world_size}; "
+        f"start {start}, or plan for {world_size} device{'s' * (world_size > 1)}"
+    )
 
 
 def _group_along(numbers: torch.Tensor, axis: int, timeout_s: float) -> dist.ProcessGroup:

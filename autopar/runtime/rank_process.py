@@ -92,7 +92,9 @@ def _join(start: Start) -> None:
 
     torch.set_num_threads(start.threads)
     timeout = timedelta(seconds=start.collective_timeout_s)
-    store = dist.TCPStore("127.0.0.1", start.store_port, is_master=False, timeout=timeout)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", start.store_port, is_master=False, timeout=timeout
+    )
     dist.init_process_group("gloo", store=store, rank=start.rank, world_size=start.world_size, timeout=timeout)
 
 

@@ -12,9 +12,7 @@ import torch.distributed as dist
 
 from autopar.errors import PlanMismatchError, RuntimeSetupError
 from autopar.runtime.launch import RankPool
-from autopar.runtime.process_mesh import _meshes, join_job, mesh_for
-
-CPU = torch.device("cpu")
+from autopar.runtime.process_mesh import _meshes, ensure_process_group, mesh_for
 
 
 def two_meshes() -> dict[str, Any]:
@@ -88,8 +86,8 @@ def test_one_process_needs_no_group() -> None:
 def test_half_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(RuntimeSetupError, match="has no RANK"):
-        join_job(CPU)
+        ensure_process_group()
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeSetupError, match="rank 1 of 2 could not join"):
-        join_job(CPU, timeout_s=1.0)
+        ensure_process_group("cpu", timeout_s=1.0)
