@@ -1,0 +1,254 @@
+"""Graph, mesh and prices become a `Problem`: a table per class of equal nodes or edges, and the choices its rows stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from autopar.ir.assignment import Assignment, Choice, Storage
+from autopar.ir.conversion import State
+from autopar.ir.graph import Value
+from autopar.ir.placement import Placement
+from autopar.search.costs import Costs
+from autopar.search.problem import Problem, Segment, Table
+from autopar.search.strategies import Allowed, storages, strategies
+from autopar.search.structure import Edge, Structure
+
+T = TypeVar("T", bound=Hashable)
+Options = tuple[Choice, ...] | tuple[Storage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Restriction:
+    """What a baseline or pins leave to choose from.
+
+    `splits[position]`: names per axis that operation `position` may use. `pins[index]`: placement per axis that parameter `index` is
+    stored in. `stored`, `gathers`: placements per axis and times of gathering to choose from. `gather`: whether parameters may be gathered at all.
+    """
+
+    splits: Mapping[int, Allowed] = field(default_factory=dict)
+    pins: Mapping[int, tuple[Placement | None, ...]] = field(default_factory=dict)
+    stored: Mapping[int, tuple[tuple[Placement, ...] | None, ...]] = field(default_factory=dict)
+    gathers: tuple[str, ...] = ("step", "use")
+    gather: bool = True
+
+
+FREE = Restriction()
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A problem and what its rows mean: `options[node]` are choices for an operation, storages for a parameter."""
+
+    problem: Problem
+    options: tuple[Options, ...]
+    structure: Structure
+    costs: Costs
+
+    def assignment(self, choice: tuple[int, ...]) -> Assignment:
+        """What a solution decides. `gather` becomes `"never"` where a parameter is used as it is stored."""
+        structure, costs = self.structure, self.costs
+        graph = structure.graph
+        choices: dict[str, Choice] = {}
+        storage: dict[str, Storage] = {}
+        for node, (kind, index) in enumerate(structure.order):
+            option = self.options[node][choice[node]]
+            if isinstance(option, Storage):
+                storage[graph.parameters[index].fqn] = option
+            else:
+                choices[graph.ops[index].name] = option
+            assert isinstance(option, Storage) == (kind == "parameter")
+        moved: set[int] = set()
+        for edge in structure.parameter_edges:
+            stored = self.options[edge.source][choice[edge.source]]
+            target = self.options[edge.target][choice[edge.target]]
+            assert isinstance(stored, Storage) and not isinstance(target, Storage)
+            value = graph.values[edge.value]
+            for state in target_states(target, edge.slots):
+                if costs.conversion(value.shape, value.dtype, value.requires_grad, stored.stored, state).gathers:
+                    moved.add(edge.source)
+        for index, parameter in enumerate(graph.parameters):
+            if structure.node_of_parameter[index] not in moved:
+                storage[parameter.fqn] = Storage(storage[parameter.fqn].stored, "never")
+        return Assignment(costs.names, costs.mesh, choices, storage)
+
+
+def target_states(choice: Choice, slots: tuple[int, ...]) -> tuple[State, ...]:
+    """In which states an operation wants the value that it reads at `slots`, each once."""
+    return tuple(dict.fromkeys(tuple(split.inputs[slot] for split in choice) for slot in slots))
+
+
+def build(structure: Structure, costs: Costs, restriction: Restriction = FREE) -> Built:
+    """The problem of planning `structure` on the mesh of `costs`. A node without any option has an empty table: see `empty_nodes`."""
+    return _Builder(structure, costs, restriction).build()
+
+
+def empty_nodes(built: Built) -> list[int]:
+    """Nodes for which a restriction leaves nothing to choose."""
+    return [node for node, options in enumerate(built.options) if not options]
+
+
+class _Builder:
+    def __init__(self, structure: Structure, costs: Costs, restriction: Restriction) -> None:
+        self.structure, self.costs, self.restriction = structure, costs, restriction
+        self.tables: list[Table] = []
+        self._table_of: dict[object, int] = {}
+        self._options_of: dict[object, tuple[int, Options]] = {}
+        self._times: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def build(self) -> Built:
+        structure = self.structure
+        count = len(structure.order)
+        options: list[Options] = [()] * count
+        keys: list[int] = [0] * count  # which set of options
+        nodes: list[int] = [0] * count
+        for node, (kind, index) in enumerate(structure.order):
+            if kind == "op":
+                keys[node], options[node] = self._op_options(index)
+                nodes[node] = self._op_table(index, keys[node], options[node])
+        readers: dict[int, list[Edge]] = {node: [] for node in structure.node_of_parameter}
+        for edge in structure.parameter_edges:
+            readers[edge.source].append(edge)
+        for index, node in enumerate(structure.node_of_parameter):
+            keys[node], options[node] = self._storages(index, readers[node], keys, options)
+            nodes[node] = self._parameter_table(index, keys[node], options[node])
+        edges = tuple(
+            (edge.source, edge.target, self._edge_table(edge, keys[source], options[source], keys[target], options[target]))
+            for edge in structure.edges
+            for source, target in [(edge.source, edge.target)]
+        )
+        problem = Problem(tuple(nodes), edges, tuple(self.tables), _equal_runs(structure.segments, nodes))
+        return Built(problem, tuple(options), structure, self.costs)
+
+    def _intern(self, key: object, options: Options) -> tuple[int, Options]:
+        return self._options_of.setdefault(key, (len(self._options_of), options))
+
+    def _add(self, cost_s: np.ndarray, memory_bytes: np.ndarray) -> int:
+        self.tables.append(Table(cost_s, memory_bytes))
+        return len(self.tables) - 1
+
+    # ---- operations -------------------------------------------------------------------------------------------------------------
+
+    def _op_options(self, position: int) -> tuple[int, Options]:
+        structure, costs = self.structure, self.costs
+        allowed = self.restriction.splits.get(position, (None,) * len(costs.mesh))
+        # Two sets of choices are the same when splits are: equal tokens, whatever is kept of the results.
+        key = ("op", structure.split_class[position], allowed)
+        found = self._options_of.get(key)
+        if found is None:
+            op = structure.graph.ops[position]
+            found = self._intern(key, strategies(structure.graph, op, costs.names, costs.mesh, allowed))
+        return found
+
+    def _op_table(self, position: int, key: int, options: Options) -> int:
+        number = self.structure.class_of[position]
+        found = self._table_of.get(("op", key, number))
+        if found is None:
+            row = self.structure.classes[number]
+            terms = [
+                self.costs.op_term(row.work, row.operands, row.outputs, choice, row.kept, row.returned)
+                for choice in options if not isinstance(choice, Storage)
+            ]  # fmt: skip
+            found = self._add(np.array([term.cost_s for term in terms]), np.array([term.memory_bytes for term in terms]))
+            self._table_of["op", key, number] = found
+            if key not in self._times:
+                times = [self.costs.op_times(row.work, row.operands, row.outputs, c) for c in options if not isinstance(c, Storage)]
+                self._times[key] = (np.array([forward for forward, _ in times]), np.array([backward for _, backward in times]))
+        return found
+
+    # ---- parameters -------------------------------------------------------------------------------------------------------------
+
+    def _storages(self, index: int, readers: list[Edge], keys: list[int], options: list[Options]) -> tuple[int, Options]:
+        restriction, costs, graph = self.restriction, self.costs, self.structure.graph
+        value = graph.values[graph.parameters[index].value]
+        free = (None,) * len(costs.mesh)
+        pinned, stored = restriction.pins.get(index, free), restriction.stored.get(index, free)
+        key = ("parameter", _kind(value), tuple((keys[edge.target], edge.slots) for edge in readers), pinned, stored)
+        found = self._options_of.get(key)
+        if found is None:
+            wanted = dict.fromkeys(
+                state for edge in readers for choice in options[edge.target] if not isinstance(choice, Storage)
+                for state in target_states(choice, edge.slots)
+            )  # fmt: skip
+            trains = value.requires_grad and graph.training
+            found = self._intern(key, storages(value, costs.mesh, wanted, trains, pinned, stored, restriction.gathers))
+        return found
+
+    def _parameter_table(self, index: int, key: int, options: Options) -> int:
+        found = self._table_of.get(("parameter", key))
+        if found is None:
+            graph = self.structure.graph
+            value = graph.values[graph.parameters[index].value]
+            terms = [self.costs.parameter_term(value, storage) for storage in options if isinstance(storage, Storage)]
+            found = self._add(np.array([term.cost_s for term in terms]), np.array([term.memory_bytes for term in terms]))
+            self._table_of["parameter", key] = found
+        return found
+
+    # ---- edges ------------------------------------------------------------------------------------------------------------------
+
+    def _edge_table(self, edge: Edge, source_key: int, source: Options, target_key: int, target: Options) -> int:
+        value = self.structure.graph.values[edge.value]
+        key = (source_key, edge.slot, target_key, edge.slots, _kind(value), edge.keeps)
+        found = self._table_of.get(key)
+        if found is None:
+            wanted = [target_states(choice, edge.slots) for choice in target if not isinstance(choice, Storage)]
+            make = self._use_table if edge.slot < 0 else self._value_table
+            found = self._table_of[key] = make(value, edge, source, wanted, target_key)
+        return found
+
+    def _value_table(self, value: Value, edge: Edge, source: Options, wanted: list[tuple[State, ...]], target_key: int) -> int:
+        made = [tuple(split.outputs[edge.slot] for split in choice) for choice in source if not isinstance(choice, Storage)]
+        rows, row_of = _distinct(made)
+        columns, column_of = _distinct(wanted)
+        cost, memory = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
+        for i, state in enumerate(rows):
+            for j, targets in enumerate(columns):
+                term = self.costs.edge_term(value, state, targets, edge.keeps)
+                cost[i, j], memory[i, j] = term.cost_s, term.memory_bytes
+        return self._add(cost[np.ix_(row_of, column_of)], memory[np.ix_(row_of, column_of)])
+
+    def _use_table(self, value: Value, edge: Edge, source: Options, wanted: list[tuple[State, ...]], target_key: int) -> int:
+        """Exposed traffic depends on the operation's computing as well, so rows of distinct traffic meet columns of all choices."""
+        columns, column_of = _distinct(wanted)
+        forward_s, backward_s = self._times[target_key]
+        cost, memory = np.zeros((len(source), len(column_of))), np.zeros((len(source), len(column_of)))
+        for i, storage in enumerate(source):
+            assert isinstance(storage, Storage)
+            traffic = [self.costs.traffic(value, storage, targets, edge.keeps == "target") for targets in columns]
+            copy, forward, backward, gathered = (np.array(column)[column_of] for column in zip(*traffic, strict=True))
+            cost[i] = copy + np.maximum(0.0, forward - forward_s) + np.maximum(0.0, backward - backward_s)
+            memory[i] = gathered
+            if not self.restriction.gather:
+                gathers = [
+                    any(self.costs.conversion(*_kind(value), storage.stored, state).gathers for state in targets) for targets in columns
+                ]
+                cost[i][np.array(gathers)[column_of]] = np.inf
+        return self._add(cost, memory)
+
+
+def _kind(value: Value) -> tuple[tuple[int, ...], str, bool]:
+    return value.shape, value.dtype, value.requires_grad
+
+
+def _distinct(items: list[T]) -> tuple[list[T], list[int]]:
+    """Each item once, and for every item which of those it is."""
+    number: dict[T, int] = {}
+    places = [number.setdefault(item, len(number)) for item in items]
+    return list(number), places
+
+
+def _equal_runs(segments: list[Segment], nodes: list[int]) -> tuple[Segment, ...]:
+    """Segments cut where a repeat's tables differ from those of the repeat before it (the last layer's result may be returned)."""
+    found: list[Segment] = []
+    for segment in segments:
+        starts = range(segment.start, segment.stop, segment.length)
+        bodies = [nodes[start : start + segment.length] for start in starts]
+        first = 0
+        for repeat in range(1, segment.count + 1):
+            if repeat == segment.count or bodies[repeat] != bodies[first]:
+                found.append(Segment(segment.start + first * segment.length, segment.length, repeat - first))
+                first = repeat
+    return tuple(found)

@@ -1,0 +1,296 @@
+"""What every decision costs, term by term, on one mesh.
+
+* An operation takes `max(flops / achieved flop rate, bytes / achieved bandwidth) + launches` on its local operands, forward and backward.
+* A conversion takes the time of its collectives and local copies, forward and backward (`autopar.ir.conversion`), and is not hidden.
+* A parameter is converted from where it is stored to where it is used. That traffic goes in buckets beside computing: what is exposed
+  is what exceeds the computing of the operation it serves, in the forward and in the backward pass each.
+* The optimizer's step reads and writes parameter, gradient and state once.
+
+Every term adds up over nodes and edges, so that a solver may minimise the sum and anyone may add it up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from autopar.errors import PlanError
+from autopar.ir.assignment import Choice, Storage
+from autopar.ir.cluster import Cluster
+from autopar.ir.conversion import COLLECTIVES, Action, State, steps
+from autopar.ir.graph import DTYPE_BYTES, Value
+from autopar.ir.placement import RP, R, local_shape
+from autopar.search.collectives import axes
+from autopar.search.work import Work
+
+OPTIMIZER_STATES = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
+"""State tensors per parameter, in the parameter's dtype and placement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One collective: `axis` by index, `bytes` on one rank, `time_s` of which `exposed_s` is not hidden behind computing."""
+
+    kind: str
+    axis: int
+    phase: str
+    bytes: int
+    time_s: float
+    exposed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """What one node or edge adds: time (`compute_s` includes local copies, `exposed_s` is communication) and memory by kind."""
+
+    compute_s: float = 0.0
+    exposed_s: float = 0.0
+    memory: tuple[tuple[str, float], ...] = ()
+    moves: tuple[Move, ...] = ()
+
+    @property
+    def cost_s(self) -> float:
+        return self.compute_s + self.exposed_s
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(size for _, size in self.memory)
+
+
+NOTHING = Term()
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Time of local copies and collectives of a conversion, per phase; `moved` is whether the forward pass makes a new tensor, `gathers`
+    whether it collects one from several ranks."""
+
+    copy_s: tuple[float, float]
+    moves: tuple[tuple[Action, int, str, int], ...]
+    moved: bool
+    gathers: bool
+
+
+# Collectives inside communicating implementations: (phase, kind, which operand's rows or channels, how many numbers for each).
+# Vocabulary cross-entropy: maximum, then sum of exponentials and the target's logit together, per row (Megatron-LM section 3).
+# Synchronised batch norm: mean and mean of squares of each channel forward; the two sums of the backward formula backward.
+_INSIDE: Mapping[str, tuple[tuple[str, int], ...]] = {
+    "vocab_cross_entropy": (("forward", 1), ("forward", 2)),
+    "sync_batch_norm": (("forward", 2), ("backward", 2)),
+}
+
+
+class Costs:
+    """Prices on one mesh (`mesh`: axis sizes, outer first) of a cluster."""
+
+    def __init__(
+        self, cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...], optimizer: str = "adamw", training: bool = True
+    ) -> None:
+        if optimizer not in OPTIMIZER_STATES:
+            raise PlanError(f"optimizer `{optimizer}` is not known; one of {', '.join(OPTIMIZER_STATES)}")
+        self.mesh, self.names, self.training = mesh, names, training
+        self.axes = axes(cluster, mesh, names)
+        self.states = OPTIMIZER_STATES[optimizer] if training else 0
+        device = cluster.device
+        rates = dict(device.flops_per_s)
+        slowest = rates.get("float32", min(rates.values()))
+        self._flops_per_s = {dtype: rates.get(dtype, slowest) * device.flops_efficiency for dtype in DTYPE_BYTES}
+        self._bytes_per_s = device.memory_bytes_per_s * device.bandwidth_efficiency
+        self._launch_s = device.launch_s
+        self.conversion = cache(self._conversion)
+        self.local_bytes = cache(self._local_bytes)
+
+    def _local_bytes(self, shape: tuple[int, ...], dtype: str, state: State) -> int:
+        """Bytes of a value of global `shape` on the rank that holds most."""
+        count = 1
+        for size in local_shape(shape, state, self.mesh):
+            count *= size
+        return count * DTYPE_BYTES[dtype]
+
+    def of(self, value: Value, state: State) -> int:
+        return self.local_bytes(value.shape, value.dtype, state)
+
+    # ---- operations -------------------------------------------------------------------------------------------------------------
+
+    def op_times(self, work: Work, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice) -> tuple[float, float]:
+        """Computing time forward and backward on the rank with most work."""
+        share = 1.0
+        for split, size in zip(choice, self.mesh, strict=True):
+            share /= size if split.work == "split" else 1
+        ins = [self.of(value, tuple(split.inputs[slot] for split in choice)) for slot, value in enumerate(operands)]
+        outs = [self.of(value, tuple(split.outputs[slot] for split in choice)) for slot, value in enumerate(outputs)]
+        rate = self._flops_per_s[outputs[0].dtype] if outputs else 1.0
+        forward_s = backward_s = 0.0
+        if not work.view:
+            forward_s = max(work.forward_flops * share / rate, (sum(ins) + sum(outs)) / self._bytes_per_s) + work.kernels * self._launch_s
+        if work.trains:
+            # Gradients of results and kept tensors are read, gradients of operands written.
+            grads = sum(size for size, value in zip(ins, operands, strict=True) if value.requires_grad)
+            if work.view:
+                # The gradient of a view is a view, but for slices and the like, which pad: those have a smaller result.
+                padded = len(outs) == 1 and ins and outs[0] < ins[0]
+                backward_s = (outs[0] + ins[0]) / self._bytes_per_s + self._launch_s if padded else 0.0
+            else:
+                kept = sum(ins[slot] for slot in work.keeps) + sum(outs[slot] for slot in work.keeps_outputs)
+                kept += int(work.extra.bytes * share) if work.extra else 0
+                moved = sum(outs) + kept + grads
+                kernels = max(1, 2 * work.kernels if work.backward_flops else work.kernels)
+                backward_s = max(work.backward_flops * share / rate, moved / self._bytes_per_s) + kernels * self._launch_s
+        return forward_s, backward_s
+
+    def op_term(
+        self, work: Work, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice, kept_outputs: frozenset[int],
+        returned: tuple[tuple[int, bool], ...],
+    ) -> Term:  # fmt: skip
+        """Computing, the collectives inside, what is kept for the backward pass, and bringing results home.
+
+        `kept_outputs`: results whose storage lives until the backward pass; `returned`: results the model returns, and whether whole.
+        """
+        forward_s, backward_s = self.op_times(work, operands, outputs, choice)
+        compute_s, exposed_s = forward_s + backward_s, 0.0
+        moves = list(self._inside(work, operands, choice))
+        kept = 0.0
+        for slot in kept_outputs:
+            kept += self.of(outputs[slot], tuple(split.outputs[slot] for split in choice))
+        if work.extra:
+            value = (outputs if work.extra.output else operands)[work.extra.slot]
+            state = tuple((split.outputs if work.extra.output else split.inputs)[work.extra.slot] for split in choice)
+            kept += work.extra.bytes * self.of(value, state) / max(value.size_bytes, 1)
+        for slot, whole in returned:
+            value = outputs[slot]
+            state = tuple(split.outputs[slot] for split in choice)
+            conversion = self.conversion(value.shape, value.dtype, False, state, home(state, whole))
+            compute_s += conversion.copy_s[0]
+            moves += self._moves(conversion)
+        exposed_s = sum(move.exposed_s for move in moves)
+        return Term(compute_s, exposed_s, (("activations", kept),) if kept else (), tuple(moves))
+
+    def _inside(self, work: Work, operands: tuple[Value, ...], choice: Choice) -> list[Move]:
+        moves = []
+        for axis, split in enumerate(choice):
+            if self.mesh[axis] == 1:
+                continue
+            for phase, numbers in _INSIDE.get(split.implementation, ()):
+                if phase == "backward" and not work.trains:
+                    continue
+                value = operands[0]
+                state = tuple(other.inputs[0] for other in choice)
+                local = local_shape(value.shape, state, self.mesh)
+                rows = local[0] if split.implementation == "vocab_cross_entropy" else local[1]
+                size = rows * numbers * max(4, DTYPE_BYTES[value.dtype])
+                time_s = self.axes[axis].time_s("all_reduce", size)
+                moves.append(Move("all_reduce", axis, phase, size, time_s, time_s))
+        return moves
+
+    # ---- conversions ------------------------------------------------------------------------------------------------------------
+
+    def _conversion(self, shape: tuple[int, ...], dtype: str, grad: bool, source: State, target: State) -> Conversion:
+        if not grad:  # without a gradient the two kinds of replicas are one
+            source, target = (tuple(R if p == RP else p for p in state) for state in (source, target))
+        copy_s = [0.0, 0.0]
+        moves: list[tuple[Action, int, str, int]] = []
+        moved = False
+        state = list(source)
+        for step in steps(source, target):
+            before = self.local_bytes(shape, dtype, tuple(state))
+            state[step.axis] = step.target
+            after = self.local_bytes(shape, dtype, tuple(state))
+            if self.mesh[step.axis] == 1:
+                continue
+            moved = moved or step.forward != "nothing"
+            for phase, action in enumerate((step.forward, step.backward)[: 2 if grad and self.training else 1]):
+                if action == "all_to_all" and step.source.dim == step.target.dim:
+                    # Other blocks of the same dim: the runtime gathers and slices.
+                    moves.append(("all_gather", step.axis, ("forward", "backward")[phase], before * self.mesh[step.axis]))
+                    copy_s[phase] += 2 * after / self._bytes_per_s + self._launch_s
+                elif action in COLLECTIVES:
+                    size = before if action == "all_to_all" else max(before, after)
+                    moves.append((action, step.axis, ("forward", "backward")[phase], size))
+                elif action != "nothing":
+                    size = 2 * min(before, after) if action == "slice" else max(before, after)
+                    copy_s[phase] += size / self._bytes_per_s + self._launch_s
+        gathers = any(phase == "forward" for _, _, phase, _ in moves)
+        return Conversion((copy_s[0], copy_s[1]), tuple(moves), moved, gathers)
+
+    def _moves(self, conversion: Conversion) -> list[Move]:
+        found = []
+        for kind, axis, phase, size in conversion.moves:
+            time_s = self.axes[axis].time_s(kind, size)
+            found.append(Move(kind, axis, phase, size, time_s, time_s))
+        return found
+
+    def edge_term(self, value: Value, source: State, targets: tuple[State, ...], keeps: str) -> Term:
+        """A value goes from where it is made to where one operation wants it (in several states, if it reads it more than once).
+
+        `keeps`: `"target"` when the backward pass reads what arrives and nothing else accounts for it, `"copy"` when it does but the
+        original is accounted for elsewhere, so that only a new tensor counts, `""` when it does not.
+        """
+        compute_s = 0.0
+        moves: list[Move] = []
+        kept = 0
+        for target in dict.fromkeys(targets):
+            conversion = self.conversion(value.shape, value.dtype, value.requires_grad, source, target)
+            compute_s += sum(conversion.copy_s)
+            moves += self._moves(conversion)
+            if keeps == "target" or (keeps == "copy" and conversion.moved):
+                kept += self.of(value, target)
+        return Term(compute_s, sum(move.exposed_s for move in moves), (("activations", kept),) if kept else (), tuple(moves))
+
+    # ---- parameters -------------------------------------------------------------------------------------------------------------
+
+    def parameter_term(self, value: Value, storage: Storage) -> Term:
+        """Memory of a parameter, its gradient and its optimizer state, and the optimizer's step on them."""
+        size = self.of(value, storage.stored)
+        if not (value.requires_grad and self.training):
+            return Term(memory=(("parameters", size),))
+        # One pass: parameter, gradient and states are read, parameter and states written.
+        step_s = size * (3 + 2 * self.states) / self._bytes_per_s + self._launch_s * min(1.0, size / 2**20)
+        return Term(step_s, 0.0, (("parameters", size), ("gradients", size), ("optimizer", self.states * size)))
+
+    def _use(
+        self, value: Value, storage: Storage, targets: tuple[State, ...], regather: bool
+    ) -> tuple[float, list[tuple[Action, int, str, int]], int]:
+        """Copying time, collectives and gathered bytes of a parameter on its way from storage to use, and of its gradient back."""
+        compute_s = 0.0
+        found: list[tuple[Action, int, str, int]] = []
+        gathered = 0
+        for target in targets:
+            conversion = self.conversion(value.shape, value.dtype, value.requires_grad, storage.stored, target)
+            compute_s += sum(conversion.copy_s)
+            found += conversion.moves
+            if conversion.gathers and storage.gather == "step":
+                gathered += self.of(value, target)
+            if storage.gather == "use" and regather:
+                found += [(kind, axis, "backward", size) for kind, axis, phase, size in conversion.moves if phase == "forward"]
+        return compute_s, found, gathered
+
+    def traffic(self, value: Value, storage: Storage, targets: tuple[State, ...], regather: bool) -> tuple[float, float, float, int]:
+        """Copying time, traffic time forward and backward before any is hidden, and bytes that stay gathered."""
+        compute_s, found, gathered = self._use(value, storage, targets, regather)
+        forward_s = sum(self.axes[axis].bucketed_s(kind, size) for kind, axis, phase, size in found if phase == "forward")
+        backward_s = sum(self.axes[axis].bucketed_s(kind, size) for kind, axis, phase, size in found if phase == "backward")
+        return compute_s, forward_s, backward_s, gathered
+
+    def use_term(self, value: Value, storage: Storage, targets: tuple[State, ...], times_s: tuple[float, float], regather: bool) -> Term:
+        """A parameter goes from where it is stored to where an operation uses it, its gradient the way back.
+
+        `times_s`: computing of that operation, forward and backward. `regather`: whether its backward pass reads the parameter.
+        """
+        compute_s, found, gathered = self._use(value, storage, targets, regather)
+        moves = []
+        exposed_s = 0.0
+        for phase, hidden_s in zip(("forward", "backward"), times_s, strict=True):
+            rows = [(row, self.axes[row[1]].bucketed_s(row[0], row[3])) for row in found if row[2] == phase]
+            total_s = sum(time_s for _, time_s in rows)
+            exposed = max(0.0, total_s - hidden_s)
+            exposed_s += exposed
+            for (kind, axis, _, size), time_s in rows:
+                label = "gradient" if phase == "backward" and kind in ("all_reduce", "reduce_scatter") else phase
+                moves.append(Move(kind, axis, label, size, time_s, exposed * time_s / total_s if total_s else 0.0))
+        return Term(compute_s, exposed_s, (("buffers", gathered),) if gathered else (), tuple(moves))
+
+
+def home(state: State, whole: bool) -> State:
+    """Where a returned value ends: whole on every rank, or as it was computed with sums done (contract of outputs)."""
+    return tuple(placement if placement.is_shard and not whole else R for placement in state)
