@@ -1,0 +1,76 @@
+"""The code in README.md and the tutorial runs, the examples run, and what the README shows of the command line is what it prints."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import readme_output  # noqa: E402
+
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def blocks(page: str) -> list[str]:
+    """Python blocks of a page as they stand; not those that quote a file of examples/, which run on their own."""
+    return [text for text in BLOCK.findall((ROOT / page).read_text("utf-8")) if "--8<--" not in text]
+
+
+def run_on_ranks(script: Path, ranks: int = 4) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script)]
+    done = subprocess.run(command, cwd=script.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, f"{script.name} on {ranks} ranks:\n{done.stdout}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def losses(output: str) -> list[float]:
+    return [float(text) for text in re.findall(r"loss ([\d.]+)", output)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+def test_blocks_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block after the other in one namespace, as a reader would; those that are a `train.py` also under torchrun on 4 ranks."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for number, text in enumerate(blocks(page), 1):
+        if text.startswith("# train.py"):
+            (tmp_path / "train.py").write_text(text)
+            found = losses(run_on_ranks(tmp_path / "train.py"))
+            assert len(found) >= 3 and found[-1] < found[0]
+            # What follows in the page speaks of this model, batch and plan.
+            text = text[: text.index("m = autopar.parallelize")]
+        exec(compile(text, f"{page}, block {number}", "exec"), names)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["quickstart.py", "per_rank.py"])
+def test_example_learns(name: str) -> None:
+    found = losses(run_on_ranks(ROOT / "examples" / name))
+    assert len(found) >= 3 and found[-1] < 0.5 * found[0]
+
+
+@pytest.mark.processes
+def test_checkpoint_example_continues_under_another_plan() -> None:
+    assert "the same losses" in run_on_ranks(ROOT / "examples" / "checkpoint.py")
+
+
+@pytest.mark.processes
+def test_demo_trains_as_one_device_does() -> None:
+    command = [sys.executable, str(ROOT / "examples" / "train_gpt2.py"), "--skip-llama", "--steps", "5"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    largest = re.search(r"Largest difference of any step: (\S+)", done.stdout)
+    assert largest and float(largest[1]) < 1e-4
+
+
+def test_command_line_output_in_the_readme_is_real() -> None:
+    assert readme_output.current_text() == readme_output.README.read_text("utf-8"), "run: python scripts/readme_output.py"
