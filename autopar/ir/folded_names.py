@@ -7,7 +7,7 @@ name vary together, so that they must hold equally many numbers.
 from __future__ import annotations
 
 import re
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 MAX_COUNT = 1_000_000
 """More repeats than any model has; a hostile file must not make a reader list more."""
@@ -98,6 +98,6 @@ def fold(names: list[str]) -> str:
 def _range_text(numbers: list[int]) -> str:
     if len(numbers) > 1:
         step = numbers[1] - numbers[0]
-        if step >= 1 and all(b - a == step for a, b in zip(numbers, numbers[1:], strict=False)):
+        if step >= 1 and all(b - a == step for a, b in pairwise(numbers)):
             return f"{numbers[0]}-{numbers[-1]}" + (f":{step}" if step > 1 else "")
     return ",".join(map(str, numbers))

@@ -267,7 +267,9 @@ class Plan(_Data):
         if found[0] != FORMAT:
             raise PlanFileError(f'{source}: not an autopar plan: "format" is {_quote(found[0])} and should be "{FORMAT}"')
         if type(found[1]) is not int or found[1] != VERSION:
-            remedy = "update autopar to read it" if type(found[1]) is int and found[1] > VERSION else "make the plan anew with `autopar plan`"
+            remedy = (
+                "update autopar to read it" if type(found[1]) is int and found[1] > VERSION else "make the plan anew with `autopar plan`"
+            )
             raise PlanFileError(f"{source}: plan version {_quote(found[1])}; this autopar reads version {VERSION}; {remedy}")
         try:
             plan = cls.model_validate_json(text)

@@ -11,7 +11,7 @@ from autopar.ir.graph import DTYPE_BYTES
 from autopar.ir.placement import Placement, parse
 
 if TYPE_CHECKING:
-    from autopar.ir.plan import Axes, ParameterPlan, Plan
+    from autopar.ir.plan import Axes, InputPlan, OutputPlan, ParameterPlan, Plan
 
 MAX_RANKS = 2**20
 MAX_DIMS = 64  # torch's own limit on the dims of a tensor
@@ -84,7 +84,8 @@ def _dtype(dtype: str, path: tuple[str | int, ...]) -> Iterator[Problem]:
 
 
 def _tensors(plan: Plan) -> Iterator[Problem]:
-    for field, tensors in (("inputs", plan.inputs), ("outputs", plan.outputs)):
+    fields: list[tuple[str, tuple[InputPlan | OutputPlan, ...]]] = [("inputs", plan.inputs), ("outputs", plan.outputs)]
+    for field, tensors in fields:
         paths: set[str] = set()
         for index, tensor in enumerate(tensors):
             if tensor.path in paths:
@@ -116,7 +117,9 @@ def _parameter(plan: Plan, parameter: ParameterPlan, index: int) -> Iterator[Pro
         yield from _placements(plan, axes, shape, "parameters", index, *path, "stored")
         for axis, text in axes.items():
             if text in ("R/P", "P(sum)"):
-                yield Problem(("parameters", index, *path, "stored", axis), f"a parameter is stored whole or split, not `{text}`: write R or S(dim)")
+                yield Problem(
+                    ("parameters", index, *path, "stored", axis), f"a parameter is stored whole or split, not `{text}`: write R or S(dim)"
+                )
     yield from _placements(plan, parameter.used, shape, "parameters", index, "used")
 
 

@@ -16,7 +16,11 @@ from autopar.ir.plan import Axes, CollectivePlan, OpPlan, ParameterPlan, Plan, S
 
 KIND_WORDS = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all"}
 PHASES = ("forward", "backward", "gradient")
-GATHER_WORDS = {"never": "no", "step": "once a step", "use": "for each use"}
+GATHER_WORDS = {"never": "", "step": "per step", "use": "per use"}
+_ROLE_ORDER = (
+    "batch", "sequence", "tokens", "attention heads", "queries", "out features", "in features", "channels", "kernel", "image rows",
+    "image columns", "hidden", "vocabulary",
+)  # fmt: skip
 
 # What a split of an operator's first output means, by dim. Operators that hold a weight are told by the weight instead (see `role`).
 _DIM_ROLES = {
@@ -27,13 +31,30 @@ _DIM_ROLES = {
     "embedding": ("batch", "sequence", "hidden"),
 }
 _TOKEN_DIMS = ("batch", "sequence")
-_HEAVY = ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul", "conv", "scaled_dot_product_attention", "embedding", "cross_entropy", "batch_norm")
+_HEAVY = (
+    "linear",
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "matmul",
+    "conv",
+    "scaled_dot_product_attention",
+    "embedding",
+    "cross_entropy",
+    "batch_norm",
+)
 
 
 def operator(target: str) -> str:
     """The short name of an operator: `aten.linear.default` is `linear`, `aten.conv2d.default` is `conv2d`."""
     parts = target.split(".")
     return parts[1] if len(parts) > 1 else target
+
+
+def operator_words(target: str) -> str:
+    """`operator`, with `attention` for its long name."""
+    return operator(target).replace("scaled_dot_product_attention", "attention")
 
 
 def family(target: str) -> str:
@@ -71,11 +92,13 @@ def gap_words(plan: Plan) -> str:
 def memory_words(plan: Plan) -> str:
     """`61.2 GiB of 72 GiB: fits, 10.8 GiB to spare`."""
     total, limit = sum(plan.memory_bytes.values()), plan.predicted.memory_limit_bytes
-    verdict = f"fits, {units.size(limit - total)} to spare" if plan.predicted.fits else f"does not fit: {units.size(total - limit)} are missing"
+    verdict = (
+        f"fits, {units.size(limit - total)} to spare" if plan.predicted.fits else f"does not fit: {units.size(total - limit)} are missing"
+    )
     return f"{units.size(total)} of {units.size(limit)} per rank: {verdict}"
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
     """`name` with every number and range as `#`: what repeats have in common."""
     return re.sub(r"\{[^{}]*\}|(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "#", name)
 
@@ -86,11 +109,11 @@ class Names:
     def __init__(self, names: Iterable[str]) -> None:
         self._by_pattern: dict[str, list[str]] = {}
         for name in names:
-            self._by_pattern.setdefault(_pattern(name), []).append(name)
+            self._by_pattern.setdefault(pattern(name), []).append(name)
 
     def find(self, single: str) -> str | None:
         """The name that is `single` or stands for it."""
-        near = self._by_pattern.get(_pattern(single), [])
+        near = self._by_pattern.get(pattern(single), [])
         return single if single in near else next((name for name in near if folded_names.stands_for(name, single)), None)
 
 
@@ -136,16 +159,17 @@ class Roles:
         return None if name is None else self.weights[name]
 
     def axis(self, axis: str) -> str:
-        """The roles of one axis, most used first: `batch`; `attention heads, columns, rows, vocabulary`."""
+        """The roles of one axis: `batch`; `sequence, attention heads, out features, in features, vocabulary`."""
         found: Counter[str] = Counter()
         for segment in self.plan.segments:
             for op in segment.ops:
-                if is_heavy(op):
-                    found[self.role(op, axis)] += segment.count
-                elif parse(op.output[axis]).is_shard and "norm" in op.module.rsplit(".", 1)[-1].lower():
+                norm = "norm" in op.module.rsplit(".", 1)[-1].lower() and parse(op.output[axis]).is_shard
+                if is_heavy(op) or norm:
                     found[self.role(op, axis)] += segment.count
         total = sum(found.values())
-        words = [role for role, _ in found.most_common() if role not in ("", "whole")]
+        if found["batch"] or found["sequence"]:
+            del found["tokens"]
+        words = [role for role in _ROLE_ORDER if role in found]
         if sharded := self._sharded_state(axis):
             words.append(sharded)
         if not words:
@@ -172,8 +196,12 @@ class Roles:
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
-    """Parameters that differ in numbers of their names only and lie alike; `shapes` has one entry unless theirs differ."""
+    """Parameters that differ in numbers of their names only and lie alike; `shapes` has one entry unless theirs differ.
 
+    `owner` is the repeated module they belong to, `model.layers.{0-31}`, and `name` what follows; `owner` is empty outside repeats.
+    """
+
+    owner: str
     name: str
     count: int
     shapes: tuple[tuple[int, ...], ...]
@@ -188,24 +216,31 @@ def parameter_groups(plan: Plan) -> list[ParameterGroup]:
     found: dict[tuple[str, ...], list[ParameterPlan]] = {}
     for item in plan.parameters:
         stored, used = placements(item.stored, plan.mesh), placements(item.used, plan.mesh)
-        found.setdefault((_pattern(item.name), stored, used, item.gather, str(item.trainable)), []).append(item)
+        found.setdefault((pattern(item.name), stored, used, item.gather, str(item.trainable)), []).append(item)
     groups = []
-    for (pattern, stored, used, gather, _), items in found.items():
+    for (shared, stored, used, gather, _), items in found.items():
         names = [item.name for item in items]
-        name = names[0] if len(names) == 1 else _join(names, pattern)
+        name = names[0] if len(names) == 1 else _join(names, shared)
         shapes = tuple(dict.fromkeys(item.shape for item in items))
         count = sum(map(folded_names.count, names))
-        groups.append(ParameterGroup(name, count, shapes, stored, used, gather, items[0].trainable))
+        owner, name = split_owner(name)
+        groups.append(ParameterGroup(owner, name, count, shapes, stored, used, gather, items[0].trainable))
     return groups
 
 
-def _join(names: list[str], pattern: str) -> str:
+def split_owner(name: str) -> tuple[str, str]:
+    """A folded name as its repeated module and the rest: `model.layers.{0-31}` and `mlp.up_proj.weight`."""
+    match = re.match(r"(.*(?:\{[^{}]*\}|\*))\.(.+)", name)
+    return (match[1], match[2]) if match else ("", name)
+
+
+def _join(names: list[str], shared: str) -> str:
     """One name for several of one pattern: `h.{0-11}.w` where only one number varies and none is a range yet, else stars."""
     if not any("{" in name for name in names):
         joined = folded_names.fold(names)
         if joined.count("{") == 1:
             return joined
-    return pattern.replace("#", "*")
+    return shared.replace("#", "*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,16 +272,20 @@ def op_rows(plan: Plan, segment: SegmentPlan, roles: Roles) -> list[OpRow]:
     for op in segment.ops:
         collectives = tuple(serving.get(op.name, ()))
         if not is_heavy(op) and not collectives:
-            skipped.append(operator(op.target))
+            skipped.append(operator_words(op.target))
             continue
         flush()
         axes = {axis: _axis_words(op, axis, roles) for axis in real_axes(plan)}
         name = _below(op.module, segment.name)
         previous = rows[-1] if rows else None
-        if previous and not previous.other and (previous.axes, previous.collectives, previous.operators) == (axes, collectives, (operator(op.target),)):
+        if (
+            previous
+            and not previous.other
+            and (previous.axes, previous.collectives, previous.operators) == (axes, collectives, (operator_words(op.target),))
+        ):
             rows[-1] = OpRow((*previous.names, name), previous.operators, axes, collectives)
         else:
-            rows.append(OpRow((name,), (operator(op.target),), axes, collectives))
+            rows.append(OpRow((name,), (operator_words(op.target),), axes, collectives))
     flush()
     return rows
 
@@ -298,7 +337,9 @@ def traffic(plan: Plan) -> list[Traffic]:
     keys = sorted(found, key=lambda key: (order[key[0]], PHASES.index(key[1]), key[2]))
     rows = []
     for axis, phase, kind in keys:
-        items = sorted(found[axis, phase, kind], key=lambda item: (-item.exposed_s * item.count, -item.bytes * item.count, item.value, item.op))
+        items = sorted(
+            found[axis, phase, kind], key=lambda item: (-item.exposed_s * item.count, -item.bytes * item.count, item.value, item.op)
+        )
         rows.append(
             Traffic(
                 kind=KIND_WORDS[kind],

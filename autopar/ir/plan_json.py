@@ -101,7 +101,9 @@ def read(text: str, source: str = "plan") -> dict[str, Any]:
     try:
         data = json.loads(text, object_pairs_hook=pairs, parse_int=integer, parse_float=number, parse_constant=constant)
     except json.JSONDecodeError as error:
-        raise PlanFileError(f"{source}:{error.lineno}:{error.colno}: not JSON: {error.msg}; restore the file or make the plan anew") from None
+        raise PlanFileError(
+            f"{source}:{error.lineno}:{error.colno}: not JSON: {error.msg}; restore the file or make the plan anew"
+        ) from None
     if duplicate:
         raise PlanFileError(_first_duplicate(text, source))
     if not isinstance(data, dict):

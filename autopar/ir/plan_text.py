@@ -7,7 +7,9 @@ import textwrap
 from autopar.ir import units
 from autopar.ir.plan import Plan, SegmentPlan
 from autopar.ir.plan_digest import (
+    GATHER_WORDS,
     OpRow,
+    ParameterGroup,
     Roles,
     gap_words,
     memory_words,
@@ -65,7 +67,9 @@ def _header(plan: Plan, roles: Roles) -> str:
 
 
 def _entry(head: str, text: str) -> str:
-    return textwrap.fill(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _table(header: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
@@ -91,16 +95,23 @@ def _parameters(plan: Plan) -> str:
     if not plan.parameters:
         return ""
     rows = []
+    owner = ""
     for group in parameter_groups(plan):
-        shape = units.shape(group.shapes[0]) if len(group.shapes) == 1 else f"{len(group.shapes)} shapes"
-        name = group.name if group.trainable else f"{group.name} (frozen)"
-        rows.append([name, f"x{group.count}" if group.count > 1 else "", shape, group.stored, group.used, gather_words(group.gather, group.stored)])
+        if group.owner and group.owner != owner:
+            rows.append([group.owner, "", "", "", "", ""])
+        owner = group.owner
+        count = f"x{group.count}" if group.count > 1 else ""
+        rows.append([parameter_name(group), count, shape_words(group), group.stored, group.used, GATHER_WORDS[group.gather]])
     return "parameters\n" + _table(["", "", "shape", "stored", "used", "gathered"], rows, right=(1,))
 
 
-def gather_words(gather: str, stored: str) -> str:
-    """Whether a parameter is gathered, as a word for a table; nothing where nothing is split."""
-    return {"never": "", "step": "once a step", "use": "for each use"}[gather] if stored != "R" else ""
+def parameter_name(group: ParameterGroup) -> str:
+    """The name below the repeated module it belongs to, set in under that."""
+    return ("  " if group.owner else "") + group.name + ("" if group.trainable else " (frozen)")
+
+
+def shape_words(group: ParameterGroup) -> str:
+    return units.shape(group.shapes[0]) if len(group.shapes) == 1 else f"{len(group.shapes)} shapes"
 
 
 def segment_title(segment: SegmentPlan) -> str:
@@ -122,7 +133,7 @@ def _segments(plan: Plan, roles: Roles) -> str:
 
 
 def _op_cells(row: OpRow, axes: list[str]) -> list[str]:
-    return [names_words(row.names), " ".join(row.operators), *(row.axes[axis] for axis in axes), collective_words(row)]
+    return [names_words(row.names), " ".join(row.operators), *(row.axes[axis] for axis in axes), ", ".join(collective_words(row))]
 
 
 def names_words(names: tuple[str, ...]) -> str:
@@ -132,13 +143,13 @@ def names_words(names: tuple[str, ...]) -> str:
     return ", ".join(dict.fromkeys([names[0], *rest]))
 
 
-def collective_words(row: OpRow) -> str:
-    """`all-gather@tp 128 MiB, backward reduce-scatter@tp 128 MiB`."""
+def collective_words(row: OpRow) -> list[str]:
+    """`all-gather@tp 128 MiB`, `backward reduce-scatter@tp 128 MiB`."""
     words = []
     for item in row.collectives:
         phase = "" if item.phase == "forward" else f"{item.phase} "
         words.append(f"{phase}{item.kind.replace('_', '-')}@{item.axis} {units.size(item.bytes)}")
-    return ", ".join(words)
+    return words
 
 
 def _collectives(plan: Plan) -> str:
@@ -148,7 +159,9 @@ def _collectives(plan: Plan) -> str:
     ]
     if not rows:
         return "collectives: none"
-    return "collectives a step, on one rank\n" + _table(["axis", "phase", "", "count", "bytes", "time", "exposed"], rows, right=(3, 4, 5, 6))
+    return "collectives a step, on one rank\n" + _table(
+        ["axis", "phase", "", "count", "bytes", "time", "exposed"], rows, right=(3, 4, 5, 6)
+    )
 
 
 def _remarks(plan: Plan) -> str:

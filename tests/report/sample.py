@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
+from autopar.ir import folded_names
 from autopar.ir.plan import (
-    Alternative, ClusterInfo, CollectivePlan, InputPlan, ModelInfo, OpPlan, OutputPlan, ParameterPlan, Plan, Predicted, SegmentPlan,
+    Alternative,
+    ClusterInfo,
+    CollectivePlan,
+    InputPlan,
+    ModelInfo,
+    OpPlan,
+    OutputPlan,
+    ParameterPlan,
+    Plan,
+    Predicted,
+    SegmentPlan,
 )  # fmt: skip
 
 GIB = 2**30
@@ -95,15 +108,29 @@ def sample_plan(layers: int = 32, *, name: str = "searched", fits: bool = True) 
     )
     total = segments[-1].start + len(_AFTER)
 
-    def collective(kind: str, axis: str, phase: str, value: str, op: str, size: int, times: int, time_s: float, exposed_s: float) -> CollectivePlan:
-        return CollectivePlan(kind=kind, axis=axis, phase=phase, value=value, op=op, bytes=size, count=times, time_s=time_s, exposed_s=exposed_s)
+    def collective(
+        kind: str, axis: str, phase: str, value: str, op: str, size: int, times: int, time_s: float, exposed_s: float
+    ) -> CollectivePlan:
+        return CollectivePlan(
+            kind=kind, axis=axis, phase=phase, value=value, op=op, bytes=size, count=times, time_s=time_s, exposed_s=exposed_s
+        )
 
     collectives = (
         collective("all_gather", "tp", "forward", "mul_5", "reshard_6", 128 * 2**20, layers * 2, 4e-4, 4e-4),
         collective("reduce_scatter", "tp", "forward", "linear_13", "add_14", 128 * 2**20, layers * 2, 4e-4, 4e-4),
         collective("all_gather", "tp", "backward", "linear_13", "add_14", 128 * 2**20, layers * 2, 4e-4, 4e-4),
         *(
-            collective("reduce_scatter", "dp", "gradient", p.name, p.name, 2 * p.shape[0] * p.shape[-1] // 4, layers if "{" in p.name else 1, 2e-4, 1e-5)
+            collective(
+                "reduce_scatter",
+                "dp",
+                "gradient",
+                p.name,
+                p.name,
+                2 * p.shape[0] * p.shape[-1] // 4,
+                layers if "{" in p.name else 1,
+                2e-4,
+                1e-5,
+            )
             for p in parameters
             if p.gather == "use"
         ),
@@ -111,7 +138,13 @@ def sample_plan(layers: int = 32, *, name: str = "searched", fits: bool = True) 
     memory = {"parameters": 2 * GIB, "gradients": 2 * GIB, "optimizer": 8 * GIB, "activations": 40 * GIB, "buffers": GIB}
     return Plan(
         name=name,
-        model=ModelInfo(name="LlamaForCausalLM", fingerprint="0123456789abcdef", training=True, parameters=8_030_261_248, operations=total),
+        model=ModelInfo(
+            name="LlamaForCausalLM",
+            fingerprint="0123456789abcdef",
+            training=True,
+            parameters=sum(folded_names.count(p.name) * math.prod(p.shape) for p in parameters),
+            operations=total,
+        ),
         cluster=ClusterInfo(name="h100x8", device="H100", devices_per_node=8, nodes=1, memory_bytes=80 * GIB),
         mesh={"dp": 2, "tp": 4},
         inputs=(InputPlan(path="input_ids", shape=(16, 8192), dtype="int64", placement=axes("S(0)", "R")),),

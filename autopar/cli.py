@@ -1,0 +1,339 @@
+"""The command line: `autopar plan | show | explain | diff | validate | verify | clusters | schema`.
+
+Exit codes: 0 for success, 1 where `diff` finds a difference, `validate` a contradiction, `verify` a deviation, or `plan` nothing that fits;
+2 for errors of use, each told in one message on stderr (AUTOPAR_DEBUG=1 adds the traceback). Reports go to stdout, all else to stderr.
+
+Every import of weight is inside a command: reading plans must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from autopar.errors import AutoparError, InfeasibleError, PlanError
+
+if TYPE_CHECKING:
+    from autopar.ir.plan import Plan
+
+app = typer.Typer(
+    name="autopar",
+    help="Spread a PyTorch model over a cluster: plan, review, verify.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[
+    str, typer.Argument(metavar="MODEL", help="MODULE:FACTORY (a function that returns a model and its inputs) or hf:CONFIG.")
+]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Global batch size of the example inputs.")]
+Seq = Annotated[int | None, typer.Option("--seq", min=1, help="Sequence length of the example inputs.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Parameters' dtype: fp32, bf16, fp16 or fp64.")]
+
+
+class Baseline(StrEnum):
+    """Well-known plans by name."""
+
+    ddp = "ddp"
+    zero1 = "zero1"
+    fsdp = "fsdp"
+    tp = "tp"
+    tp_sp = "tp-sp"
+
+
+class Effort(StrEnum):
+    """How far the search goes."""
+
+    fast = "fast"
+    exact = "exact"
+
+
+class Optimizer(StrEnum):
+    """Whose state is counted."""
+
+    adamw = "adamw"
+    sgd_momentum = "sgd-momentum"
+    sgd = "sgd"
+
+
+@app.command()
+def plan(
+    source: Source,
+    cluster: Annotated[
+        str, typer.Option("--cluster", "-c", help="A preset such as h100x8 or cpu:4 (see `autopar clusters`), or a .toml file.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the plan.")] = None,
+    mesh: Annotated[str | None, typer.Option("--mesh", metavar="DPxTP", help="Force a mesh, such as 2x4; else all are searched.")] = None,
+    batch: Batch = None,
+    seq: Seq = None,
+    dtype: Dtype = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option("--pin", metavar="GLOB=PLACEMENT", help="Force a storage: '*.up_proj.weight=S(0)@tp'. May be repeated."),
+    ] = None,
+    baseline: Annotated[Baseline | None, typer.Option("--baseline", help="A well-known plan instead of the best.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the well-known plans beside the searched one.")] = False,
+    effort: Annotated[Effort, typer.Option("--effort", help="exact: proven by HiGHS where the fast search leaves a gap.")] = Effort.fast,
+    memory_limit: Annotated[
+        str | None, typer.Option("--memory-limit", metavar="SIZE", help="Memory of a rank that may be used: 70GB, 64GiB.")
+    ] = None,
+    optimizer: Annotated[Optimizer, typer.Option("--optimizer", help="Whose state is counted.")] = Optimizer.adamw,
+    alternatives: Annotated[bool, typer.Option("--alternatives", help="Price every other storage too, for `autopar explain`.")] = False,
+    time_limit: Annotated[
+        float | None, typer.Option("--time-limit", min=0, metavar="SECONDS", help="Stop searching after this long.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Show every operation and collective.")] = False,
+) -> None:
+    """Search the best plan for MODEL on a cluster, show it, and write it with -o. Needs no GPU."""
+    if compare and baseline:
+        raise PlanError("--compare shows all baselines; leave --baseline away")
+    options: dict[str, Any] = {
+        "mesh": None if mesh is None else _mesh(mesh),
+        "pins": dict(map(_pin, pin or [])) or None,
+        "effort": effort.value,
+        "optimizer": optimizer.value,
+        "memory_limit_bytes": None if memory_limit is None else _size(memory_limit),
+        "time_limit_s": time_limit,
+        "alternatives": alternatives,
+    }
+    _check_writable(output)
+
+    from autopar.report.progress import live_line
+
+    with live_line("loading the model") as (enter, step):
+        model, inputs = _load(source, batch, seq, dtype)
+        enter("tracing")
+
+        import autopar
+
+        options["progress"] = step
+        if compare:
+            plans = autopar.compare(model, inputs, cluster, **options)
+        else:
+            plans = {"": autopar.plan(model, inputs, cluster, baseline=None if baseline is None else baseline.value, **options)}
+
+    from autopar.ir.plan import Plan
+    from autopar.report.compare import compare as show_compared
+    from autopar.report.show import show as show_plan
+    from autopar.report.terminal import console
+
+    screen = console()
+    chosen = plans["searched" if compare else ""]
+    if isinstance(chosen, Plan):
+        show_plan(chosen, screen, full)
+        if output is not None:
+            chosen.save(output)
+    if compare:
+        screen.print()
+        show_compared(plans, screen)
+    if not isinstance(chosen, Plan):
+        raise chosen
+    if output is not None:
+        print(f"plan written to {output}", file=sys.stderr)
+    if not chosen.predicted.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(plan: PlanFile, full: Annotated[bool, typer.Option("--full", help="Show every operation and collective.")] = False) -> None:
+    """Show a plan so that it can be reviewed in a minute."""
+    from autopar.report.show import show as show_plan
+    from autopar.report.terminal import console
+
+    show_plan(_read(plan), console(), full)
+
+
+@app.command()
+def explain(
+    plan: PlanFile,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A parameter, operation or module, or a glob over these.")],
+    instead: Annotated[str | None, typer.Option("--instead", metavar="PLACEMENT", help="Ask about one storage: 'S(0)@tp'.")] = None,
+) -> None:
+    """Say why NAME lies as it does: what serves it, and what each alternative would cost."""
+    from autopar.report.explain import explain as explain_name
+    from autopar.report.terminal import console
+
+    explain_name(_read(plan), name, console(), instead)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A plan file.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another plan file.")],
+    full: Annotated[bool, typer.Option("--full", help="Also show operations that only follow, such as additions and views.")] = False,
+) -> None:
+    """Say what differs between two plans: decisions first, then what follows. Exits 1 where they differ, 0 where they are equal."""
+    from autopar.report.diff import diff as diff_plans
+    from autopar.report.terminal import console
+
+    first, second = _read(a), _read(b)
+    names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
+    if diff_plans(first, second, console(), names, full):
+        raise typer.Exit(1)
+
+
+@app.command()
+def validate(
+    plan: PlanFile,
+    source: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="The model to validate against: MODULE:FACTORY or hf:CONFIG.")
+    ] = None,
+    batch: Batch = None,
+    seq: Seq = None,
+    dtype: Dtype = None,
+) -> None:
+    """Check that a plan holds together, and with MODEL that it is a plan for that model. Exits 1 with the contradictions."""
+    from autopar.report.validate import contradictions, contradictions_with
+
+    found = _read(plan)
+    if source is None:
+        problems = contradictions(found)
+    else:
+        from autopar.report.progress import live_line
+
+        with live_line("loading the model") as (enter, _):
+            model, inputs = _load(source, *_sizes(found, batch, seq, dtype))
+            enter("tracing")
+
+            from autopar.ir.trace import split_example, trace
+
+            args, kwargs = split_example(inputs)
+            problems = contradictions_with(found, trace(model, args, kwargs).graph)
+    for problem in problems:
+        print(f"{plan}: {problem}")
+    if problems:
+        raise typer.Exit(1)
+    print(f"{plan}: sound" + ("" if source is None else f", and a plan for {source}"))
+
+
+@app.command()
+def verify(source: Source, plan: PlanFile, batch: Batch = None, seq: Seq = None, dtype: Dtype = None) -> None:
+    """Compare losses, gradients and updated parameters of MODEL on one device and under PLAN on local processes. Exits 1 where they deviate."""
+    from autopar.report.progress import live_line
+
+    found = _read(plan)
+    with live_line("loading the model") as (enter, _):
+        model, inputs = _load(source, *_sizes(found, batch, seq, dtype))
+        enter(f"training on 1 and on {found.world_size} local processes")
+
+        import autopar
+
+        report = autopar.verify(model, inputs, found)
+    print(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def clusters() -> None:
+    """List the clusters that --cluster knows by name, with the numbers that plans are priced by."""
+    from autopar.report.clusters import clusters as show_clusters
+    from autopar.report.terminal import console
+
+    show_clusters(console())
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of plan files."""
+    import json
+
+    from autopar.ir.plan import Plan
+
+    print(json.dumps(Plan.model_json_schema(), indent=2))
+
+
+def _read(path: Path) -> Plan:
+    from autopar.ir.plan import Plan
+
+    return Plan.load(path)
+
+
+def _load(source: str, batch: int | None, seq: int | None, dtype: str | None) -> tuple[Any, Any]:
+    """The model and its example inputs. Modules in the current directory can be named, as with `python -m`."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    from autopar.ir.sources import load_model
+
+    given = {"batch": batch, "seq": seq, "dtype": dtype}
+    return load_model(source, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _sizes(plan: Plan, batch: int | None, seq: int | None, dtype: str | None) -> tuple[int | None, int | None, str | None]:
+    """What was not given, as the plan has it: batch and sequence of its first input."""
+    shape = plan.inputs[0].shape if plan.inputs else ()
+    return (
+        batch if batch is not None or not shape else shape[0],
+        seq if seq is not None or len(shape) < 2 else shape[1],
+        dtype or (plan.parameters[0].dtype if plan.parameters else None),
+    )
+
+
+def _mesh(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d{1,7})\s*[xX*,]\s*(\d{1,7})\s*", text)
+    if not match or not int(match[1]) or not int(match[2]):
+        raise PlanError(f"--mesh {text}: write two sizes, such as 2x4: 2 on the outer axis dp, 4 on the inner axis tp")
+    return int(match[1]), int(match[2])
+
+
+def _pin(text: str) -> tuple[str, str]:
+    glob, equals, placement = text.partition("=")
+    if not equals or not glob.strip() or not placement.strip():
+        raise PlanError(f"--pin {text}: write GLOB=PLACEMENT, such as '*.up_proj.weight=S(0)@tp'")
+    return glob.strip(), placement.strip()
+
+
+_UNITS = {"": 1, "b": 1} | {
+    unit: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for unit, base in ((f"{letter}b", 1000), (f"{letter}ib", 1024), (letter, 1024))
+}
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS:
+        raise PlanError(f"--memory-limit {text}: write a size such as 70GB, 64GiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _check_writable(output: Path | None) -> None:
+    """Before minutes of work, not after them."""
+    if output is None:
+        return
+    if output.is_dir():
+        raise PlanError(f"-o {output}: is a directory; name a file")
+    if not output.parent.is_dir():
+        raise PlanError(f"-o {output}: the directory `{output.parent}` does not exist; make it first")
+
+
+def _fail(error: AutoparError) -> NoReturn:
+    if os.environ.get("AUTOPAR_DEBUG"):
+        raise error
+    text = f"error: {error}"
+    if isinstance(error, InfeasibleError) and error.remedies and error.remedies[0] not in text:
+        text += "".join(f"\n  {number}. {remedy}" for number, remedy in enumerate(error.remedies, 1))
+    print(text, file=sys.stderr)
+    sys.exit(1 if isinstance(error, InfeasibleError) else 2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script. Ends the process with the exit codes above."""
+    try:
+        app(args=arguments, prog_name="autopar")
+    except AutoparError as error:
+        _fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A plan on a terminal: `autopar show`. What `print(plan)` says, with colours, in the width there is; `full` tells everything."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from autopar.ir import plan_text, units
+from autopar.ir.plan import Plan, SegmentPlan
+from autopar.ir.plan_digest import GATHER_WORDS, Roles, gap_words, memory_words, op_rows, parameter_groups, placements, real_axes, traffic
+from autopar.report.terminal import heading, hold, placed, table
+
+MEMORY_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red")
+
+COLLECTIVES_BESIDE = 110
+"""From this width on the collectives stand beside the operations they serve, below it under them."""
+
+
+def show(plan: Plan, console: Console, full: bool = False) -> None:
+    """Print `plan`. `full` lists every operation, every parameter and every collective that the file has."""
+    roles = Roles.of(plan)
+    console.print(_header(plan, roles, console.width))
+    for title, body in [
+        (heading("inputs and outputs"), _inputs(plan)),
+        (heading("parameters"), _parameters(plan, full, console.width)),
+        *((_segment_heading(segment), _segment(plan, segment, roles, full, console.width)) for segment in plan.segments),
+        (heading("collectives", "a step, on one rank"), _collectives(plan, full)),
+    ]:
+        if body is not None:
+            console.print()
+            console.print(title)
+            console.print(Padding(body, (0, 0, 0, 1)))
+    if remarks := _remarks(plan):
+        console.print()
+        console.print(remarks)
+
+
+def _header(plan: Plan, roles: Roles, width: int) -> RenderableType:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    effort = f"effort {plan.predicted.effort}, optimizer {plan.predicted.optimizer}"
+    grid.add_row("plan", Text.assemble((plan.name, "bold"), f"  ({effort})"))
+    grid.add_row("model", plan_text.model_words(plan))
+    grid.add_row("cluster", plan_text.cluster_words(plan))
+    grid.add_row("mesh", Text(plan_text.mesh_words(plan), style="bold"))
+    for axis in real_axes(plan):
+        grid.add_row(f"  {axis}", roles.axis(axis))
+    step, rest = plan_text.time_words(plan).split(" a step", 1)
+    grid.add_row("time", Text.assemble((step, "bold"), f" a step{rest}"))
+    grid.add_row("proof", Text(gap_words(plan), style="green" if plan.predicted.fits and plan.gap < 0.01 else "yellow"))
+    grid.add_row("memory", Text(memory_words(plan), style="default" if plan.predicted.fits else "bold red"))
+    grid.add_row("", _memory_bar(plan, max(20, min(60, width - 20))))
+    grid.add_row("", _memory_legend(plan))
+    return grid
+
+
+def _memory_bar(plan: Plan, width: int) -> Text:
+    """One bar as long as the limit (or as the need, where that is more), a colour for each kind."""
+    total, limit = sum(plan.memory_bytes.values()), plan.predicted.memory_limit_bytes
+    whole = max(total, limit, 1)
+    bar = Text()
+    drawn = before = 0
+    for colour, count in zip(MEMORY_COLOURS * 9, plan.memory_bytes.values(), strict=False):
+        before += count
+        cells = round(width * before / whole) - drawn
+        bar.append("█" * cells, style=colour)
+        drawn += cells
+    bar.append("░" * (width - drawn), style="dim")
+    return bar
+
+
+def _memory_legend(plan: Plan) -> Text:
+    legend = Text()
+    for colour, (kind, count) in zip(MEMORY_COLOURS * 9, plan.memory_bytes.items(), strict=False):
+        legend.append("" if not legend else "  ")
+        legend.append("■ ", style=colour).append(f"{kind} {units.size(count)}")
+    return legend
+
+
+def _inputs(plan: Plan) -> RenderableType | None:
+    axes = real_axes(plan)
+    made = table("", "path", "global shape", "dtype", *axes, fold=("path",))
+    for word, tensors in (("input", plan.inputs), ("output", plan.outputs)):
+        for item in tensors:
+            made.add_row(word, item.path, units.shape(item.shape), item.dtype, *(placed(item.placement[axis]) for axis in axes))
+    return made if made.row_count else None
+
+
+def _parameters(plan: Plan, full: bool, width: int) -> RenderableType | None:
+    if not plan.parameters:
+        return None
+    made = table("name", "", "shape", "stored", "used", "gathered", right=("",), fold=("name", "stored", "used"))
+    if full:
+        for item in plan.parameters:
+            stored, used = placements(item.stored, plan.mesh), placements(item.used, plan.mesh)
+            name = item.name + ("" if item.trainable else " (frozen)")
+            made.add_row(name, "", units.shape(item.shape), placed(stored), placed(used), GATHER_WORDS[item.gather])
+        return hold(made, width)
+    owner = ""
+    for group in parameter_groups(plan):
+        if group.owner and group.owner != owner:
+            made.add_row(Text(group.owner, style="dim"))
+        owner = group.owner
+        count = f"x{group.count}" if group.count > 1 else ""
+        cells: list[RenderableType] = [plan_text.shape_words(group), placed(group.stored), placed(group.used), GATHER_WORDS[group.gather]]
+        made.add_row(plan_text.parameter_name(group), count, *cells)
+    return hold(made, width)
+
+
+def _segment_heading(segment: SegmentPlan) -> Text:
+    title, _, remark = plan_text.segment_title(segment).rpartition(": ")
+    return heading(title, remark)
+
+
+def _segment(plan: Plan, segment: SegmentPlan, roles: Roles, full: bool, width: int) -> RenderableType | None:
+    axes = real_axes(plan)
+    if full:
+        made = table("operation", "operator", "module", *axes, fold=("operation", "module", "operator"))
+        for op in segment.ops:
+            cells = [placed(f"{op.split[axis]} {op.output[axis]}") for axis in axes]
+            made.add_row(op.name, op.target, op.module, *cells)
+        return made
+    rows = op_rows(plan, segment, roles)
+    if all(row.other for row in rows):
+        return None
+    beside = width >= COLLECTIVES_BESIDE
+    made = table("module", "operator", *axes, *(["collectives"] if beside else []), fold=("module", "operator", "collectives", *axes))
+    for row in rows:
+        if row.other:
+            made.add_row(Text("...", style="dim"), Text(" ".join(row.operators), style="dim"))
+            continue
+        cells = [placed(row.axes[axis]) for axis in axes]
+        collectives = [Text(words, style="yellow") for words in plan_text.collective_words(row)]
+        made.add_row(plan_text.names_words(row.names), " ".join(row.operators), *cells, *([Text(", ").join(collectives)] if beside else []))
+        for words in [] if beside else collectives:
+            made.add_row(Text("  ").append(words))
+    return hold(made, width)
+
+
+def _collectives(plan: Plan, full: bool) -> RenderableType:
+    rows = traffic(plan)
+    if not rows:
+        return Text("none")
+    made = table("axis", "phase", "collective", "count", "bytes", "time", "exposed", right=("count", "bytes", "time", "exposed"))
+    if full:
+        made.add_column("serves", overflow="fold")
+    for row in rows:
+        cells = [f"{row.count:,}", units.size(row.bytes), units.seconds(row.time_s), units.seconds(row.exposed_s)]
+        made.add_row(row.axis, row.phase, row.kind, *cells, style="bold" if full else "")
+        for item in row.items if full else ():
+            amounts = (item.bytes * item.count, item.time_s * item.count, item.exposed_s * item.count)
+            cells = [f"{item.count:,}", units.size(amounts[0]), units.seconds(amounts[1]), units.seconds(amounts[2])]
+            made.add_row("", "", "", *cells, item.op if item.op == item.value else f"{item.value} for {item.op}")
+    return made
+
+
+def _remarks(plan: Plan) -> RenderableType | None:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for pattern, text in plan.pins.items():
+        grid.add_row(Text("pinned", style="cyan"), f"{pattern} to {text}")
+    if plan.replicated:
+        grid.add_row(Text("replicated", style="yellow"), "no sharding rule, so every rank runs all of " + ", ".join(plan.replicated))
+    for note in plan.notes:
+        grid.add_row(Text("note", style="yellow"), note)
+    return Group(grid) if grid.row_count else None
