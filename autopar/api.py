@@ -1,0 +1,180 @@
+"""The whole flow on one page: trace, plan, parallelize, verify.
+
+    nn.Module + example inputs ──trace──► Graph ──plan_graph──► Plan ──build──► ParallelModule
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from autopar.errors import InfeasibleError, PlanError
+from autopar.ir.cluster import Cluster, resolve
+from autopar.ir.plan import Plan
+from autopar.ir.trace import TracedModel, split_example, trace
+from autopar.search.baselines import BASELINES
+from autopar.search.planner import plan_graph
+
+if TYPE_CHECKING:
+    from autopar.runtime.verify import VerifyReport
+    from autopar.search.solve import Progress
+
+Mesh = Mapping[str, int] | tuple[int, int]
+Effort = Literal["fast", "exact"]
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    cluster: Cluster | str | Path,
+    *,
+    mesh: Mesh | None = None,
+    baseline: str | None = None,
+    pins: Mapping[str, str] | None = None,
+    effort: Effort = "fast",
+    optimizer: str = "adamw",
+    memory_limit_bytes: int | None = None,
+    time_limit_s: float | None = None,
+    alternatives: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Plan:
+    """Search the best way to run `model` on `cluster`. Needs no GPU and no process group; computes nothing of the model.
+
+    `model`: any module, parameters real or on `meta`, in training or evaluation mode as it is to be run.
+    `example_inputs`: one *global* batch: a tensor, a tuple of positional or a dict of keyword arguments, or any pytree; only shapes
+    and dtypes count, so `meta` tensors do.
+    `cluster`: a `Cluster`, a preset such as `"h100x8"`, `"h100x8:4"` (4 machines) or `"cpu:4"`, or the path of a TOML file.
+    `mesh`: forces `{"dp": 2, "tp": 4}` or `(2, 4)`; by default every factorisation of the device count is searched.
+    `baseline`: a well-known plan instead of the best: `"ddp"`, `"zero1"`, `"fsdp"`, `"tp"` or `"tp-sp"`.
+    `pins`: glob over parameter names -> placement, `{"model.layers.*.up_proj.weight": "S(0)@tp"}`.
+    `effort`: `"fast"` (Lagrange multipliers under a memory limit; the gap is reported) or `"exact"` (proven by HiGHS).
+    `optimizer`: whose state is counted: `"adamw"`, `"sgd-momentum"` or `"sgd"`.
+    `memory_limit_bytes`: per device; by default what the device has, less a reserve.
+    `alternatives`: also price every other storage of every parameter, for `autopar explain`.
+
+    Raises `TraceError` (the model cannot be read), `ClusterError`, `PinError`, `InfeasibleError` (nothing fits; with remedies).
+    """
+    return _plan_traced(
+        _trace(model, example_inputs),
+        resolve(cluster),
+        mesh=mesh,
+        baseline=baseline,
+        pins=pins,
+        effort=effort,
+        optimizer=optimizer,
+        memory_limit_bytes=memory_limit_bytes,
+        time_limit_s=time_limit_s,
+        alternatives=alternatives,
+        progress=progress,
+    )
+
+
+def compare(
+    model: nn.Module, example_inputs: Any, cluster: Cluster | str | Path, **options: Any
+) -> dict[str, Plan | PlanError]:
+    """The searched plan and every baseline for the same model and cluster, by name; an error where there is no such plan.
+
+    `options` are those of `plan`, but for `baseline`. A baseline that does not fit the memory is a plan whose `predicted.fits` is false.
+    """
+    traced, cluster = _trace(model, example_inputs), resolve(cluster)
+    found: dict[str, Plan | PlanError] = {}
+    for name in (None, *BASELINES):
+        try:
+            found[name or "searched"] = _plan_traced(traced, cluster, baseline=name, **options)
+        except PlanError as error:
+            if name is None and not isinstance(error, InfeasibleError):
+                raise
+            found[name or "searched"] = error
+    return found
+
+
+def parallelize(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    plan: Plan | None = None,
+    cluster: Cluster | str | Path | None = None,
+    inputs: Literal["global", "per-rank"] = "global",
+    device: torch.device | str | None = None,
+    timeout_s: float = 600.0,
+    sync_module_states: bool = True,
+    **plan_options: Any,
+) -> nn.Module:
+    """The distributed `model`: call it on every rank, under `torchrun` or in any process group.
+
+    Without `plan`, rank 0 makes one (`plan_options` as in `plan`; `cluster` defaults to the running process group) and every rank gets it.
+    Without `example_inputs`, the first call's inputs serve, and parameters become sharded at that call, in place: an optimizer made
+    before it stays valid. With one rank the model itself is returned.
+    `inputs`: `"global"` when every rank passes the whole batch, `"per-rank"` when each passes its own part (see `Plan.sampler`).
+    A model on `meta` is materialised shard by shard with its own initialisation. `sync_module_states`: start from rank 0's values.
+    `timeout_s`: limit of every collective; a rank that dies or disagrees ends the others with an error instead of a hang.
+
+    The result has the call signature and outputs of the model and the original parameter names; its parameters are DTensors.
+    Raises `PlanMismatchError` and `RankDisagreementError` on every rank alike, before any training step.
+    """
+    from autopar.runtime.build import build
+    from autopar.runtime.deferred import DeferredModule
+    from autopar.runtime.handshake import agree
+    from autopar.runtime.process_mesh import ensure_process_group
+
+    if ensure_process_group(device, timeout_s) == 1 and (plan is None or plan.world_size == 1):
+        return _on_one_device(model, device)
+
+    def build_for(args: tuple[Any, ...], kwargs: dict[str, Any], adopt: nn.Module | None) -> nn.Module:
+        traced = trace(model, args, kwargs)
+        chosen = plan
+        if chosen is None:
+            target = resolve(cluster) if cluster is not None else _running_cluster()
+            chosen = agree(lambda: _plan_traced(traced, target, **plan_options), timeout_s=timeout_s)
+        return build(
+            model, traced, chosen, inputs=inputs, device=device, timeout_s=timeout_s, sync_module_states=sync_module_states, adopt=adopt
+        )
+
+    if example_inputs is None:
+        return DeferredModule(model, build_for)
+    return build_for(*split_example(example_inputs), None)
+
+
+def verify(model: nn.Module, example_inputs: Any, plan: Plan, **options: Any) -> VerifyReport:
+    """Is it still my model? Runs `model` on one device and under `plan` on local processes, in float64, and compares.
+
+    Losses, outputs, gradients, and parameters and buffers after 3 optimizer steps must agree to 1e-10 relative to their norms.
+    `options`: see `autopar.runtime.verify.verify`. Dropout is off on both sides, since its masks are random.
+    Raises `PlanMismatchError` for another model's plan, `VerifyError` where the comparison itself could not run.
+    """
+    from autopar.runtime.verify import verify as run
+
+    return run(model, example_inputs, plan, **options)
+
+
+def _trace(model: nn.Module, example_inputs: Any) -> TracedModel:
+    args, kwargs = split_example(example_inputs)
+    return trace(model, args, kwargs)
+
+
+def _plan_traced(traced: TracedModel, cluster: Cluster, **options: Any) -> Plan:
+    return plan_graph(traced.graph, cluster, **options)
+
+
+def _running_cluster() -> Cluster:
+    """The cluster that the running process group spans, as far as this process can see it."""
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return Cluster.local(world, properties.name, properties.total_memory, local)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    return Cluster.local(world, "cpu", memory_bytes, local)
+
+
+def _on_one_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        from autopar.runtime.materialize import materialize_whole
+
+        model = materialize_whole(model, torch.device(device or "cpu"))
+    return model if device is None else model.to(device)
