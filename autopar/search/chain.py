@@ -1,0 +1,377 @@
+"""Chains: runs of equal repeats, solved by powers of one repeat's table instead of repeat by repeat.
+
+Of one repeat all inner nodes are eliminated, which leaves `T[entering, leaving, invariants]`: the least cost of the repeat, given
+what the repeat before chose for the nodes that this one reads, what it chose for the nodes that the next one reads, and what the
+nodes that every repeat reads chose. `count` repeats cost the min-plus power `T ** count`, by repeated squaring: O(log count), and
+exactly the optimum of the unfolded problem.
+
+A segment may be cut anywhere: from one repeat's middle to the next one's is a repeat too. The cut with the smallest table is taken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.ir.fold import Segment
+from autopar.search.eliminate import Eliminated, Factor, Order, eliminate, factor, find_order
+from autopar.search.problem import Floats
+
+Ints = NDArray[np.int64]
+
+NONE = -1
+_MIN_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Equal repeats. `rows[r, p]` is the node at position `p` of repeat `r`, shape `(count, length)`.
+
+    `leaving` are the positions that the next repeat reads; `entering` the nodes, in the same order, that the first repeat reads
+    (they belong to no repeat of this chain). `invariants` are nodes outside that every repeat has the same edges with.
+    Edges of a repeat, as `(i, j, table)` with `i` before `j`: `inner` between positions, `carried` from a position of the repeat
+    before to one of this, `before` from an invariant node to a position, `behind` from a position to an invariant node.
+    `edges` are the numbers of the problem's edges that the repeats pay for, shape `(count, edges of a repeat)`.
+    """
+
+    rows: Ints
+    leaving: tuple[int, ...]
+    entering: tuple[int, ...]
+    invariants: tuple[int, ...]
+    inner: tuple[tuple[int, int, int], ...]
+    carried: tuple[tuple[int, int, int], ...]
+    before: tuple[tuple[int, int, int], ...]
+    behind: tuple[tuple[int, int, int], ...]
+    edges: Ints
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def part(self, start: int, stop: int) -> Chain:
+        """Repeats `start..stop` as a chain of their own."""
+        entering = self.entering if start == 0 else tuple(self.rows[start - 1, list(self.leaving)].tolist())
+        return Chain(
+            self.rows[start:stop], self.leaving, entering, self.invariants,
+            self.inner, self.carried, self.before, self.behind, self.edges[start:stop],
+        )  # fmt: skip
+
+
+def find_chains(nodes: Ints, edges: Ints, sizes: Ints, segments: tuple[Segment, ...]) -> tuple[Chain, ...]:
+    """The chains in the `segments` of a problem with `nodes[i]` the table of node `i`, `edges` rows `(i, j, table)`.
+
+    Repeats that differ from their neighbours (the first, a pinned one) stay outside; a segment in which they all do gives no chain.
+    """
+    found: list[Chain] = []
+    for segment in segments:
+        if segment.count >= _MIN_REPEATS:
+            found += _Rows(nodes, edges, sizes, _cut(edges, sizes, segment)).chains()
+    return tuple(found)
+
+
+def _cut(edges: Ints, sizes: Ints, segment: Segment) -> Ints:
+    """The nodes of `segment` in rows, cut where the fewest combinations of choices cross; -1 where a first or last row lacks a node.
+
+    A node that reads nothing (a parameter) goes with the first node that reads it.
+    """
+    start, length, count = segment.start, segment.length, segment.count
+    plain = np.arange(start, segment.stop).reshape(count, length)
+    low = start + length * (count // 2)
+    i, j = edges[:, 0], edges[:, 1]
+    here = edges[(j >= low) & (j < low + length) & (i >= low - length)]
+    source, target = here[:, 0] - low, here[:, 1] - low
+    inner = source >= 0
+    goes_with = np.arange(length)
+    reads = np.zeros(length, np.bool_)
+    reads[target] = True
+    sources = inner & ~reads[np.where(inner, source, 0)]
+    first_reader = np.full(length, length)
+    np.minimum.at(first_reader, source[sources], target[sources])
+    goes_with = np.where(first_reader < length, first_reader, goes_with)
+    at_source, at_target = goes_with[source % length], goes_with[target]
+    size = np.log(np.maximum(sizes[low : low + length], 1))
+    best, best_size = 0, np.inf
+    for cut in range(length):
+        # how many rows an edge spans once the positions before the cut belong to the row before
+        span = np.where(inner, 0, 1) + (at_source < cut).astype(int) - (at_target < cut).astype(int)
+        if (span > 1).any() or (span < 0).any():
+            continue
+        crossing = size[np.unique(source[span == 1] % length)].sum()
+        if crossing < best_size - 1e-9:
+            best, best_size = cut, crossing
+    early = goes_with < best
+    if not early.any():
+        return plain
+    rows = np.full((count + 1, length), NONE, np.int64)
+    rows[1:, ~early] = plain[:, ~early]
+    rows[:-1, early] = plain[:, early]
+    return rows
+
+
+class _Rows:
+    """Rows of nodes, and which edges each row has; looks for runs of equal rows."""
+
+    def __init__(self, nodes: Ints, edges: Ints, sizes: Ints, rows: Ints) -> None:
+        self.edges, self.sizes, self.rows = edges, sizes, rows
+        count, length = rows.shape
+        row_of, position_of = np.full(len(nodes), NONE), np.full(len(nodes), NONE)
+        row, position = np.nonzero(rows >= 0)
+        row_of[rows[row, position]], position_of[rows[row, position]] = row, position
+        self.row_of = row_of
+        i, j, table = edges.T
+        row_i, row_j = row_of[i], row_of[j]
+        within = (row_i >= 0) & (row_j >= 0)
+        step = row_j - row_i
+        # (owner row, kind, one end, other end, table)
+        self.kind = np.select(
+            [within & (step == 0), within & (step == 1), (row_i < 0) & (row_j >= 0), (row_i >= 0) & (row_j < 0), within],
+            [0, 1, 2, 3, 4],
+            NONE,
+        )
+        self.owner = np.where(self.kind == 3, row_i, row_j)
+        end_i = np.where(self.kind == 2, i, position_of[i])
+        end_j = np.where(self.kind == 3, j, position_of[j])
+        self.code = np.stack([self.kind, end_i, end_j, table], 1)
+        marks = _mix(self.code)
+        self.firm, self.behind = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
+        for into, kinds in ((self.firm, (0, 1, 2)), (self.behind, (3,))):
+            chosen = np.isin(self.kind, kinds)
+            np.add.at(into, self.owner[chosen], marks[chosen])
+        whole = (rows >= 0).all(1)
+        tables = np.where(rows >= 0, nodes[np.maximum(rows, 0)], NONE)
+        self.firm += (
+            _mix(np.stack([np.full(rows.size, 5), np.tile(np.arange(length), count), tables.ravel()], 1)).reshape(rows.shape).sum(1)
+        )
+        # rows joined over more than one step are no repeats; nor is a row that lacks a node
+        self.able = whole
+        strange = self.kind == 4
+        self.able[np.concatenate([row_i[strange], row_j[strange]])] = False
+        self.order = np.argsort(self.owner, kind="stable")
+        self.bounds = np.searchsorted(self.owner[self.order], np.arange(count + 1))
+
+    def chains(self) -> list[Chain]:
+        found = []
+        row, count = 0, len(self.rows)
+        while row < count:
+            stop = row + 1
+            while stop < count and self.able[stop] and self.firm[stop] == self.firm[row] and self.behind[stop] == self.behind[row]:
+                stop += 1
+            if self.able[row] and stop - row >= _MIN_REPEATS - 1 and (chain := self._chain(row, stop)) is not None:
+                found.append(chain)
+                stop = row + chain.count
+            row = stop
+        return found
+
+    def _own(self, row: int) -> Ints:
+        """Numbers of the edges that belong to `row`."""
+        return self.order[self.bounds[row] : self.bounds[row + 1]]
+
+    def _chain(self, start: int, stop: int) -> Chain | None:
+        """Rows `start..stop` as a chain, with the row behind if it only has more edges to nodes behind the segment."""
+        code = [tuple(c) for c in self.code[self._own(start)].tolist()]
+        parts: list[list[tuple[int, int, int]]] = [[], [], [], []]
+        for kind, i, j, table in code:
+            parts[kind].append((i, j, table))
+        inner, carried, before, behind = (tuple(sorted(part)) for part in parts)
+        leaving = tuple(sorted({i for i, _, _ in carried}))
+        if start == 0 and leaving:
+            return None  # its entering nodes do not exist; equal rows that carry something start at 1
+        entering = tuple(self.rows[start - 1, list(leaving)].tolist()) if leaving else ()
+        if NONE in entering:
+            return None
+        wanted = Counter(code)
+        if stop < len(self.rows) and self.able[stop] and self.firm[stop] == self.firm[start]:
+            more = Counter([tuple(c) for c in self.code[self._own(stop)].tolist()])
+            if not wanted - more and all(position in leaving for _, position, _, _ in more - wanted):
+                stop += 1
+        # what the last row gives to rows outside the chain must be among the nodes that stay visible
+        if stop < len(self.rows):
+            given = self.code[self._own(stop)]
+            if not set(given[given[:, 0] == 1][:, 1].tolist()) <= set(leaving):
+                stop -= 1
+        if stop - start < _MIN_REPEATS - 1:
+            return None
+        edges = np.stack([self._numbers(row, wanted) for row in range(start, stop)])
+        invariants = tuple(sorted({i for i, _, _ in before} | {j for _, j, _ in behind}))
+        return Chain(self.rows[start:stop], leaving, entering, invariants, inner, carried, before, behind, edges)
+
+    def _numbers(self, row: int, wanted: Counter[tuple[int, ...]]) -> Ints:
+        """Numbers of the edges of `row` that every repeat has; an edge that only this one has stays outside."""
+        own = self._own(row)
+        if len(own) == wanted.total():
+            return np.sort(own)
+        left = wanted.copy()
+        taken = []
+        for number in own.tolist():
+            key = tuple(self.code[number].tolist())
+            if left[key] > 0:
+                left[key] -= 1
+                taken.append(number)
+        return np.sort(np.array(taken, np.int64))
+
+
+def _mix(rows: Ints) -> NDArray[np.uint64]:
+    """A 64-bit number per row of integers that names it (splitmix64's finaliser over the columns)."""
+    state = np.zeros(len(rows), np.uint64)
+    with np.errstate(over="ignore"):
+        for column in rows.T.astype(np.uint64):
+            state = (state ^ column) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state ^= state >> np.uint64(31)
+    return state
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one repeat of a chain is eliminated: variables, their sizes, and the order.
+
+    Variables are numbered: positions `0..length`, then entering nodes, then invariants.
+    """
+
+    sizes: dict[int, int]
+    keep: tuple[int, ...]
+    order: Order
+    states: int
+    """Combinations of choices of the leaving nodes."""
+    worlds: int
+    """Combinations of choices of the invariants."""
+
+
+def shape_of(chain: Chain, sizes: Ints) -> Shape:
+    length = chain.rows.shape[1]
+    variables = {p: int(sizes[node]) for p, node in enumerate(chain.rows[0].tolist())}
+    entering = {length + k: int(sizes[node]) for k, node in enumerate(chain.entering)}
+    invariants = {length + len(entering) + k: int(sizes[node]) for k, node in enumerate(chain.invariants)}
+    variables |= entering | invariants
+    keep = (*entering, *chain.leaving, *invariants)
+    scopes = [scope for scope, _ in _scopes(chain)]
+    return Shape(variables, keep, find_order(variables, scopes, keep), prod(entering.values()), prod(invariants.values()))
+
+
+def _scopes(chain: Chain) -> list[tuple[tuple[int, int], int]]:
+    """Variables and table of each edge of a repeat."""
+    length = chain.rows.shape[1]
+    entering = {p: length + k for k, p in enumerate(chain.leaving)}
+    invariant = {node: length + len(entering) + k for k, node in enumerate(chain.invariants)}
+    return [
+        *[((i, j), t) for i, j, t in chain.inner],
+        *[((entering[i], j), t) for i, j, t in chain.carried],
+        *[((invariant[i], j), t) for i, j, t in chain.before],
+        *[((i, invariant[j]), t) for i, j, t in chain.behind],
+    ]
+
+
+class Body:
+    """One repeat under given costs, and its powers. `tables[t]` is the cost of table `t`; `unary[p]` the table of position `p`."""
+
+    def __init__(self, chain: Chain, shape: Shape, tables: list[Floats], unary: list[int], limit_entries: int) -> None:
+        factors = [factor((p,), tables[t]) for p, t in enumerate(unary)]
+        factors += [factor(scope, tables[t]) for scope, t in _scopes(chain)]
+        self.shape = shape
+        self.eliminated: Eliminated = eliminate(shape.sizes, factors, shape.keep, shape.order, limit_entries)
+        # (worlds, entering, leaving): powers run over the last two, invariants are a batch
+        self.step = np.ascontiguousarray(np.moveaxis(self.eliminated.table.reshape(shape.states, shape.states, shape.worlds), 2, 0))
+
+    @cached_property
+    def squares(self) -> list[Floats]:
+        """`T ** 1, T ** 2, T ** 4, ...`, as far as was asked for."""
+        return [self.step]
+
+    def square(self, level: int) -> Floats:
+        while len(self.squares) <= level:
+            self.squares.append(min_plus(self.squares[-1], self.squares[-1]))
+        return self.squares[level]
+
+    def power(self, count: int) -> Power:
+        return Power(self, count)
+
+
+class Power:
+    """`T ** count` as `(worlds, entering, leaving)`, and the way back to the state after every repeat."""
+
+    def __init__(self, body: Body, count: int) -> None:
+        assert count >= 1
+        self.body = body
+        self.levels = [level for level in range(count.bit_length()) if count >> level & 1]
+        self.prefixes = [body.square(self.levels[0])]
+        for level in self.levels[1:]:
+            self.prefixes.append(min_plus(self.prefixes[-1], body.square(level)))
+
+    @property
+    def table(self) -> Floats:
+        return self.prefixes[-1]
+
+    def states(self, world: int, entering: int, leaving: int) -> Ints:
+        """The state before, between and after the repeats on a cheapest way from `entering` to `leaving`, shape `(count + 1,)`."""
+        joints = [leaving]
+        for position in range(len(self.levels) - 1, 0, -1):
+            prefix, square = self.prefixes[position - 1][world], self.body.square(self.levels[position])[world]
+            joints.append(int((prefix[entering] + square[:, joints[-1]]).argmin()))
+        joints.append(entering)
+        joints.reverse()
+        parts = [np.array([entering])]
+        for level, start, stop in zip(self.levels, joints, joints[1:], strict=False):
+            path = np.array([start, stop])
+            for below in range(level - 1, -1, -1):
+                table = self.body.square(below)[world]
+                middle = (table[path[:-1]] + table[:, path[1:]].T).argmin(1)
+                wider = np.empty(2 * len(path) - 1, np.int64)
+                wider[::2], wider[1::2] = path, middle
+                path = wider
+            parts.append(path[1:])
+        return np.concatenate(parts)
+
+
+def min_plus(left: Floats, right: Floats) -> Floats:
+    """`out[w, a, b] = min over c of left[w, a, c] + right[w, c, b]`."""
+    worlds, states, _ = left.shape
+    out = np.full_like(left, np.inf)
+    work = np.empty_like(left)
+    for middle in range(states):
+        np.add(left[:, :, middle, None], right[:, middle, None, :], out=work)
+        np.minimum(out, work, out=out)
+    return out
+
+
+def chain_factor(chain: Chain, shape: Shape, power: Power) -> Factor:
+    """The chain as one factor over its entering nodes, the leaving nodes of its last repeat, and its invariants."""
+    nodes = (*chain.entering, *chain.rows[-1, list(chain.leaving)].tolist(), *chain.invariants)
+    table = np.moveaxis(power.table, 0, 2).reshape([shape.sizes[v] for v in shape.keep])
+    return factor(nodes, table)
+
+
+def recover_chain(chain: Chain, shape: Shape, power: Power, choice: Ints) -> None:
+    """Write the choices of all nodes of the chain into `choice`, which holds those of the nodes of `chain_factor`."""
+
+    def index(nodes: list[int]) -> int:
+        number = 0
+        for node, variable in zip(nodes, nodes, strict=True):
+            number = number * power_sizes[variable] + int(choice[node])
+        return number
+
+    last = chain.rows[-1, list(chain.leaving)].tolist()
+    length = chain.rows.shape[1]
+    width = len(chain.entering)
+    power_sizes = {
+        node: shape.sizes[variable]
+        for nodes, first in ((chain.entering, length), (chain.invariants, length + width))
+        for variable, node in enumerate(nodes, first)
+    }
+    power_sizes |= {node: shape.sizes[p] for node, p in zip(last, chain.leaving, strict=True)}
+    states = power.states(index(list(chain.invariants)), index(list(chain.entering)), index(last))
+    state_sizes = [shape.sizes[p] for p in chain.leaving]
+    choices = np.array(np.unravel_index(states, state_sizes)) if state_sizes else np.zeros((0, len(states)), np.int64)
+    chosen: dict[int, Ints] = {}
+    for k, position in enumerate(chain.leaving):
+        chosen[length + k], chosen[position] = choices[k, :-1], choices[k, 1:]
+    for k, node in enumerate(chain.invariants):
+        chosen[length + width + k] = np.full(chain.count, choice[node])
+    for position, values in power.body.eliminated.recover(chosen).items():
+        if position < length:
+            choice[chain.rows[:, position]] = values

@@ -1,0 +1,231 @@
+"""Exact min-sum by variable elimination, in min-plus algebra on numpy tables.
+
+Eliminating a variable replaces the factors that mention it by one over their other variables: the minimum over the variable of their
+sum. In any order that leaves the exact minimum; the order only decides how large the tables get. (Bertele and Brioschi 1972;
+Dechter 1999, "Bucket elimination".) Where a table would grow over the limit, the factors are split in groups that are minimised
+apart: a lower bound instead of the minimum (Dechter and Rish 2003, "Mini-buckets"), and `exact` says so.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.search.problem import Floats
+
+Ints = NDArray[np.int64]
+
+LIMIT_ENTRIES = 50_000_000
+_IN_CACHE_ENTRIES = 1 << 17
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """A cost for every choice of `variables`; `table` has one axis per variable, in their order. Variables do not repeat."""
+
+    variables: tuple[int, ...]
+    table: Floats
+
+
+def factor(variables: Sequence[int], table: Floats) -> Factor:
+    """A factor whose `variables` may repeat: equal ones are made one axis (the diagonal)."""
+    distinct = tuple(dict.fromkeys(variables))
+    if len(distinct) < len(variables):
+        letters = [distinct.index(v) for v in variables]
+        table = np.einsum(table, letters, list(range(len(distinct))))
+    return Factor(distinct, table)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Variables in the order in which they go; `largest_entries` and `total_entries` of the tables on the way."""
+
+    variables: tuple[int, ...]
+    largest_entries: float
+    total_entries: float
+
+
+def find_order(sizes: dict[int, int], scopes: Iterable[Sequence[int]], keep: Iterable[int] = ()) -> Order:
+    """A greedy order that always eliminates the variable whose table is smallest (min-weight), the lowest number among equals.
+
+    `sizes`: strategies per variable; `scopes`: the variables of each factor; those in `keep` are not eliminated.
+    """
+    around: dict[int, set[int]] = {v: set() for v in sizes}
+    for scope in scopes:
+        for v in scope:
+            around[v].update(scope)
+    for v in around:
+        around[v].discard(v)
+    kept = set(keep)
+
+    def weight(v: int) -> float:
+        entries = float(sizes[v])
+        for u in around[v]:
+            entries *= sizes[u]
+        return entries
+
+    current = {v: weight(v) for v in sizes if v not in kept}
+    heap = [(w, v) for v, w in current.items()]
+    heapq.heapify(heap)
+    order: list[int] = []
+    largest = total = 0.0
+    while heap:
+        w, v = heapq.heappop(heap)
+        if current.get(v) != w:
+            continue
+        del current[v]
+        order.append(v)
+        largest, total = max(largest, w), total + w
+        neighbours = around.pop(v)
+        for u in neighbours:
+            around[u].discard(v)
+            around[u] |= neighbours
+            around[u].discard(u)
+        for u in neighbours:
+            if u in current:
+                current[u] = weight(u)
+                heapq.heappush(heap, (current[u], u))
+    return Order(tuple(order), largest, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Eliminated:
+    """The result: `table` over the variables that were kept, and the factors met on the way, to choose the others again.
+
+    `exact` is False where `table` is only a lower bound.
+    """
+
+    keep: tuple[int, ...]
+    table: Floats
+    steps: tuple[tuple[int, tuple[Factor, ...]], ...]
+    exact: bool
+
+    def recover(self, chosen: dict[int, Ints]) -> dict[int, Ints]:
+        """Best choices of the eliminated variables, given those of the kept ones.
+
+        `chosen`: per kept variable, indices of shape `(batch,)`. Returns the same for all variables. Ties go to the lowest index.
+        """
+        chosen = dict(chosen)
+        batch = len(next(iter(chosen.values()))) if chosen else 1
+        for variable, factors in reversed(self.steps):
+            total: Floats = np.zeros((1, 1))
+            for item in factors:
+                axis = item.variables.index(variable)
+                table = np.moveaxis(item.table, axis, -1)
+                at = tuple([chosen[v] for v in item.variables if v != variable])
+                total = total + (table[at] if at else table[None])
+            best = total.argmin(1)
+            chosen[variable] = best if len(best) == batch else np.repeat(best, batch)
+        return chosen
+
+
+def eliminate(
+    sizes: dict[int, int],
+    factors: Iterable[Factor],
+    keep: tuple[int, ...] = (),
+    order: Order | None = None,
+    limit_entries: int = LIMIT_ENTRIES,
+) -> Eliminated:
+    """Minimise the sum of `factors` over all variables but those in `keep`.
+
+    `sizes`: number of choices per variable. The result's table has one axis per variable of `keep`, in that order.
+    """
+    items = list(factors)
+    if order is None:
+        order = find_order(sizes, [item.variables for item in items], keep)
+    pools: dict[int, dict[int, Factor]] = {v: {} for v in sizes}
+    constant = 0.0
+    exact = True
+
+    def add(item: Factor, number: int) -> None:
+        for v in item.variables:
+            pools[v][number] = item
+
+    for number, item in enumerate(items):
+        if item.variables:
+            add(item, number)
+        else:
+            constant += float(item.table)
+    number = len(items)
+    steps: list[tuple[int, tuple[Factor, ...]]] = []
+    for variable in order.variables:
+        bucket = pools.pop(variable)
+        for key, item in bucket.items():
+            for v in item.variables:
+                if v != variable:
+                    del pools[v][key]
+        steps.append((variable, tuple(bucket.values())))
+        for group in _groups(variable, list(bucket.values()), sizes, limit_entries):
+            exact &= len(group) == len(bucket)
+            item = _minimum(variable, group, sizes)
+            if item.variables:
+                add(item, number)
+                number += 1
+            else:
+                constant += float(item.table)
+    rest = {key: item for v in keep for key, item in pools[v].items()}
+    shape = tuple(sizes[v] for v in keep)
+    table = np.full(shape, constant)
+    for key in sorted(rest):
+        table = table + _aligned(rest[key], keep)
+    return Eliminated(keep, table, tuple(steps), exact)
+
+
+def _groups(variable: int, factors: list[Factor], sizes: dict[int, int], limit_entries: int) -> list[list[Factor]]:
+    """The factors in as few groups as keep each group's table within the limit: one, but for the worst of graphs."""
+    groups: list[tuple[set[int], list[Factor]]] = []
+    if prod(sizes[v] for v in {variable}.union(*[item.variables for item in factors])) <= limit_entries:
+        return [factors] if factors else [[]]
+    for item in sorted(factors, key=lambda item: -item.table.size):
+        for scope, members in groups:
+            joint = scope.union(item.variables)
+            if prod(sizes[v] for v in joint) <= max(limit_entries, item.table.size):
+                scope |= joint
+                members.append(item)
+                break
+        else:
+            groups.append((set(item.variables), [item]))
+    return [members for _, members in groups]
+
+
+def _aligned(item: Factor, scope: Sequence[int]) -> Floats:
+    """The factor's table with an axis for every variable in `scope`, of length 1 where it does not depend on it."""
+    position = {v: axis for axis, v in enumerate(item.variables)}
+    table = item.table.transpose([position[v] for v in scope if v in position])
+    return table[tuple([slice(None) if v in position else None for v in scope])]
+
+
+def _minimum(variable: int, factors: list[Factor], sizes: dict[int, int]) -> Factor:
+    """Sum `factors` and minimise over `variable`."""
+    if not factors:
+        return Factor((), np.zeros(()))
+    if len(factors) == 1:
+        item = factors[0]
+        axis = item.variables.index(variable)
+        return Factor(item.variables[:axis] + item.variables[axis + 1 :], item.table.min(axis))
+    others = tuple(sorted({v for item in factors for v in item.variables if v != variable}))
+    scope = (variable, *others)
+    parts = sorted((_aligned(item, scope) for item in factors), key=lambda part: part.size)
+    shape = tuple(sizes[v] for v in others)
+    entries = prod(shape)
+    if entries * sizes[variable] <= _IN_CACHE_ENTRIES:
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return Factor(others, total.min(0))
+    # one slice after the other stays in cache and never holds the whole sum
+    best = np.full(shape, np.inf)
+    work = np.empty(shape)
+    for choice in range(sizes[variable]):
+        slices = [part[choice] for part in parts]
+        small = slices[0]
+        for part in slices[1:-1]:
+            small = small + part
+        np.add(small, slices[-1], out=work)
+        np.minimum(best, work, out=best)
+    return Factor(others, best)

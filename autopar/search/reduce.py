@@ -1,0 +1,318 @@
+"""Make a problem smaller without changing its optimum: check it, merge parallel edges, drop impossible and dominated strategies.
+
+Strategy `b` of a node is dominated by `a` when replacing `b` by `a` can never hurt, whatever the neighbours do:
+
+    unary[a] - unary[b] + sum over edges of max over j of (T[a, j] - T[b, j])  <=  0
+
+in cost and in memory alike, so that a reduced problem is good for every price of memory. (Goldstein's dead-end elimination, 1994.)
+Nodes at one position of a segment keep the same strategies, so that what was folded stays folded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.errors import InfeasibleError, PlanError
+from autopar.search.problem import Floats, Problem, Table
+
+Ints = NDArray[np.int64]
+
+_ROUNDS = 3
+_SIDE_I, _SIDE_J = 0, 1
+
+
+def check(problem: Problem) -> None:
+    """Raise `PlanError` naming the place where `problem` breaks the laws of its docstring."""
+    for index, table in enumerate(problem.tables):
+        cost, memory = table.cost_s, table.memory_bytes
+        if cost.shape != memory.shape or cost.ndim not in (1, 2) or 0 in cost.shape:
+            raise PlanError(f"table {index}: cost has shape {cost.shape}, memory {memory.shape}; both must be (n,) or (n, m), not empty")
+        if np.isnan(cost).any() or (cost == -np.inf).any():
+            raise PlanError(f"table {index}: cost_s holds {'NaN' if np.isnan(cost).any() else '-inf'} at {_first(~(cost > -np.inf))}")
+        if not (memory >= 0).all() or np.isinf(memory).any():
+            raise PlanError(
+                f"table {index}: memory_bytes must be finite and not negative; see entry {_first(~((memory >= 0) & (memory < np.inf)))}"
+            )
+    count = len(problem.tables)
+    for node, index in enumerate(problem.nodes):
+        if not 0 <= index < count:
+            raise PlanError(f"node {node}: table {index} does not exist; there are {count}")
+        if problem.tables[index].cost_s.ndim != 1:
+            raise PlanError(f"node {node}: table {index} has shape {problem.tables[index].cost_s.shape}; a node's is (n,)")
+    sizes = domain_sizes(problem)
+    shapes = [table.cost_s.shape for table in problem.tables]
+    for position, (i, j, index) in enumerate(problem.edges):
+        if not 0 <= i < j < len(problem.nodes):
+            raise PlanError(f"edge {position}: joins nodes {i} and {j}; wanted 0 <= i < j < {len(problem.nodes)}")
+        if not 0 <= index < count:
+            raise PlanError(f"edge {position}: table {index} does not exist; there are {count}")
+        if shapes[index] != (sizes[i], sizes[j]):
+            raise PlanError(
+                f"edge {position}: table {index} has shape {shapes[index]}, but nodes {i}, {j} have {sizes[i]}, {sizes[j]} strategies"
+            )
+    at = 0
+    for segment in problem.segments:
+        if segment.start != at or segment.length < 1 or segment.count < 1:
+            raise PlanError(f"segments must tile the nodes: wanted one that starts at {at}, found {segment}")
+        at = segment.stop
+    if problem.segments and at != len(problem.nodes):
+        raise PlanError(f"segments end at node {at}, the problem has {len(problem.nodes)}")
+    if np.isnan(problem.memory_limit_bytes):
+        raise PlanError("memory_limit_bytes is NaN; use inf for no limit")
+
+
+def _first(flags: NDArray[np.bool_]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argwhere(flags)[0])
+
+
+def domain_sizes(problem: Problem) -> Ints:
+    """Number of strategies per node."""
+    sizes = np.array([len(table.cost_s) for table in problem.tables], np.int64)
+    return sizes[np.array(problem.nodes, np.int64)] if problem.nodes else np.zeros(0, np.int64)
+
+
+def restrict(problem: Problem, allowed: dict[int, tuple[int, ...]]) -> Problem:
+    """The problem in which each node of `allowed` may only choose the strategies listed for it.
+
+    Strategies keep their numbers; others cost `inf`. Nodes that shared a table and are restricted alike share the new one, so that
+    pinning every repeat of a layer alike leaves it folded. Raises `PlanError` for a node or strategy that does not exist.
+    """
+    nodes, tables = list(problem.nodes), list(problem.tables)
+    known: dict[tuple[int, tuple[int, ...]], int] = {}
+    for node, choices in sorted(allowed.items()):
+        if not 0 <= node < len(nodes):
+            raise PlanError(f"cannot restrict node {node}: the problem has {len(nodes)}")
+        table = tables[nodes[node]]
+        wrong = [c for c in choices if not 0 <= c < len(table.cost_s)]
+        if wrong or not choices:
+            raise PlanError(f"cannot restrict node {node} to strategies {choices}: it has {len(table.cost_s)}")
+        key = (nodes[node], tuple(sorted(set(choices))))
+        if key not in known:
+            cost = np.full_like(table.cost_s, np.inf)
+            cost[list(key[1])] = table.cost_s[list(key[1])]
+            known[key] = len(tables)
+            tables.append(Table(cost, table.memory_bytes))
+        nodes[node] = known[key]
+    return Problem(tuple(nodes), problem.edges, tuple(tables), problem.segments, problem.memory_limit_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """A smaller problem and the way back: strategy `s` of its node `i` is `kept[i][s]` of the original."""
+
+    problem: Problem
+    kept: tuple[Ints, ...]
+
+    def original(self, choice: Ints) -> tuple[int, ...]:
+        return tuple([int(kept[s]) for kept, s in zip(self.kept, choice.tolist(), strict=True)])
+
+
+def reduce(problem: Problem) -> Reduced:
+    """Merge parallel edges, then drop impossible and dominated strategies until nothing changes (or three rounds passed).
+
+    Raises `InfeasibleError` when a node is left without a strategy.
+    """
+    tables = list(problem.tables)
+    edges = _merged(np.array(problem.edges, np.int64).reshape(-1, 3), tables)
+    nodes = np.array(problem.nodes, np.int64)
+    work = _Reduction(nodes, edges, tables, _groups(problem))
+    for _ in range(_ROUNDS):
+        if not work.round():
+            break
+    return work.result(problem)
+
+
+def _merged(edges: Ints, tables: list[Table]) -> Ints:
+    """Edges with at most one per pair of nodes; sums of tables are appended to `tables`, equal sums once."""
+    edges = edges[np.lexsort((edges[:, 2], edges[:, 1], edges[:, 0]))]
+    first = np.ones(len(edges), np.bool_)
+    first[1:] = (edges[1:, :2] != edges[:-1, :2]).any(1)
+    if first.all():
+        return edges
+    starts = np.flatnonzero(first)
+    sizes = np.diff([*starts, len(edges)])
+    merged = edges[starts].copy()
+    known: dict[tuple[int, ...], int] = {}
+    for at in np.flatnonzero(sizes > 1):
+        key = tuple(edges[starts[at] : starts[at] + sizes[at], 2].tolist())
+        if key not in known:
+            known[key] = len(tables)
+            tables.append(Table(sum_of([tables[t].cost_s for t in key]), sum_of([tables[t].memory_bytes for t in key])))
+        merged[at, 2] = known[key]
+    return merged
+
+
+def sum_of(arrays: list[Floats]) -> Floats:
+    total = arrays[0]
+    for array in arrays[1:]:
+        total = total + array
+    return total
+
+
+def _groups(problem: Problem) -> Ints:
+    """A number per node; nodes with equal numbers (one position of a segment, one table) keep the same strategies."""
+    place = np.arange(len(problem.nodes))
+    for segment in problem.segments:
+        if segment.count > 1:
+            place[segment.start : segment.stop] = np.tile(np.arange(segment.start, segment.start + segment.length), segment.count)
+    pairs = np.stack([place, np.array(problem.nodes, np.int64)], 1)
+    return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1) if len(pairs) else place
+
+
+class _Reduction:
+    def __init__(self, nodes: Ints, edges: Ints, tables: list[Table], group: Ints) -> None:
+        self.nodes, self.edges, self.tables, self.group = nodes, edges, tables, group
+        count = int(group.max()) + 1 if len(group) else 0
+        self.table_of = np.zeros(count, np.int64)
+        self.table_of[group] = nodes
+        self.kept: list[Ints] = [np.arange(len(tables[t].cost_s)) for t in self.table_of]
+        self.contexts = self._contexts()
+
+    def _contexts(self) -> list[tuple[int, list[tuple[int, int, int, int]]]]:
+        """Per group, every distinct surrounding of its nodes: `(edge table, side, neighbour's group, how often)`."""
+        if not len(self.edges):
+            return [(int(group), []) for group in np.unique(self.group)]
+        i, j, table = self.edges.T
+        node = np.concatenate([i, j])
+        side = np.repeat([_SIDE_I, _SIDE_J], len(i))
+        other = self.group[np.concatenate([j, i])]
+        code = np.stack([np.concatenate([table, table]), side, other], 1)
+        rows, number = np.unique(code, axis=0, return_inverse=True)
+        number = number.reshape(-1)
+        # the sum of random numbers names a multiset; two surroundings collide with a chance of 2^-64
+        names = np.random.default_rng(0).integers(0, 2**63, len(rows), np.uint64)
+        surrounding = np.zeros(len(self.nodes), np.uint64)
+        np.add.at(surrounding, node, names[number])
+        pairs = np.stack([self.group.astype(np.uint64), surrounding], 1)
+        _, representative = np.unique(pairs, axis=0, return_index=True)
+        order = np.argsort(node, kind="stable")
+        bounds = np.searchsorted(node[order], np.arange(len(self.nodes) + 1))
+        result = []
+        for at in representative:
+            codes, often = np.unique(number[order[bounds[at] : bounds[at + 1]]], return_counts=True)
+            around = [(int(rows[c, 0]), int(rows[c, 1]), int(rows[c, 2]), int(n)) for c, n in zip(codes, often, strict=True)]
+            result.append((int(self.group[at]), around))
+        return result
+
+    def _view(self, table: int, side: int, own: Ints, other: Ints) -> tuple[Floats, Floats]:
+        """Cost and memory of an edge, `(own strategies, neighbour's strategies)`."""
+        rows, columns = (own, other) if side == _SIDE_I else (other, own)
+        at = np.ix_(rows, columns)
+        cost, memory = self.tables[table].cost_s[at], self.tables[table].memory_bytes[at]
+        return (cost, memory) if side == _SIDE_I else (cost.T, memory.T)
+
+    def round(self) -> bool:
+        """One round over all groups. Returns whether any strategy was dropped."""
+        changed = False
+        by_group: dict[int, list[list[tuple[int, int, int, int]]]] = {}
+        for group, around in self.contexts:
+            by_group.setdefault(group, []).append(around)
+        for group, surroundings in by_group.items():
+            while self._drop_impossible(group, surroundings):
+                changed = True
+            if len(self.kept[group]) > 1:
+                dominated = np.ones((len(self.kept[group]),) * 2, np.bool_)
+                known: dict[tuple[int, int, int], tuple[Floats, Floats]] = {}
+                for around in surroundings:
+                    dominated &= self._dominated(group, around, known)
+                    if not dominated.any():
+                        break
+                # a dominates b; of strategies that dominate each other the first stays
+                later = np.triu(np.ones_like(dominated), 1)
+                lost = (dominated & (later | ~dominated.T)).any(0)
+                if lost.any():
+                    self.kept[group] = self.kept[group][~lost]
+                    changed = True
+        return changed
+
+    def _drop_impossible(self, group: int, surroundings: list[list[tuple[int, int, int, int]]]) -> bool:
+        """Drop strategies that cost `inf`, alone or beside all that a neighbour may choose."""
+        own = self.kept[group]
+        possible = self.tables[self.table_of[group]].cost_s[own] < np.inf
+        # a node is impossible where *its* surroundings say so; the group keeps what any of its nodes may still need
+        anywhere = np.zeros_like(possible)
+        for around in surroundings or [[]]:
+            here = possible.copy()
+            for table, side, other, _ in around:
+                here &= self._view(table, side, own, self.kept[other])[0].min(1) < np.inf
+            if not here.any():
+                node = int(np.flatnonzero(self.group == group)[0])
+                raise InfeasibleError(f"node {node} has no possible strategy left: every choice costs inf, alone or with its neighbours")
+            anywhere |= here
+        if anywhere.all():
+            return False
+        self.kept[group] = own[anywhere]
+        return True
+
+    def _dominated(
+        self, group: int, around: list[tuple[int, int, int, int]], known: dict[tuple[int, int, int], tuple[Floats, Floats]]
+    ) -> NDArray[np.bool_]:
+        """`[a, b]`: whether strategy `a` is at least as good as `b` in this surrounding."""
+        own = self.kept[group]
+        table = self.tables[self.table_of[group]]
+        cost = worst_difference(table.cost_s[own][:, None])
+        memory = worst_difference(table.memory_bytes[own][:, None])
+        for edge, side, other, often in around:
+            key = (edge, side, other)
+            if key not in known:
+                edge_cost, edge_memory = self._view(edge, side, own, self.kept[other])
+                known[key] = worst_difference(edge_cost), worst_difference(edge_memory)
+            with np.errstate(invalid="ignore"):  # impossible beside impossible is NaN, which dominates nothing
+                cost = cost + often * known[key][0]
+                memory = memory + often * known[key][1]
+            if not ((cost < np.inf) & (memory < np.inf)).any():
+                break
+        return (cost <= 0) & (memory <= 0) & ~np.eye(len(own), dtype=np.bool_)
+
+    def result(self, problem: Problem) -> Reduced:
+        """The reduced problem; equal tables under equal reductions stay one table."""
+        tables: list[Table] = []
+        numbers: dict[tuple[int, ...], int] = {}
+        kept_number: dict[tuple[int, bytes], int] = {}
+        kept_of = np.array([kept_number.setdefault((len(k), k.tobytes()), len(kept_number)) for k in self.kept], np.int64)
+
+        def number(key: tuple[int, ...], cost: Floats, memory: Floats) -> int:
+            if key not in numbers:
+                numbers[key] = len(tables)
+                tables.append(Table(np.ascontiguousarray(cost), np.ascontiguousarray(memory)))
+            return numbers[key]
+
+        new_table = np.zeros(len(self.kept), np.int64)
+        for group, kept in enumerate(self.kept):
+            t = int(self.table_of[group])
+            new_table[group] = number((t, int(kept_of[group])), self.tables[t].cost_s[kept], self.tables[t].memory_bytes[kept])
+        i, j, table = self.edges.T
+        keys = np.stack([table, kept_of[self.group[i]], kept_of[self.group[j]]], 1) if len(i) else np.zeros((0, 3), np.int64)
+        rows, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        new_edge = np.zeros(len(rows), np.int64)
+        for row, at in enumerate(first):
+            cost, memory = self._view(int(table[at]), _SIDE_I, self.kept[self.group[i[at]]], self.kept[self.group[j[at]]])
+            new_edge[row] = number(tuple(rows[row].tolist()), cost, memory)
+        edges = tuple(zip(i.tolist(), j.tolist(), new_edge[inverse.reshape(-1)].tolist(), strict=True))
+        reduced = Problem(tuple(new_table[self.group].tolist()), edges, tuple(tables), problem.segments, problem.memory_limit_bytes)
+        return Reduced(reduced, tuple([self.kept[g] for g in self.group.tolist()]))
+
+
+def worst_difference(table: Floats) -> Floats:
+    """`[a, b]`: max over `j` of `table[a, j] - table[b, j]`, where `inf - inf` counts as no difference to `b`'s disadvantage.
+
+    `table`: `(n, m)`, entries finite or `inf`, no row all `inf`. Returns `(n, n)`, entries finite or `inf`.
+    """
+    n = len(table)
+    finite = table < np.inf
+    if not finite.any() or (table == table[:1]).all():
+        return np.zeros((n, n))
+    worst = np.full((n, n), -np.inf)
+    everywhere = bool(finite.all())
+    for j in range(table.shape[1]):
+        column = table[:, j]
+        if everywhere or finite[:, j].all():
+            np.maximum(worst, column[:, None] - column[None, :], out=worst)
+        elif finite[:, j].any():
+            # where b is impossible nothing is asked of a; the columns of b that stay are finite
+            asked = np.flatnonzero(finite[:, j])
+            worst[:, asked] = np.maximum(worst[:, asked], column[:, None] - column[asked][None, :])
+    return worst
