@@ -48,8 +48,15 @@ def splits(graph: Graph, op: Op) -> tuple[Split, ...]:
         found = (replicate(call),) if nest is None else nest_splits(nest, call, facts.blocks.get(op.name, ()))
         if op.name in facts.weight_side:
             found = (*found, replicate_partial_gradient(call))
+        found = tuple(split for split in found if _consistent(op, split))
         _SPLITS[key] = found
     return found
+
+
+def _consistent(op: Op, split: Split) -> bool:
+    """Whether a value that the operation reads twice is read in one placement."""
+    seen: dict[str, Placement] = {}
+    return all(seen.setdefault(name, placement) == placement for name, placement in zip(op.operands, split.inputs, strict=True))
 
 
 def _call(graph: Graph, op: Op) -> Call:
@@ -67,11 +74,14 @@ def _masked(arg: Arg) -> Any:
 def _structure(graph: Graph, op: Op) -> Any:
     """Hashable; equal for operations that differ only in names."""
     values = graph.values
+    operands = op.operands
     return (
         op.target,
+        # One value read twice must be read in one placement.
+        tuple(map(operands.index, operands)) if len(set(operands)) < len(operands) else None,
         tuple(map(_masked, op.args)),
         tuple((key, _masked(arg)) for key, arg in op.kwargs) if op.kwargs else (),
-        tuple((value.shape, value.dtype) for value in (values[name] for name in op.operands)),
+        tuple((value.shape, value.dtype) for value in (values[name] for name in operands)),
         tuple((value.shape, value.dtype) for value in (values[name] for name in op.outputs)),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autopar.ir.placement import Placement
+from autopar.ir.placement import Placement, chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,17 @@ class Split:
     uneven: bool = False
     work: str = "split"
     implementation: str = ""
+
+    def fits(self, *parts: int) -> bool:
+        """Whether axes of so many ranks, outermost first, can all split this loop, one within the other, so that no rank is left empty."""
+        smallest = self.size
+        if smallest == 0:
+            return True
+        for count in parts:
+            if smallest % count and not self.uneven:
+                return False
+            smallest = chunk(smallest, count, count - 1)[1]
+        return smallest > 0
 
 
 REPLICATE = "replicate"

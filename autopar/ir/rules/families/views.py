@@ -5,7 +5,7 @@ from __future__ import annotations
 from autopar.ir.rules.families.common import broadcast, positive, sizes
 from autopar.ir.rules.nest import Call, Group, Nest, Term
 
-FUSED_AT_MOST = 4
+FUSED_AT_MOST = 3
 """A last dim cut into at most so many parts is a fusion (query-key-value, gate-up) whose innermost loop others may be asked to split."""
 
 

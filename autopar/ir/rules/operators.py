@@ -1,0 +1,54 @@
+"""Operators as callables: `aten.*` from torch, and `autopar.*` as they are defined on one device (imports torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reshard(x: Tensor) -> Tensor:
+    """The identity."""
+    return x
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    return F.dropout(x, p)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """`logits`: `(m, v)`, `target`: `(m,)`. The summed loss of the valid rows and their number, both scalars of the dtype of `logits`."""
+    loss = F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum")
+    return loss, (target != ignore_index).sum().to(loss.dtype)
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training mode. `x`: `(n, c, ...)`, all others `(c,)`. The result and the new running mean and variance."""
+    new_mean, new_var = mean.clone(), var.clone()
+    y = F.batch_norm(x, new_mean, new_var, weight, bias, True, momentum, eps)
+    return y, new_mean, new_var
+
+
+_OWN: dict[str, Callable[..., Any]] = {
+    "autopar.reshard": reshard,
+    "autopar.dropout": dropout,
+    "autopar.cross_entropy": cross_entropy,
+    "autopar.batch_norm": batch_norm,
+}
+
+
+@cache
+def operator(target: str) -> Callable[..., Any]:
+    """The callable that `target` names. A view that need not be one of memory becomes a reshape."""
+    if target in _OWN:
+        return _OWN[target]
+    target = {"aten.view.default": "aten.reshape.default", "aten._unsafe_view.default": "aten.reshape.default"}.get(target, target)
+    namespace, name, overload = target.split(".")
+    found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    return found

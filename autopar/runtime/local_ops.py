@@ -1,0 +1,234 @@
+"""Local implementations of operations whose ranks cannot just run the operator on their parts.
+
+A `Split` names its `implementation`; it is called as `fn(args, kwargs, context)`, where `args` and `kwargs` are those of the
+operation on this rank (`autopar.ir.rules.local_args`), with tensors. Some talk to the other ranks of the axes that chose them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Private in PyTorch; should it move: any map from a group's name to the group will do.
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from autopar.ir.rules.local_context import AxisContext, LocalContext
+from autopar.ir.rules.operators import operator
+
+__all__ = ["LOCAL_OPS", "AxisContext", "LocalContext"]
+
+Kwargs = Mapping[str, Any]
+
+
+# ---- reductions over an axis, as an operator that `torch.compile` does not look into -------------------------------------------
+
+
+def _reduce(x: Tensor, op: str, group: str) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=_resolve_process_group(group))
+    return out
+
+
+_library = torch.library.Library("autopar", "FRAGMENT")
+_library.define("local_reduce(Tensor x, str op, str group) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    _library.impl("local_reduce", _reduce, _key)
+
+
+@torch.library.register_fake("autopar::local_reduce", lib=_library)
+def _reduce_fake(x: Tensor, op: str, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _all_reduce(x: Tensor, op: str, axes: Sequence[AxisContext]) -> Tensor:
+    """The sum or maximum of `x` over the ranks of all `axes`. Carries no gradient."""
+    for axis in axes:
+        x = torch.ops.autopar.local_reduce.default(x, op, axis.group)
+    return x
+
+
+def _all_gather(x: Tensor, axis: AxisContext) -> Tensor:
+    """`(size, *x.shape)`: the `x` of every rank of `axis`. For small `x`: it is sent as a sum in which the others are zero."""
+    rows = x.new_zeros((axis.size, *x.shape))
+    rows[axis.index] = x
+    return _all_reduce(rows, "sum", (axis,))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in the dtype in which sums over it are kept."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# ---- the mean over a part -------------------------------------------------------------------------------------------------------
+
+
+def mean_of_part(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> Tensor:
+    """`mean(x, dim, keepdim, dtype)`: the sum of the part over the global count, a term of the mean."""
+    (x, dims, keepdim) = (*args, *(None, False)[len(args) - 1 :])
+    shape = context.operand_shapes[0]
+    dims = kwargs.get("dim", dims)
+    over = [dims] if isinstance(dims, int) else list(dims or range(len(shape)))
+    count = 1
+    for dim in over:
+        count *= shape[dim]
+    return torch.sum(x, over, kwargs.get("keepdim", keepdim), dtype=kwargs.get("dtype")) / count
+
+
+def mean_loss_of_part(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> Tensor:
+    """`mse_loss(x, y, reduction)` and its kin with reduction `mean` (1): the sum (2) of the part over the global count."""
+    summed = (*args[:2], 2, *args[3:])
+    loss: Tensor = operator(context.target)(*summed, **{key: arg for key, arg in kwargs.items() if key != "reduction"})
+    count = 1
+    for size in context.operand_shapes[0]:
+        count *= size
+    return loss / count
+
+
+# ---- vocabulary -----------------------------------------------------------------------------------------------------------------
+
+
+def vocab_embedding(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> Tensor:
+    """`embedding(weight (v_local, h), ids (...), padding_idx)`: rows of this rank's range, zero for all others (Megatron-LM, section 3)."""
+    weight, ids = args[0], args[1]
+    padding = args[2] if len(args) > 2 else kwargs.get("padding_idx", -1)
+    start, length = context.part(context.operand_shapes[0][0])
+    assert weight.shape[0] == length
+    local = ids - start
+    outside = (local < 0) | (local >= length)
+    padding_here = padding - start if start <= padding < start + length else -1
+    rows = torch.ops.aten.embedding.default(weight, local.masked_fill(outside, 0), padding_here)
+    return rows.masked_fill(outside.unsqueeze(-1), 0)
+
+
+class _VocabCrossEntropy(torch.autograd.Function):
+    """Rows are whole on every rank, classes are split. Two all-reduces of one and two (with smoothing three) numbers a row forward,
+    none backward. With `lse` the logarithm of the sum of exponentials of a row, `x_t` its target's logit and `mean` its mean:
+    `loss = (1 - smoothing) (lse - x_t) + smoothing (lse - mean)`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, start: int, classes: int, ignore_index: int, smoothing: float, axes: Sequence[AxisContext]
+    ) -> tuple[Tensor, Tensor]:
+        x = _wide(logits)
+        valid = target != ignore_index
+        local = target - start
+        inside = (local >= 0) & (local < x.shape[1]) & valid
+        local = local.masked_fill(~inside, 0).unsqueeze(1)
+        largest = _all_reduce(x.amax(1), "max", axes)
+        parts = [(x - largest.unsqueeze(1)).exp_().sum(1), x.gather(1, local).squeeze(1).masked_fill(~inside, 0)]
+        if smoothing:
+            parts.append(x.sum(1))
+        sums = _all_reduce(torch.stack(parts), "sum", axes)
+        lse = sums[0].log() + largest
+        loss = lse - sums[1]
+        if smoothing:
+            loss = (1 - smoothing) * loss + smoothing * (lse - sums[2] / classes)
+        weight = valid.sum().to(logits.dtype)
+        ctx.save_for_backward(logits, lse, local, inside, valid)
+        ctx.classes, ctx.smoothing = classes, smoothing
+        ctx.mark_non_differentiable(weight)
+        return loss.masked_fill(~valid, 0).sum().to(logits.dtype), weight
+
+    @staticmethod
+    def backward(ctx: Any, loss_gradient: Tensor, weight_gradient: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        logits, lse, local, inside, valid = ctx.saved_tensors
+        gradient = (_wide(logits) - lse.unsqueeze(1)).exp_()
+        if ctx.smoothing:
+            gradient = gradient - ctx.smoothing / ctx.classes
+        hit = inside.to(gradient.dtype).unsqueeze(1) * (1 - ctx.smoothing)
+        gradient = gradient.scatter_add(1, local, -hit)
+        gradient = gradient * (valid * loss_gradient.to(gradient.dtype)).unsqueeze(1)
+        return gradient.to(logits.dtype), None, None, None, None, None, None
+
+
+def vocab_cross_entropy(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> tuple[Tensor, Tensor]:
+    """`autopar.cross_entropy(logits (m, v_local), target (m,), ignore_index, label_smoothing)`: loss and weight, complete on every rank."""
+    logits, target, ignore_index, smoothing = _named(args, kwargs, ("logits", "target", "ignore_index", "label_smoothing"), (-100, 0.0))
+    classes = context.operand_shapes[0][1]
+    start, length = context.part(classes)
+    assert logits.shape[1] == length
+    loss, weight = _VocabCrossEntropy.apply(logits, target, start, classes, ignore_index, smoothing, context.axes)  # type: ignore[no-untyped-call]
+    return loss, weight
+
+
+# ---- batch norm -----------------------------------------------------------------------------------------------------------------
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    """Batch norm over the ranks of `axes`. Statistics are combined pairwise from each part's mean and sum of squares about it (Chan,
+    Golub and LeVeque 1979), which loses no digits. Gradients of weight and bias are complete on every rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, axes: Sequence[AxisContext]
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        wide = _wide(x)
+        over = [dim for dim in range(x.dim()) if dim != 1]
+        count = x.numel() // x.shape[1]
+        mean = wide.mean(over)
+        squares = (wide - _channel(mean, x)).square_().sum(over)
+        for axis in axes:
+            means, sums = _all_gather(torch.stack((mean, squares)), axis).unbind(1)
+            mean = means.mean(0)
+            squares = sums.sum(0) + count * (means - mean).square().sum(0)
+            count *= axis.size
+        invstd = (squares / count + eps).rsqrt()
+        scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+        y = (wide - _channel(mean, x)) * _channel(scale, x)
+        if bias is not None:
+            y = y + _channel(bias.to(y.dtype), x)
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.axes, ctx.count, ctx.has_bias = axes, count, bias is not None
+        variance = squares / max(count - 1, 1)
+        ctx.mark_non_differentiable(mean, variance)
+        return y.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, invstd = ctx.saved_tensors
+        over = [dim for dim in range(x.dim()) if dim != 1]
+        wide = _wide(gradient)
+        normal = (_wide(x) - _channel(mean, x)) * _channel(invstd, x)
+        sums = _all_reduce(torch.stack((wide.sum(over), (wide * normal).sum(over))), "sum", ctx.axes)
+        scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+        inner = wide - _channel(sums[0] / ctx.count, x) - normal * _channel(sums[1] / ctx.count, x)
+        weight_gradient = None if weight is None else sums[1].to(weight.dtype)
+        bias_gradient = sums[0].to(weight.dtype if weight is not None else x.dtype) if ctx.has_bias else None
+        return (inner * _channel(scale, x)).to(x.dtype), weight_gradient, bias_gradient, None, None
+
+
+def _channel(values: Tensor, x: Tensor) -> Tensor:
+    """`values (c,)` shaped to broadcast over `x (n, c, ...)`."""
+    return values.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+def sync_batch_norm(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> tuple[Tensor, Tensor, Tensor]:
+    """`autopar.batch_norm(x (n_local, c, ...), weight, bias, running_mean, running_var, momentum, eps)` with the statistics of the whole
+    batch; the running variance is fed the unbiased one, as torch does."""
+    names = ("x", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
+    x, weight, bias, old_mean, old_var, momentum, eps = _named(args, kwargs, names, ())
+    y, mean, variance, _ = _SyncBatchNorm.apply(x, weight, bias, eps, context.axes)  # type: ignore[no-untyped-call]
+    new_mean = old_mean * (1 - momentum) + mean.to(old_mean.dtype) * momentum
+    new_var = old_var * (1 - momentum) + variance.to(old_var.dtype) * momentum
+    return y, new_mean, new_var
+
+
+def _named(args: Sequence[Any], kwargs: Kwargs, names: tuple[str, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All arguments by position, from positions, keywords and the defaults of the last ones."""
+    known = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)) | dict(kwargs) | dict(zip(names, args, strict=False))
+    return tuple(known[name] for name in names)
+
+
+LOCAL_OPS: dict[str, Callable[[Sequence[Any], Kwargs, LocalContext], Any]] = {
+    "mean_of_part": mean_of_part,
+    "mean_loss_of_part": mean_loss_of_part,
+    "vocab_embedding": vocab_embedding,
+    "vocab_cross_entropy": vocab_cross_entropy,
+    "sync_batch_norm": sync_batch_norm,
+}
+"""Local implementations by the names that splits use."""
