@@ -26,7 +26,8 @@ class Restriction:
     """What a baseline or pins leave to choose from.
 
     `splits[position]`: names per axis that operation `position` may use. `pins[index]`: placement per axis that parameter `index` is
-    stored in. `stored`, `gathers`: placements per axis and times of gathering to choose from. `gather`: whether parameters may be gathered at all.
+    stored in, `stored[index]` the placements to choose from. `gathers`: times of gathering to choose from. `gather`: whether
+    parameters may be gathered at all.
     """
 
     splits: Mapping[int, Allowed] = field(default_factory=dict)
@@ -204,10 +205,15 @@ class _Builder:
         rows, row_of = _distinct(made)
         columns, column_of = _distinct(wanted)
         cost, memory = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
-        for i, state in enumerate(rows):
-            for j, targets in enumerate(columns):
-                term = self.costs.edge_term(value, state, targets, edge.keeps)
-                cost[i, j], memory[i, j] = term.cost_s, term.memory_bytes
+        conversion, kind = self.costs.conversion, _kind(value)
+        for j, targets in enumerate(columns):
+            arriving = [self.costs.of(value, target) if edge.keeps else 0 for target in targets]
+            for i, state in enumerate(rows):
+                for target, size in zip(targets, arriving, strict=True):
+                    step = conversion(*kind, state, target)
+                    cost[i, j] += step.copy_s[0] + step.copy_s[1] + step.exposed_s
+                    if step.moved or edge.keeps == "target":
+                        memory[i, j] += size
         return self._add(cost[np.ix_(row_of, column_of)], memory[np.ix_(row_of, column_of)])
 
     def _use_table(self, value: Value, edge: Edge, source: Options, wanted: list[tuple[State, ...]], target_key: int) -> int:

@@ -70,7 +70,11 @@ class Conversion:
     moves: tuple[tuple[Action, int, str, int], ...]
     moved: bool
     gathers: bool
+    exposed_s: float
+    """Time of all collectives, one after the other."""
 
+
+_IDENTITY = Conversion((0.0, 0.0), (), False, False, 0.0)
 
 # Collectives inside communicating implementations: (phase, kind, which operand's rows or channels, how many numbers for each).
 # Vocabulary cross-entropy: maximum, then sum of exponentials and the target's logit together, per row (Megatron-LM section 3).
@@ -166,6 +170,16 @@ class Costs:
         exposed_s = sum(move.exposed_s for move in moves)
         return Term(compute_s, exposed_s, (("activations", kept),) if kept else (), tuple(moves))
 
+    def workspace_bytes(self, work: Work, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice) -> float:
+        """What the operation holds for a moment on top of what is kept: forward its operands and results, backward their gradients."""
+        if work.view:
+            return 0.0
+        ins = [self.of(value, tuple(split.inputs[slot] for split in choice)) for slot, value in enumerate(operands)]
+        outs = [self.of(value, tuple(split.outputs[slot] for split in choice)) for slot, value in enumerate(outputs)]
+        forward = sum(size for slot, size in enumerate(ins) if slot not in work.keeps) + sum(outs)
+        backward = sum(outs) + sum(size for size, value in zip(ins, operands, strict=True) if value.requires_grad)
+        return float(max(forward, backward if work.trains else 0))
+
     def _inside(self, work: Work, operands: tuple[Value, ...], choice: Choice) -> list[Move]:
         moves = []
         for axis, split in enumerate(choice):
@@ -210,8 +224,11 @@ class Costs:
                 elif action != "nothing":
                     size = 2 * min(before, after) if action == "slice" else max(before, after)
                     copy_s[phase] += size / self._bytes_per_s + self._launch_s
+        if not moved and not moves:
+            return _IDENTITY if copy_s == [0.0, 0.0] else Conversion((copy_s[0], copy_s[1]), (), False, False, 0.0)
         gathers = any(phase == "forward" for _, _, phase, _ in moves)
-        return Conversion((copy_s[0], copy_s[1]), tuple(moves), moved, gathers)
+        exposed_s = sum(self.axes[axis].time_s(kind, size) for kind, axis, _, size in moves)
+        return Conversion((copy_s[0], copy_s[1]), tuple(moves), moved, gathers, exposed_s)
 
     def _moves(self, conversion: Conversion) -> list[Move]:
         found = []

@@ -198,6 +198,14 @@ class Structure:
                 self.edges.append(Edge(origin[0], target, origin[1], tuple(where), name, keeps))
 
     @cached_property
+    def edges_into(self) -> tuple[tuple[Edge, ...], ...]:
+        """The edges by position of the operation that reads."""
+        found: list[list[Edge]] = [[] for _ in self.graph.ops]
+        for edge in self.edges:
+            found[self.order[edge.target][1]].append(edge)
+        return tuple(map(tuple, found))
+
+    @cached_property
     def parameter_edges(self) -> tuple[Edge, ...]:
         """The edges that start at parameters."""
         return tuple(edge for edge in self.edges if edge.slot < 0)
