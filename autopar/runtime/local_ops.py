@@ -213,8 +213,8 @@ def sync_batch_norm(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) 
     names = ("x", "weight", "bias", "running_mean", "running_var", "momentum", "eps")
     x, weight, bias, old_mean, old_var, momentum, eps = _named(args, kwargs, names, ())
     y, mean, variance, _ = _SyncBatchNorm.apply(x, weight, bias, eps, context.axes)  # type: ignore[no-untyped-call]
-    new_mean = old_mean * (1 - momentum) + mean.to(old_mean.dtype) * momentum
-    new_var = old_var * (1 - momentum) + variance.to(old_var.dtype) * momentum
+    new_mean = old_mean.detach() * (1 - momentum) + mean.to(old_mean.dtype) * momentum
+    new_var = old_var.detach() * (1 - momentum) + variance.to(old_var.dtype) * momentum
     return y, new_mean, new_var
 
 

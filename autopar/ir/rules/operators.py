@@ -30,7 +30,7 @@ def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training mode. `x`: `(n, c, ...)`, all others `(c,)`. The result and the new running mean and variance."""
-    new_mean, new_var = mean.clone(), var.clone()
+    new_mean, new_var = mean.detach().clone(), var.detach().clone()
     y = F.batch_norm(x, new_mean, new_var, weight, bias, True, momentum, eps)
     return y, new_mean, new_var
 
