@@ -15,15 +15,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
+from autopar.ir import trace_repeats as repeats
 from autopar.ir.canonical import canonical
 from autopar.ir.graph import Buffer, Constant, Graph, Input, Output, Parameter, Ref, Value
 from autopar.ir.reshard_points import add_reshard_points
-from autopar.ir.trace_errors import as_trace_error
+from autopar.ir.trace_errors import as_trace_error, chain_of
+from autopar.ir.trace_expand import expand, refuse_aliasing
 from autopar.ir.trace_export import export_program
 from autopar.ir.trace_lower import Lowered, lower
+from autopar.ir.trace_repeats import Looked, Uncertain, UnseenSignature, find_repeats
+
+_MOST_ATTEMPTS = 8
+"""Attempts to trace repeats once before tracing whole; each learns one thing about the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +91,56 @@ def trace(
                 f"input `{path}` is a {type(leaf).__name__}; autopar takes tensors, numbers, strings and None in lists, tuples and dicts. "
                 "Register its type with `torch.utils._pytree.register_pytree_node` if it holds tensors"
             )
+    found = _once(model, args, kwargs, state) if once_per_repeat else None
     try:
-        program = export_program(model, args, kwargs)
-        lowered = lower(program)
+        lowered, out_spec = found or _whole(model, args, kwargs)
     except TraceError:
         raise
     except Exception as error:
         raise as_trace_error(error, model) from error
 
-    out_spec = program.call_spec.out_spec
-    assert out_spec is not None
     tensor_paths = [path for path in input_paths if path not in literals]
     graph = _assemble(type(model).__name__, lowered, tensor_paths, leaf_paths(out_spec), state, model.training)
     graph = add_reshard_points(canonical(graph)).verify()
     constants = {item.value: lowered.constants[item.value] for item in graph.constants}
     return TracedModel(graph, in_spec, out_spec, _slots(lowered), constants, input_paths, literals)
+
+
+def _whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Lowered, pytree.TreeSpec]:
+    program = export_program(model, args, kwargs)
+    return lower(program), _out_spec(program)
+
+
+def _once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: _State) -> tuple[Lowered, pytree.TreeSpec] | None:
+    """Trace with repeated modules exported once; None where that is not certain to give what the whole trace gives."""
+    significant: frozenset[str] = frozenset()
+    traced: frozenset[str] = frozenset()
+    chained = True
+    for _ in range(_MOST_ATTEMPTS):
+        groups = find_repeats(model, significant)
+        if not groups:
+            return None
+        try:
+            with repeats.once_per_repeat(model, groups, traced, chained=chained) as recording:
+                program = export_program(model, args, kwargs, refuse_aliasing)
+            return expand(lower(program), recording, state.tensors), _out_spec(program)
+        except Exception as error:
+            reason = next((item for item in chain_of(error) if isinstance(item, Uncertain)), None)
+            if isinstance(reason, Looked) and reason.name not in significant:
+                significant |= {reason.name}
+            elif isinstance(reason, UnseenSignature) and reason.path not in traced:
+                traced |= {reason.path}
+            elif chained:
+                chained = False
+            else:
+                return None
+    return None
+
+
+def _out_spec(program: ExportedProgram) -> pytree.TreeSpec:
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    return spec
 
 
 def leaf_paths(spec: pytree.TreeSpec) -> tuple[str, ...]:
@@ -132,6 +175,7 @@ class _State:
     buffers: dict[str, Tensor]
     aliases: dict[str, tuple[str, ...]]
     first_name: dict[str, str]
+    tensors: dict[str, Tensor]
     persistent: frozenset[str]
 
 
@@ -142,7 +186,7 @@ def _state_of(model: nn.Module) -> _State:
     ]
     names_of: dict[int, list[str]] = {}
     for fqn, tensor in named:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, UninitializedTensorMixin):
             raise TraceError(f"`{fqn}` of a lazy module has no shape yet; call the model once before planning it")
         names_of.setdefault(id(tensor), []).append(fqn)
     first_name = {fqn: names_of[id(tensor)][0] for fqn, tensor in named}
@@ -153,7 +197,7 @@ def _state_of(model: nn.Module) -> _State:
         for name in module._buffers
         if name not in module._non_persistent_buffers_set
     )
-    return _State(dict(model.named_parameters()), dict(model.named_buffers()), aliases, first_name, persistent)
+    return _State(dict(model.named_parameters()), dict(model.named_buffers()), aliases, first_name, dict(named), persistent)
 
 
 def _assemble(name: str, lowered: Lowered, input_paths: list[str], output_paths: tuple[str, ...], state: _State, training: bool) -> Graph:

@@ -45,7 +45,7 @@ _OTHER_REMEDY = "try `torch.export.export(model, args, kwargs, strict=False)` al
 
 def as_trace_error(error: BaseException, model: nn.Module) -> TraceError:
     """The `TraceError` that says what `error`, raised while `model` was traced, means."""
-    chain = list(_chain(error))
+    chain = list(chain_of(error))
     text = " ".join(f"{type(item).__name__} {item}" for item in chain)
     for words, cause, remedy in _CAUSES:
         if any(word in text for word in words):
@@ -56,7 +56,8 @@ def as_trace_error(error: BaseException, model: nn.Module) -> TraceError:
     return TraceError(f"{_user_line(chain) or type(model).__name__}: {type(model).__name__} cannot be traced: {cause}; {remedy}")
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """`error` and what it came from, the nearest first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

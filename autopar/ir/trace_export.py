@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,9 +26,12 @@ from autopar.ir.library_patches import library_patches
 SET_GRAD = "wrap_with_set_grad_enabled"
 
 
-def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+def export_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Callable[[GraphModule], None] = lambda module: None
+) -> ExportedProgram:
     """The functional ATen program of `model(*args, **kwargs)` with every shape fixed; nothing is computed and nothing is allocated.
 
+    `check` sees the program before it is made functional, and may raise.
     Raises what `torch.export` raises; `trace` turns that into a `TraceError`.
     """
     with ExitStack() as stack:
@@ -39,6 +42,7 @@ def export_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         fake_args, fake_kwargs = stack.enter_context(_faked(model, args, kwargs))
         program = torch.export.export(model, fake_args, fake_kwargs, strict=False)
         inline_grad_regions(program.graph_module)
+        check(program.graph_module)
         return program.run_decompositions({})
 
 

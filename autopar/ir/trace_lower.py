@@ -202,9 +202,12 @@ def _flatten(names: Any) -> list[str]:
 
 def module_path(stack: Any) -> str:
     """Path of the innermost user's module in `nn_module_stack`; calls after the first of one module show as `layer@1`."""
-    if not stack:
-        return ""
-    path = str(next(reversed(stack.values()))[0])
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+@lru_cache(maxsize=4096)
+def bare_path(path: str) -> str:
+    """A module path without the numbers of calls: the module's own name."""
     return re.sub(r"@\d+", "", path)
 
 
@@ -220,5 +223,5 @@ def source_line(stack_trace: str) -> str:
 
 def _where(node: Node) -> str:
     source = source_line(node.meta.get("stack_trace") or "")
-    module = module_path(node.meta.get("nn_module_stack"))
+    module = bare_path(module_path(node.meta.get("nn_module_stack")))
     return f"{source or 'forward'} (in `{module}`)" if module else source or "forward"

@@ -1,0 +1,202 @@
+"""Puts copies of a layer's operations in place of the `repeat` markers that `trace_repeats` left in a lowered program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+
+from autopar.ir.graph import Arg, Op, Ref, Value
+from autopar.ir.trace_lower import Lowered, bare_path
+from autopar.ir.trace_repeats import ENTER, LEAVE, REPEAT, Call, Recording, Uncertain
+
+MARKERS = frozenset({ENTER, LEAVE, REPEAT})
+
+
+def refuse_aliasing(module: GraphModule) -> None:
+    """Raise `Uncertain` where something is changed in place that went through a marker: the marker has hidden who else sees the change.
+
+    `module` is the program before it is made functional.
+    """
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
+    for node in module.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for position, argument in enumerate(schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            base = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            while isinstance(base, Node):
+                if str(base.target) in MARKERS:
+                    raise Uncertain(f"{node} changes what goes through a repeated module in place")
+                if any(str(user.target) in MARKERS and order[user] < order[node] for user in base.users):
+                    raise Uncertain(f"{node} changes in place what a repeated module has read")
+                returns = getattr(getattr(base.target, "_schema", None), "returns", ())
+                is_view = base.op == "call_function" and (not returns or any(item.alias_info is not None for item in returns))
+                base = base.args[0] if is_view and base.args else None
+
+
+def expand(lowered: Lowered, recording: Recording, state: dict[str, Tensor]) -> Lowered:
+    """`lowered` without markers. `state` holds the model's parameters and buffers under all their names.
+
+    Raises `Uncertain` if the operations between `enter` and `leave` depend on more than what went in, or if anything but what came out
+    is read elsewhere.
+    """
+    return _Expansion(lowered, recording, state).run()
+
+
+@dataclass(slots=True)
+class _Body:
+    """What one module does: from the values `given` to the values `results`, changing the `updates` of its buffers."""
+
+    path: str
+    ops: list[Op]
+    given: tuple[str, ...]
+    results: tuple[str, ...]
+    owned: dict[str, str]
+    updates: dict[str, str]
+
+
+class _Expansion:
+    def __init__(self, lowered: Lowered, recording: Recording, state: dict[str, Tensor]) -> None:
+        self.lowered, self.recording, self.state = lowered, recording, state
+        self.values = dict(lowered.values)
+        self.ops: list[Op] = []
+        self.stands_for: dict[str, str] = {}
+        self.fqns = {value: fqn for fqn, value in [*lowered.parameters.items(), *lowered.buffers.items()]}
+        self.fresh_state = {fqn: value for value, fqn in self.fqns.items()}
+
+    def run(self) -> Lowered:
+        lowered, recording = self.lowered, self.recording
+        if any(isinstance(tensor, FakeTensor) for tensor in lowered.constants.values()):
+            raise Uncertain("a tensor between two repeats is read elsewhere")
+        bodies = {number: self.body(number) for number, call in recording.calls.items() if call.template == number}
+        updates = dict(lowered.updates)
+        for op in lowered.ops:
+            if op.target in (ENTER, LEAVE):
+                for name, (source,) in zip(op.outputs, self.sources(op), strict=True):
+                    self.stands_for[name] = source
+                    del self.values[name]
+            elif op.target == REPEAT:
+                updates |= self.chain(op, bodies)
+            elif self.stands_for and any(name in self.stands_for for name in op.operands):
+                self.ops.append(_read(op, self.stands_for))
+            else:
+                self.ops.append(op)
+        return Lowered(
+            values=self.values,
+            ops=self.ops,
+            inputs=lowered.inputs,
+            parameters={fqn: value for fqn, value in self.fresh_state.items() if fqn in lowered.parameters or value not in lowered.values},
+            buffers=lowered.buffers,
+            updates={fqn: self.stands_for.get(value, value) for fqn, value in updates.items()},
+            constants=lowered.constants,
+            outputs=[Ref(self.stands_for.get(item.name, item.name)) if isinstance(item, Ref) else item for item in lowered.outputs],
+        )
+
+    def sources(self, marker: Op) -> Iterator[tuple[str]]:
+        for name in marker.operands:
+            yield (self.stands_for.get(name, name),)
+
+    def body(self, number: int) -> _Body:
+        """The operations between the markers of call `number`, checked to be closed."""
+        path = self.recording.calls[number].path
+        places = {op.target: index for index, op in enumerate(self.lowered.ops) if op.target in (ENTER, LEAVE) and op.args[1] == number}
+        if places.keys() != {ENTER, LEAVE}:
+            raise Uncertain(f"{path}: its inputs or its outputs are not used")
+        enter, leave = self.lowered.ops[places[ENTER]], self.lowered.ops[places[LEAVE]]
+        ops = self.lowered.ops[places[ENTER] + 1 : places[LEAVE]]
+        inner = {name for op in ops for name in op.outputs}
+        allowed = inner | set(enter.outputs)
+        owned: dict[str, str] = {}
+        for op in (*ops, leave):
+            for name in op.operands:
+                if name in self.fqns and self.fqns[name].startswith(f"{path}."):
+                    owned[name] = self.fqns[name].removeprefix(path)
+                elif name not in allowed and name not in self.lowered.constants:
+                    raise Uncertain(f"{path} reads `{name}`, which is not among its arguments")
+            if op.target in MARKERS and op is not leave:
+                raise Uncertain(f"{path} holds another repeated module")
+        for op in [*self.lowered.ops[: places[ENTER]], *self.lowered.ops[places[LEAVE] + 1 :]]:
+            if any(name in allowed for name in op.operands):
+                raise Uncertain(f"{op.name} reads inside of {path}")
+        if any(isinstance(item, Ref) and item.name in allowed for item in self.lowered.outputs):
+            raise Uncertain(f"the model returns something from inside of {path}")
+        updates = {fqn.removeprefix(path): value for fqn, value in self.lowered.updates.items() if value in inner}
+        if any((value in allowed) != fqn.startswith(f"{path}.") for fqn, value in self.lowered.updates.items()):
+            raise Uncertain(f"a buffer is updated across the border of {path}")
+        if updates and any(self.recording.times_called[call.path] > 1 for call in self.recording.calls.values() if call.template == number):
+            raise Uncertain(f"{path} updates its buffers and is called more than once")
+        return _Body(path, ops, enter.outputs, leave.operands, owned, updates)
+
+    def chain(self, marker: Op, bodies: dict[int, _Body]) -> dict[str, str]:
+        """Append the operations of all calls that `marker` stands for; returns the updates of their buffers."""
+        outer = [source for (source,) in self.sources(marker)]
+        number = marker.args[1]
+        assert isinstance(number, int)
+        results: dict[int, tuple[str, ...]] = {}
+        updates: dict[str, str] = {}
+        for call_number in self.recording.chains[number]:
+            call = self.recording.calls[call_number]
+            body = bodies[call.template]
+            operands = [outer[index] if earlier is None else results[earlier][index] for earlier, index in call.operands]
+            names = self.copy(body, call, operands, f"~{call_number}")
+            results[call_number] = tuple(names.get(name, name) for name in body.results)
+            updates |= {call.path + below: names[value] for below, value in body.updates.items()}
+        for name, source in zip(marker.outputs, results[number], strict=True):
+            self.stands_for[name] = source
+            del self.values[name]
+        return updates
+
+    def copy(self, body: _Body, call: Call, operands: list[str], suffix: str) -> dict[str, str]:
+        """Append a copy of `body` on `operands` with the state of the module called; returns new names of its values."""
+        names = dict(zip(body.given, operands, strict=True))
+        for value, below in body.owned.items():
+            names[value] = self.state_value(call.path + below)
+        paths: dict[str, str] = {}
+        for op in body.ops:
+            if op.module not in paths:
+                paths[op.module] = _moved(op.module, body.path, call)
+            outputs = []
+            for name in op.outputs:
+                value = self.values[name]
+                names[name] = renamed = name + suffix
+                self.values[renamed] = Value(renamed, value.shape, value.dtype, value.requires_grad)
+                outputs.append(renamed)
+            moved = _read(op, names)
+            self.ops.append(Op(op.name + suffix, op.target, moved.args, moved.kwargs, tuple(outputs), paths[op.module], op.source))
+        return names
+
+    def state_value(self, fqn: str) -> str:
+        """The value of a parameter or buffer, which may have been hidden from the tracer."""
+        if fqn not in self.fresh_state:
+            tensor = self.state[fqn]
+            name = fqn
+            while name in self.values:
+                name += "_"
+            self.values[name] = Value(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
+            self.fresh_state[fqn] = name
+        return self.fresh_state[fqn]
+
+
+def _moved(module: str, path: str, call: Call) -> str:
+    """The module path of a copied operation, with the number of the call of the copied module."""
+    if module != path and not bare_path(module).startswith(f"{path}.") and bare_path(module) != path:
+        return module
+    depth = path.count(".") + 1
+    inner = module.split(".")[depth:]
+    return ".".join([call.path + (f"@{call.nth}" if call.nth else ""), *inner])
+
+
+def _read(op: Op, names: dict[str, str]) -> Op:
+    def new(arg: Arg) -> Arg:
+        if isinstance(arg, Ref):
+            return Ref(names.get(arg.name, arg.name))
+        return tuple([new(item) for item in arg]) if isinstance(arg, tuple) else arg
+
+    kwargs = tuple([(key, new(arg)) for key, arg in op.kwargs]) if op.kwargs else ()
+    return Op(op.name, op.target, tuple([new(arg) for arg in op.args]), kwargs, op.outputs, op.module, op.source)
