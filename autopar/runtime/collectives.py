@@ -49,53 +49,58 @@ def pad_part(x: Tensor, dim: int, blocks: int, size: int, parts: int, index: int
     return whole
 
 
-def _largest(size: int, blocks: int, parts: int) -> int:
+def largest(size: int, blocks: int, parts: int) -> int:
     """Length of the largest part of one block."""
     return -(-(size // blocks) // parts)
 
 
-def _stretch(x: Tensor, dim: int, blocks: int, largest: int) -> Tensor:
-    """`x` with each block along `dim` padded by zeros to `largest`."""
+def stretch(x: Tensor, dim: int, blocks: int, to: int) -> Tensor:
+    """`x` with each block along `dim` padded by zeros to `to`."""
     length = x.shape[dim] // blocks
-    if length == largest:
+    if length == to:
         return x
-    shape = (*x.shape[:dim], blocks, largest, *x.shape[dim + 1 :])
+    shape = (*x.shape[:dim], blocks, to, *x.shape[dim + 1 :])
     out = x.new_zeros(shape)
     if length:
         out.narrow(dim + 1, 0, length).copy_(x.unflatten(dim, (blocks, length)))
     return out.flatten(dim, dim + 1)
 
 
-def _shrink(x: Tensor, dim: int, blocks: int, length: int) -> Tensor:
-    """Undo `_stretch`: keep the first `length` of each block along `dim`."""
-    largest = x.shape[dim] // blocks
-    if length == largest:
+def shrink(x: Tensor, dim: int, blocks: int, length: int) -> Tensor:
+    """Undo `stretch`: keep the first `length` of each block along `dim`."""
+    padded = x.shape[dim] // blocks
+    if length == padded:
         return x
     if blocks == 1:
         return x.narrow(dim, 0, length)
-    return x.unflatten(dim, (blocks, largest)).narrow(dim + 1, 0, length).flatten(dim, dim + 1)
+    return x.unflatten(dim, (blocks, padded)).narrow(dim + 1, 0, length).flatten(dim, dim + 1)
 
 
-def _cut(x: Tensor, dim: int, blocks: int, parts: int) -> Tensor:
+def cut(x: Tensor, dim: int, blocks: int, parts: int) -> Tensor:
     """All parts of the whole `x`, stacked in a new leading dim `(parts, ...)`, each padded to the largest."""
-    size = x.shape[dim] // blocks
-    largest = _largest(x.shape[dim], blocks, parts)
-    x = _stretch(x, dim, blocks, largest * parts)
+    length = largest(x.shape[dim], blocks, parts)
+    x = stretch(x, dim, blocks, length * parts)
     if blocks == 1:
-        return x.unflatten(dim, (parts, largest)).movedim(dim, 0)
-    del size
-    return x.unflatten(dim, (blocks, parts, largest)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
+        return x.unflatten(dim, (parts, length)).movedim(dim, 0)
+    return x.unflatten(dim, (blocks, parts, length)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
 
 
-def _join(x: Tensor, dim: int, blocks: int, size: int) -> Tensor:
-    """Undo `_cut`: from stacked parts `(parts, ...)` the whole of `size` along `dim`."""
-    parts = x.shape[0]
+def join(x: Tensor, dim: int, blocks: int, size: int) -> Tensor:
+    """Undo `cut`: from stacked parts `(parts, ...)` the whole of `size` along `dim`."""
     if blocks == 1:
         whole = x.movedim(0, dim).flatten(dim, dim + 1)
     else:
         whole = x.unflatten(dim + 1, (blocks, -1)).movedim(0, dim + 1).flatten(dim, dim + 2)
-    del parts
-    return _shrink(whole, dim, blocks, size // blocks)
+    return shrink(whole, dim, blocks, size // blocks)
+
+
+def join_into(out: Tensor, x: Tensor, dim: int, blocks: int) -> None:
+    """`join` the stacked parts `x` into the whole `out`, with one copy where the parts are equal."""
+    size, parts = out.shape[dim], x.shape[0]
+    if blocks == 1 and size == parts * x.shape[dim + 1]:
+        out.unflatten(dim, (parts, -1)).copy_(x.movedim(0, dim))
+    else:
+        out.copy_(join(x, dim, blocks, size))
 
 
 # ---- the wire: contiguous tensors, equal parts ----------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ def _wire(x: Tensor) -> Tensor:
 
 def gather_into(out: Tensor, x: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
     """`out (n, ...)` = the `x (...)` of all `n` ranks, both contiguous."""
-    return dist.all_gather_into_tensor(out.view(-1), x.view(-1), group=group, async_op=async_op)
+    return dist.all_gather_single(out.view(-1), x.view(-1), group=group, async_op=async_op)
 
 
 class _Then:
@@ -133,7 +138,7 @@ def reduce_scatter_into(out: Tensor, x: Tensor, group: dist.ProcessGroup, async_
     Gloo's own reduce-scatter is an all-reduce of everything (PyTorch 2.13); exchanging the rows and adding them here moves half.
     """
     if not _is_gloo(group):
-        return dist.reduce_scatter_tensor(out.view(-1), x.view(-1), group=group, async_op=async_op)
+        return dist.reduce_scatter_single(out.view(-1), x.view(-1), group=group, async_op=async_op)
     received = torch.empty_like(x)
     work = dist.all_to_all_single(received.view(-1), x.view(-1), group=group, async_op=async_op)
     flat = out.view(-1)
@@ -156,34 +161,34 @@ def _all_reduce(x: Tensor, group: str) -> Tensor:
 def _all_gather(x: Tensor, dim: int, blocks: int, size: int, group: str) -> Tensor:
     process_group = resolve(group)
     parts = process_group.size()
-    x = _stretch(x, dim, blocks, _largest(size, blocks, parts))
+    x = stretch(x, dim, blocks, largest(size, blocks, parts))
     wire = _wire(x)
     out = wire.new_empty((parts, *x.shape))
     gather_into(out, wire, process_group)
-    whole = _join(out.view(x.dtype), dim, blocks, size).contiguous()
+    whole = join(out.view(x.dtype), dim, blocks, size).contiguous()
     return whole
 
 
 def _reduce_scatter(x: Tensor, dim: int, blocks: int, group: str) -> Tensor:
     process_group = resolve(group)
     length = chunk(x.shape[dim] // blocks, process_group.size(), process_group.rank())[1]
-    stacked = _cut(x, dim, blocks, process_group.size()).contiguous()
+    stacked = cut(x, dim, blocks, process_group.size()).contiguous()
     out = stacked.new_empty(stacked.shape[1:])
     reduce_scatter_into(out, stacked, process_group)
-    return _shrink(out, dim, blocks, length).contiguous()
+    return shrink(out, dim, blocks, length).contiguous()
 
 
 def _all_to_all(x: Tensor, dim: int, blocks: int, to_dim: int, to_blocks: int, size: int, group: str) -> Tensor:
     process_group = resolve(group)
     parts = process_group.size()
     length = chunk(x.shape[to_dim] // to_blocks, parts, process_group.rank())[1]
-    x = _stretch(x, dim, blocks, _largest(size, blocks, parts))
-    stacked = _cut(x, to_dim, to_blocks, parts)
+    x = stretch(x, dim, blocks, largest(size, blocks, parts))
+    stacked = cut(x, to_dim, to_blocks, parts)
     wire = _wire(stacked)
     out = torch.empty_like(wire)
     dist.all_to_all_single(out.view(-1), wire.view(-1), group=process_group)
-    whole = _join(out.view(x.dtype), dim, blocks, size)
-    return _shrink(whole, to_dim, to_blocks, length).contiguous()
+    whole = join(out.view(x.dtype), dim, blocks, size)
+    return shrink(whole, to_dim, to_blocks, length).contiguous()
 
 
 _library = torch.library.Library("autopar", "FRAGMENT")

@@ -1,0 +1,130 @@
+"""Dropout on a split value: masks that differ from part to part, agree on every copy of a part, and repeat from the same seed.
+
+A mask is drawn from a generator of its own, seeded by (run's seed, step, operation, part). Ranks that hold the same part draw the
+same mask without talking, ranks with different parts draw different ones, and the ranks' default generators are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_MASK = (1 << 63) - 1
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit number from several, well mixed: splitmix64's finaliser over each (Steele, Lea and Flood 2014, "Fast splittable
+    pseudorandom number generators")."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & _MASK
+
+
+def _keep_mask(like: Tensor, p: float, seed: int, step: int, part: int) -> Tensor:
+    generator = torch.Generator(like.device)
+    generator.manual_seed(mix(seed, step, part))
+    return torch.empty(like.shape, dtype=torch.bool, device=like.device).bernoulli_(1 - p, generator=generator)
+
+
+# An operator of its own so that `torch.compile` neither traces the generator nor guards on the seed.
+_library = torch.library.Library("autopar", "FRAGMENT")
+_library.define("keep_mask(Tensor like, float p, SymInt seed, SymInt step, SymInt part) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    _library.impl("keep_mask", _keep_mask, _key)
+
+
+@torch.library.register_fake("autopar::keep_mask", lib=_library)
+def _keep_mask_fake(like: Tensor, p: float, seed: int, step: int, part: int) -> Tensor:
+    return torch.empty(like.shape, dtype=torch.bool, device=like.device)
+
+
+def dropout(x: Tensor, p: float, part: int, seed: int, step: int) -> Tensor:
+    """`x` with elements zeroed with probability `p` and the others divided by `1 - p`; `part` numbers the operation and the part of
+    the value that this rank holds."""
+    if p >= 1:
+        return x * 0
+    mask = torch.ops.autopar.keep_mask(x.detach(), p, seed, step, part)
+    return x * mask * (1 / (1 - p))
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Run what draws from the device's default generator from `seed`, and leave the generator as it was."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
+    else:
+        generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def attention(part: int, seed: int, step: int, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`scaled_dot_product_attention` with dropout, its masks drawn as this module's docstring says."""
+    if torch.compiler.is_compiling():
+        return _composed_attention(part, seed, step, query, key, value, *args, **kwargs)
+    with seeded(query.device, mix(seed, step, part)):
+        return torch.ops.aten.scaled_dot_product_attention.default(query, key, value, *args, **kwargs)
+
+
+def _composed_attention(
+    part: int, seed: int, step: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention from operations that a compiler can trace, random masks included."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return dropout(torch.softmax(scores, -1), dropout_p, part, seed, step) @ value
+
+
+class _NoDropout(TorchFunctionMode):
+    """Within, PyTorch's dropout functions return their input, and attention keeps all of its weights."""
+
+    _NAMES = frozenset(
+        {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"}
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name in self._NAMES:
+            return args[0] if args else kwargs["input"]
+        if name == "scaled_dot_product_attention":
+            args = (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:])
+            kwargs.pop("dropout_p", None)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Run `module`, distributed or not, without dropout, attention's included; all else stays in training mode. For comparisons."""
+    from autopar.runtime.module import ParallelModule
+
+    parallel = [inner for inner in module.modules() if isinstance(inner, ParallelModule)]
+    before = [inner._dropout for inner in parallel]
+    for inner in parallel:
+        inner._dropout = False
+    try:
+        with _NoDropout():
+            yield
+    finally:
+        for inner, value in zip(parallel, before, strict=True):
+            inner._dropout = value

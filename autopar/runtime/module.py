@@ -1,0 +1,242 @@
+"""`ParallelModule`: a traced model under a plan, on the ranks of a mesh, with the model's own call signature, outputs and names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.utils import _pytree as pytree
+
+from autopar.errors import RuntimeSetupError
+from autopar.ir.assignment import Assignment, expand
+from autopar.ir.conversion import State
+from autopar.ir.placement import R, parse
+from autopar.ir.plan import Plan
+from autopar.ir.trace import TracedModel
+from autopar.runtime.convert import Place, convert
+from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
+from autopar.runtime.gradients import Reducer
+from autopar.runtime.handshake import agree
+from autopar.runtime.inputs import InputBinder, given_states
+from autopar.runtime.lower import Borders, Hooks, Mode, lower
+from autopar.runtime.parameters import Leaf, uses
+from autopar.runtime.shards import torch_placements
+
+
+class ParallelModule(nn.Module):
+    """Runs `traced` on this rank of `mesh` (axes as in the plan) as `plan` says; every rank makes one, with the same plan.
+
+    `local_state`: this rank's stored part of every parameter, and every buffer whole, by fully-qualified name; taken over, not copied.
+    `inputs`: `"global"` where every rank passes the whole batch, `"per-rank"` where each passes its part.
+    `signature`: that of the model's `forward`, so that arguments may come by position or by name.
+    `assignment`, `outputs`: what `plan` expands to, where the caller has it already.
+
+    Parameters are DTensors under the names they have in the model, gradients too; between `forward` and the end of `backward` nothing
+    else of autopar is needed: any optimizer that takes DTensors works. Hooks that are registered on the parameters do not run, for
+    autograd sees the local tensors behind them.
+    """
+
+    def __init__(
+        self,
+        traced: TracedModel,
+        plan: Plan,
+        mesh: DeviceMesh,
+        local_state: Mapping[str, Tensor],
+        *,
+        inputs: Literal["global", "per-rank"] = "global",
+        signature: inspect.Signature | None = None,
+        device: torch.device | None = None,
+        assignment: Assignment | None = None,
+        outputs: Sequence[State] | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        super().__init__()
+        graph = traced.graph
+        self._traced, self._plan, self._mesh = traced, plan, mesh
+        self._assignment = assignment or expand(plan, graph)
+        self._place = place_on(mesh)
+        self._device = device or next((tensor.device for tensor in local_state.values()), torch.device("cpu"))
+        whole: State = (R,) * mesh.ndim
+        planned = {item.path: tuple(parse(text) for text in item.placement.values()) for item in plan.outputs}
+        self._outputs = tuple(outputs) if outputs is not None else tuple(planned.get(item.path, whole) for item in graph.outputs)
+        self._constants = [traced.constants[item.value].to(self._device) for item in graph.constants]
+        self._register(local_state)
+        self._leaves = [Leaf(use, parameter, self._place) for use, parameter in zip(self._uses, self._stored, strict=True)]
+        self._buckets = buckets_of(self._leaves, plan.segments)
+        self._gatherer = Gatherer(self._buckets)
+        self._reducer = Reducer(self._leaves, self._gatherer.gradient_done, self._gatherer.backward_done)
+        self._programs: dict[tuple[Mode, bool], fx.GraphModule] = {}
+        self._dropout = True
+        self._step = 0
+        # Masks of dropout must agree between ranks that hold the same part.
+        self._seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
+        states = dict.fromkeys((item.path for item in graph.inputs), whole) | given_states(plan, inputs)
+        self._borders = Borders(
+            {item.value: states[item.path] for item in graph.inputs}, {use.value: use.leaf for use in self._uses}, self._outputs
+        )
+        self._binder = InputBinder(
+            traced, states, self._place, whole=inputs == "global", device=self._device, signature=signature, timeout_s=timeout_s
+        )
+        self.train(graph.training)
+
+    # ---- parameters and buffers under their own names ---------------------------------------------------------------------------
+
+    def _register(self, local_state: Mapping[str, Tensor]) -> None:
+        graph = self._traced.graph
+        self._uses = uses(graph, self._assignment, self._place)
+        by_fqn = {parameter.fqn: (parameter, use) for parameter, use in zip(graph.parameters, self._uses, strict=True)}
+        buffers = {buffer.fqn: buffer for buffer in graph.buffers}
+        stored: dict[str, nn.Parameter] = {}
+        for fqn, local in local_state.items():
+            if fqn in buffers:
+                owner, name = self._owner(fqn)
+                owner.register_buffer(name, local, persistent=buffers[fqn].persistent)
+                continue
+            parameter, use = by_fqn[fqn]
+            value = graph.values[parameter.value]
+            wrapped = sharded(local, self._mesh, use.stored, value.shape)
+            stored[fqn] = nn.Parameter(wrapped, requires_grad=value.requires_grad)
+            for name_ in (fqn, *parameter.aliases):
+                owner, name = self._owner(name_)
+                owner.register_parameter(name, stored[fqn])
+        self._stored = [stored[parameter.fqn] for parameter in graph.parameters]
+        self._buffer_owners = [self._owner(buffer.fqn) for buffer in graph.buffers]
+        self._updated = [index for index, buffer in enumerate(graph.buffers) if buffer.updated is not None]
+
+    def _owner(self, fqn: str) -> tuple[nn.Module, str]:
+        """The module that holds `fqn`, made on the way if need be, and the last part of the name."""
+        *path, name = fqn.split(".")
+        module: nn.Module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = cast(nn.Module, module._modules[part])
+        return module, name
+
+    def adopt(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let the given parameter objects, by name, take the place of this module's own: they become its DTensors, so that an
+        optimizer that holds them trains this module."""
+        for index, parameter in enumerate(self._traced.graph.parameters):
+            theirs, ours = parameters.get(parameter.fqn), self._stored[index]
+            if theirs is None or theirs is ours:
+                continue
+            torch.utils.swap_tensors(theirs, ours)
+            self._stored[index] = self._leaves[index].parameter = theirs
+            for fqn in (parameter.fqn, *parameter.aliases):
+                owner, name = self._owner(fqn)
+                owner._parameters[name] = theirs
+
+    # ---- calls ------------------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own `forward`. Raises `InputError` where the inputs are not of the traced shapes and types."""
+        tensors = self._bind(args, kwargs)
+        if torch.compiler.is_compiling():
+            leaves, program = [self._functional_leaf(i) for i in range(len(self._leaves))], self._program(functional=True)
+        else:
+            leaves, program = self._begin(), self._program(functional=False)
+        buffers = [owner._buffers[name] for owner, name in self._buffer_owners]
+        results = program(*tensors, *leaves, *buffers, *self._constants, self._seed, self._step)
+        count = len(self._outputs)
+        if self.training:
+            self._step += 1
+            if self._updated:
+                self._write_back([buffers[index] for index in self._updated], results[count:])
+        return self._as_model_returns(results[:count])
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]  # checks and slicing in plain Python: nothing to compile
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        if self.training and not self._traced.graph.training:
+            raise RuntimeSetupError(
+                "this module was planned in evaluation mode and is called in training mode; call `.eval()` first, or plan after `model.train()`"
+            )
+        return self._binder.bind(args, kwargs)
+
+    def _begin(self) -> list[Tensor]:
+        """Leaves for a new forward pass."""
+        if any([leaf.refresh() for leaf in self._leaves]):
+            self._reducer.watch()
+            for bucket in self._buckets:
+                bucket.renew()
+        self._gatherer.start()
+        return [leaf.tensor for leaf in self._leaves]
+
+    def _functional_leaf(self, index: int) -> Tensor:
+        """The leaf as a function of the parameter, for compilers: gathers and reductions stand in the graph."""
+        use, parameter = self._uses[index], self._stored[index]
+        x: Tensor = parameter.to_local(grad_placements=parameter.placements) if isinstance(parameter, DTensor) else parameter
+        for step in use.steps:
+            x = convert(x, *step.arguments())
+        return x
+
+    def _program(self, functional: bool) -> fx.GraphModule:
+        mode = Mode(dropout=self.training and self._dropout, statistics=self.training)
+        key = (mode, functional)
+        if key not in self._programs:
+            hooks = Hooks() if functional else hooks_of(self._buckets, self._gatherer, self._reducer.begin)
+            self._programs[key] = lower(
+                self._traced.graph, self._assignment, self._place, self._borders, self._device, mode, hooks
+            )
+        return self._programs[key]
+
+    @torch.no_grad()
+    def _write_back(self, buffers: Sequence[Tensor | None], values: Sequence[Tensor]) -> None:
+        for buffer, value in zip(buffers, values, strict=True):
+            assert buffer is not None
+            buffer.copy_(value)
+
+    def _as_model_returns(self, results: Sequence[Tensor]) -> Any:
+        graph = self._traced.graph
+        wrapped = []
+        for output, state, result in zip(graph.outputs, self._outputs, results, strict=True):
+            shape = graph.values[output.value].shape
+            if any(placement.is_shard and size > 1 for placement, size in zip(state, self._place.mesh, strict=True)):
+                stride = torch.empty(shape, device="meta").stride()
+                result = DTensor.from_local(
+                    result.contiguous(), self._mesh, torch_placements(state), run_check=False, shape=torch.Size(shape), stride=stride
+                )
+            wrapped.append(result)
+        leaves = [slot.literal if slot.index is None else wrapped[slot.index] for slot in self._traced.output_slots]
+        return pytree.tree_unflatten(leaves, self._traced.out_spec)
+
+    # ---- training ---------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within, backward passes keep each rank's own terms of the gradients; the first one outside reduces their sum.
+
+        Costs a whole gradient's memory for parameters that are stored in parts. `p.grad` is unchanged until the reducing pass.
+        """
+        self._reducer.enabled = False
+        try:
+            yield
+        finally:
+            self._reducer.enabled = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `nn.Module.zero_grad`; also drops terms kept under `no_sync`."""
+        super().zero_grad(set_to_none)
+        for leaf in self._leaves:
+            leaf.tensor.grad = None
+
+
+def place_on(mesh: DeviceMesh) -> Place:
+    """This rank's place on `mesh`. Axes of size 1 have no group: nothing is ever sent on them."""
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    sizes = tuple(mesh.shape)
+    return Place(sizes, tuple(coordinate), tuple(mesh.get_group(axis).group_name if size > 1 else "" for axis, size in enumerate(sizes)))
+
+
+def sharded(local: Tensor, mesh: DeviceMesh, state: State, shape: tuple[int, ...]) -> DTensor:
+    """`local` as this rank's part of a DTensor of global `shape` in `state`, without talking to anyone."""
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
+    # The constructor that DTensor's own operators use; `DTensor.from_local` does the same, with checks and an autograd node.
+    return DTensor(local, DTensorSpec(mesh, torch_placements(state), tensor_meta=meta), requires_grad=False)  # type: ignore[call-arg]
