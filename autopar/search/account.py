@@ -7,6 +7,7 @@ Beside the sum it finds what does not add up over operations: the workspace of t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.ir.assignment import Assignment, Choice
@@ -77,7 +78,7 @@ def account(structure: Structure, costs: Costs, assignment: Assignment) -> Accou
             targets = target_states(choice, edge.slots)
             if edge.slot >= 0:
                 source = states[edge.value]
-                key = ("edge", value.shape, value.dtype, value.requires_grad, source, targets, edge.keeps)
+                key: object = ("edge", value.shape, value.dtype, value.requires_grad, source, targets, edge.keeps)
                 if key not in terms:
                     terms[key] = costs.edge_term(value, source, targets, edge.keeps)
                 add(terms[key], position, -1, edge.value)
@@ -98,10 +99,11 @@ def account(structure: Structure, costs: Costs, assignment: Assignment) -> Accou
                 gathered[position] = gathered.get(position, 0.0) + whole
 
     states = assignment.states(graph)
+    key: object
     for index, parameter in enumerate(graph.parameters):
         value = values[parameter.value]
         storage = assignment.storage[parameter.fqn]
-        key: object = ("parameter", value.shape, value.dtype, value.requires_grad, storage.stored)
+        key = ("parameter", value.shape, value.dtype, value.requires_grad, storage.stored)
         if key not in terms:
             terms[key] = costs.parameter_term(value, storage)
         add(terms[key], -1, index, parameter.value)
@@ -123,11 +125,10 @@ def account(structure: Structure, costs: Costs, assignment: Assignment) -> Accou
 
 def resident_bytes(structure: Structure) -> int:
     """Inputs, buffers and constants: whole on every rank."""
-    graph = structure.graph
-    return sum(graph.values[item.value].size_bytes for item in (*graph.inputs, *graph.buffers, *graph.constants))
+    return sum(structure.graph.values[name].size_bytes for name, kind in structure.graph.source_kind.items() if kind != "parameter")
 
 
-def least_workspace_bytes(structure: Structure, costs: Costs, options: dict[int, tuple[Choice, ...]]) -> float:
+def least_workspace_bytes(structure: Structure, costs: Costs, options: Mapping[int, Sequence[Choice]]) -> float:
     """A lower bound on the workspace of any plan: of the operation that needs most when each uses the choice that needs least.
 
     `options` by operation class."""

@@ -49,6 +49,17 @@ class Built:
     structure: Structure
     costs: Costs
 
+    def op_choices(self) -> dict[int, list[Choice]]:
+        """Choices by class of operation; those of equal operations under different restrictions together."""
+        found: dict[int, dict[Choice, None]] = {}
+        seen: set[tuple[int, int]] = set()
+        for position, number in enumerate(self.structure.class_of):
+            options = self.options[self.structure.node_of_op[position]]
+            if (number, id(options)) not in seen:
+                seen.add((number, id(options)))
+                found.setdefault(number, {}).update((option, None) for option in options if not isinstance(option, Storage))
+        return {number: list(choices) for number, choices in found.items()}
+
     def assignment(self, choice: tuple[int, ...]) -> Assignment:
         """What a solution decides. `gather` becomes `"never"` where a parameter is used as it is stored."""
         structure, costs = self.structure, self.costs

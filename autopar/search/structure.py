@@ -197,6 +197,10 @@ class Structure:
                 keeps = "" if not needed else "copy" if copy and name not in parameters else "target"
                 self.edges.append(Edge(origin[0], target, origin[1], tuple(where), name, keeps))
 
+    def whole(self, value: str) -> bool:
+        """Whether a returned value is brought home whole; inputs and parameters that are returned are."""
+        return self._returned.get(value, True)
+
     @cached_property
     def edges_into(self) -> tuple[tuple[Edge, ...], ...]:
         """The edges by position of the operation that reads."""

@@ -1,0 +1,61 @@
+"""What every parameter's other storages would have cost: the best plan in which its row of the plan is stored so.
+
+Each is a search of its own on the same mesh, with one table changed; that is why they are made on request only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from autopar.ir import folded_names
+from autopar.ir.assignment import Storage
+from autopar.ir.conversion import State
+from autopar.ir.plan import Alternative, Plan
+from autopar.search.build import Built
+from autopar.search.problem import Table
+from autopar.search.solve import solve
+
+
+def price_alternatives(plan: Plan, built: Built, limit_bytes: float) -> Plan:
+    """`plan` with the alternatives of every parameter row that differ from it on one axis. `limit_bytes` is for what adds up."""
+    node_of = {item.fqn: built.structure.node_of_parameter[index] for index, item in enumerate(built.structure.graph.parameters)}
+    rows = []
+    for row in plan.parameters:
+        nodes = [node_of[name] for name in folded_names.expand(row.name)]
+        options = [option for option in built.options[nodes[0]] if isinstance(option, Storage)]
+        chosen = tuple(row.stored.values())
+        others = dict.fromkeys(option.stored for option in options if _differs_on_one_axis(option.stored, chosen))
+        found = [_price(built, nodes, state, limit_bytes) for state in others]
+        rows.append(row.model_copy(update={"alternatives": tuple(found)}))
+    return plan.model_copy(update={"parameters": tuple(rows)})
+
+
+def _differs_on_one_axis(state: State, chosen: tuple[str, ...]) -> bool:
+    return sum(str(placement) != text for placement, text in zip(state, chosen, strict=True)) == 1
+
+
+def _price(built: Built, nodes: list[int], state: State, limit_bytes: float) -> Alternative:
+    """The best plan with the parameters at `nodes` stored in `state`."""
+    stored = dict(zip(built.costs.names, map(str, state), strict=True))
+    tables = list(built.problem.tables)
+    of_node = list(built.problem.nodes)
+    changed: dict[int, int] = {}
+    for node in nodes:
+        old = of_node[node]
+        if old not in changed:
+            other = [not (isinstance(option, Storage) and option.stored == state) for option in built.options[node]]
+            if all(other):
+                return Alternative(stored=stored, why="no operation of one of the repeats can use it so")
+            cost_s = tables[old].cost_s.copy()
+            cost_s[np.array(other)] = np.inf
+            changed[old] = len(tables)
+            tables.append(Table(cost_s, tables[old].memory_bytes))
+        of_node[node] = changed[old]
+    problem = replace(built.problem, nodes=tuple(of_node), tables=tuple(tables), memory_limit_bytes=limit_bytes)
+    solution = solve(problem)
+    memory = int(solution.memory_bytes)
+    if not solution.feasible:
+        return Alternative(stored=stored, memory_bytes=memory, why=f"needs {memory - int(limit_bytes)} bytes more than there are")
+    return Alternative(stored=stored, cost_s=solution.cost_s, memory_bytes=memory)

@@ -1,0 +1,212 @@
+"""From decisions to a `Plan`: repeats folded, names written once, everything that follows from the decisions beside them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import pairwise
+from typing import Literal, TypeVar, cast
+
+from autopar.ir import folded_names
+from autopar.ir.assignment import Assignment
+from autopar.ir.cluster import Cluster
+from autopar.ir.conversion import State
+from autopar.ir.graph import Graph
+from autopar.ir.placement import R
+from autopar.ir.plan import (
+    Axes,
+    ClusterInfo,
+    CollectivePlan,
+    InputPlan,
+    ModelInfo,
+    OpPlan,
+    OutputPlan,
+    ParameterPlan,
+    Plan,
+    Predicted,
+    SegmentPlan,
+)
+from autopar.ir.rules import unruled
+from autopar.search.account import Account, Run
+from autopar.search.costs import home
+from autopar.search.structure import Structure
+
+T = TypeVar("T", bound=Hashable)
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
+
+
+def describe(
+    structure: Structure, cluster: Cluster, assignment: Assignment, account: Account, predicted: Predicted, *, name: str,
+    pins: Mapping[str, str], notes: tuple[str, ...] = (),
+) -> Plan:  # fmt: skip
+    """The plan that says `assignment`."""
+    graph = structure.graph
+    writer = _Writer(structure, assignment)
+    device = cluster.device
+    return Plan(
+        name=name,
+        model=ModelInfo(
+            name=graph.name, fingerprint=graph.fingerprint(), training=graph.training,
+            parameters=len(graph.parameters), operations=len(graph.ops),
+        ),
+        cluster=ClusterInfo(
+            name=cluster.name, device=device.name, devices_per_node=cluster.devices_per_node, nodes=cluster.nodes,
+            memory_bytes=device.memory_bytes,
+        ),
+        mesh=dict(zip(assignment.axes, assignment.mesh, strict=True)),
+        inputs=writer.inputs(), outputs=writer.outputs(), pins=dict(pins), predicted=predicted, replicated=unruled(graph), notes=notes,
+        parameters=writer.parameters(), segments=writer.segments(), collectives=writer.collectives(account.runs),
+    )  # fmt: skip
+
+
+class _Writer:
+    def __init__(self, structure: Structure, assignment: Assignment) -> None:
+        self.structure, self.assignment = structure, assignment
+        self.graph: Graph = structure.graph
+
+    def _axes(self, state: Sequence[object]) -> Axes:
+        return {axis: str(item) for axis, item in zip(self.assignment.axes, state, strict=True)}
+
+    def _first_use(self, value: str) -> State | None:
+        for op in self.graph.consumers[value][:1]:
+            return self.assignment.operand_states(op)[op.operands.index(value)]
+        return None
+
+    # ---- inputs, outputs, parameters --------------------------------------------------------------------------------------------
+
+    def inputs(self) -> tuple[InputPlan, ...]:
+        rows = []
+        for item in self.graph.inputs:
+            value = self.graph.values[item.value]
+            state = self._first_use(item.value) or (R,) * len(self.assignment.mesh)
+            state = tuple(placement if placement.is_shard else R for placement in state)
+            rows.append(InputPlan(path=item.path, shape=value.shape, dtype=value.dtype, placement=self._axes(state)))
+        return tuple(rows)
+
+    def outputs(self) -> tuple[OutputPlan, ...]:
+        rows = []
+        states = self.assignment.states(self.graph)
+        for item in self.graph.outputs:
+            value = self.graph.values[item.value]
+            state = home(states[item.value], self.structure.whole(item.value))
+            rows.append(OutputPlan(path=item.path, shape=value.shape, dtype=value.dtype, placement=self._axes(state)))
+        return tuple(rows)
+
+    def parameters(self) -> tuple[ParameterPlan, ...]:
+        """One row for parameters that are decided alike and whose names differ in numbers only."""
+        groups: dict[Hashable, list[str]] = {}
+        example: dict[Hashable, tuple[str, State]] = {}
+        for item in self.graph.parameters:
+            value = self.graph.values[item.value]
+            storage = self.assignment.storage[item.fqn]
+            used = self._first_use(item.value) or storage.stored
+            key: Hashable = (_NUMBER.sub("#", item.fqn), value.shape, value.dtype, value.requires_grad, storage, used)
+            groups.setdefault(key, []).append(item.fqn)
+            example.setdefault(key, (item.value, used))
+        rows = []
+        for key, names in groups.items():
+            value, used = self.graph.values[example[key][0]], example[key][1]
+            storage = self.assignment.storage[names[0]]
+            rows.append(
+                ParameterPlan(
+                    name=folded_names.fold(names), shape=value.shape, dtype=value.dtype, trainable=value.requires_grad,
+                    stored=self._axes(storage.stored), gather=cast(Literal["never", "step", "use"], storage.gather), used=self._axes(used),
+                )
+            )  # fmt: skip
+        return tuple(rows)
+
+    # ---- segments ---------------------------------------------------------------------------------------------------------------
+
+    def segments(self) -> tuple[SegmentPlan, ...]:
+        """Repeats that are decided alike stand together; where k of the repeats differ, they are a segment of their own."""
+        graph, choices = self.graph, self.assignment.choices
+        rows = []
+        names: Counter[str] = Counter()
+        for segment in self.structure.op_segments:
+            starts = range(segment.start, segment.stop, segment.length)
+            bodies = [tuple(choices[op.name] for op in graph.ops[start : start + segment.length]) for start in starts]
+            for first, last in _runs(bodies):
+                start = starts[first]
+                ops = []
+                for op in graph.ops[start : start + segment.length]:
+                    split = {axis: item.name for axis, item in zip(self.assignment.axes, choices[op.name], strict=True)}
+                    output = self._axes(self.assignment.output_states(op)[0]) if op.outputs else self._axes((R,) * len(split))
+                    ops.append(OpPlan(name=op.name, target=op.target, module=op.module, split=split, output=output))
+                name = self._name(start, segment.length, last - first)
+                names[name] += 1
+                name += f" ({names[name]})" if names[name] > 1 else ""
+                rows.append(SegmentPlan(name=name, start=start, length=segment.length, count=last - first, ops=tuple(ops)))
+        return tuple(rows)
+
+    def _name(self, start: int, length: int, count: int) -> str:
+        """Module paths of the repeats with their numbers as a range; for what does not repeat the path that its modules share."""
+        if count == 1:
+            paths = [op.module.split(".") for op in self.graph.ops[start : start + length] if op.module]
+            shared = []
+            for parts in zip(*paths, strict=False):
+                if len(set(parts)) > 1:
+                    break
+                shared.append(parts[0])
+            return ".".join(shared) or self.graph.name
+        names = []
+        for repeat in range(count):
+            first = start + repeat * length
+            heads = Counter(_head(op.module) for op in self.graph.ops[first : first + length])
+            names.append(heads.most_common(1)[0][0] or self.graph.name)
+        return _folded(names)
+
+    # ---- collectives ------------------------------------------------------------------------------------------------------------
+
+    def collectives(self, runs: tuple[Run, ...]) -> tuple[CollectivePlan, ...]:
+        """Equal collectives of repeated operations as one row, in order of first occurrence."""
+        place: list[tuple[int, int]] = []
+        for number, segment in enumerate(self.structure.op_segments):
+            place += [(number, index % segment.length) for index in range(segment.length * segment.count)]
+        groups: dict[Hashable, list[Run]] = {}
+        for run in runs:
+            where: Hashable = place[run.op] if run.op >= 0 else _NUMBER.sub("#", self.graph.parameters[run.parameter].fqn)
+            label = _NUMBER.sub("#", self._value_name(run)) if run.parameter >= 0 else ""
+            groups.setdefault((where, label, run.move), []).append(run)
+        rows = []
+        for group in groups.values():
+            move = group[0].move
+            rows.append(
+                CollectivePlan(
+                    kind=cast(Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"], move.kind),
+                    axis=self.assignment.axes[move.axis], phase=cast(Literal["forward", "backward", "gradient"], move.phase),
+                    value=_folded([self._value_name(run) for run in group]), op=_folded([self._op_name(run) for run in group]),
+                    bytes=move.bytes, count=len(group), time_s=move.time_s, exposed_s=move.exposed_s,
+                )
+            )  # fmt: skip
+        return tuple(rows)
+
+    def _value_name(self, run: Run) -> str:
+        return self.graph.parameters[run.parameter].fqn if run.parameter >= 0 else run.value
+
+    def _op_name(self, run: Run) -> str:
+        return self.graph.ops[run.op].name if run.op >= 0 else self.graph.parameters[run.parameter].fqn
+
+
+def _head(module: str) -> str:
+    """The path up to its first number: the layer that it is in."""
+    parts = module.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: index + 1])
+    return module
+
+
+def _folded(names: list[str]) -> str:
+    """One name for all, or the first with how many more there are."""
+    unique = list(dict.fromkeys(names))
+    if len({_NUMBER.sub("#", name) for name in unique}) == 1:
+        return folded_names.fold(unique)
+    common = unique[0]
+    return f"{common} (and {len(unique) - 1} more)"
+
+
+def _runs(items: Sequence[T]) -> list[tuple[int, int]]:
+    """Half-open runs of equal neighbours."""
+    starts = [0, *(index for index in range(1, len(items)) if items[index] != items[index - 1]), len(items)]
+    return list(pairwise(starts))

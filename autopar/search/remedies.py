@@ -1,0 +1,61 @@
+"""What would make an infeasible plan fit: each remedy is tried out, those that do not help are not named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from autopar.ir.cluster import Cluster
+from autopar.search.account import Account
+from autopar.search.costs import OPTIMIZER_STATES
+from autopar.search.follow import batch_size
+from autopar.search.structure import Structure
+
+_MOST_NODES = 64
+
+
+def remedies(
+    structure: Structure, cluster: Cluster, limit_bytes: int, optimizer: str, least: Account,
+    needs_bytes: Callable[[Cluster, str], int],
+) -> tuple[str, ...]:  # fmt: skip
+    """Numbered by the caller; `least` is the account of the least memory found, `needs_bytes(cluster, optimizer)` finds that of others."""
+    found = []
+    for other in sorted(OPTIMIZER_STATES, key=lambda name: -OPTIMIZER_STATES[name]):
+        if structure.graph.training and OPTIMIZER_STATES[other] < OPTIMIZER_STATES[optimizer]:
+            needed = needs_bytes(cluster, other)
+            if needed <= limit_bytes:
+                found.append(f'optimizer="{other}" instead of "{optimizer}": needs {_gib(needed)} per rank')
+                break
+    if text := _smaller_batch(structure, limit_bytes, least):
+        found.append(text)
+    nodes = cluster.nodes * 2
+    while nodes <= _MOST_NODES:
+        # Devices join a machine while it has room (half a machine stays one machine), then machines.
+        larger = replace(cluster, nodes=nodes, name=f"{cluster.name} with {nodes} nodes")
+        needed = needs_bytes(larger, optimizer)
+        if needed <= limit_bytes:
+            found.append(f"{nodes} nodes instead of {cluster.nodes} ({larger.world_size} devices): needs {_gib(needed)} per rank")
+            break
+        nodes *= 2
+    total = sum(least.memory_bytes().values())
+    found.append(f"memory_limit_bytes={total}: devices with {_gib(total)} for each rank")
+    return tuple(found)
+
+
+def _smaller_batch(structure: Structure, limit_bytes: int, least: Account) -> str:
+    """Activations and workspace shrink with the batch, the rest stays."""
+    batch = batch_size(structure.graph)
+    memory = least.memory_bytes()
+    fixed = memory["parameters"] + memory["gradients"] + memory["optimizer"] + least.summed["buffers"]
+    moving = sum(memory.values()) - fixed
+    smaller = batch // 2
+    while smaller >= 1:
+        needed = int(fixed + moving * smaller / batch)
+        if needed <= limit_bytes:
+            return f"global batch {smaller} instead of {batch}: needs about {_gib(needed)} per rank"
+        smaller //= 2
+    return ""
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
