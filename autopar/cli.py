@@ -218,7 +218,7 @@ def validate(
 
 @app.command()
 def verify(source: Source, plan: PlanFile, batch: Batch = None, seq: Seq = None, dtype: Dtype = None) -> None:
-    """Compare losses, gradients and updated parameters of MODEL on one device and under PLAN on local processes. Exits 1 where they deviate."""
+    """Compare losses, gradients and updated parameters of MODEL under PLAN with those on one device. Exits 1 where they deviate."""
     from autopar.report.progress import live_line
 
     found = _read(plan)

@@ -217,8 +217,10 @@ class Plan(_Data):
 
         Raises `PlanFileError` where the file cannot be written.
         """
-        target = Path(path)
+        target = Path(os.path.realpath(path))  # a link stays a link
         try:
+            if target.exists() and not target.is_file():  # replacing a device or a pipe would remove it
+                raise PlanFileError(f"{target}: not a file; name a file for the plan")
             handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:

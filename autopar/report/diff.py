@@ -149,7 +149,7 @@ def _positions(plan: Plan, rows: dict[int, OpPlan]) -> Iterator[int]:
 def _splits(pairs: list[tuple[OpPlan | None, OpPlan | None, int]]) -> Iterator[Change]:
     """Changed splits; operations of one module pattern and operator that change alike are told once."""
     groups: dict[tuple[str, str, str, bool], list[tuple[str, int]]] = {}
-    for left, right, count in pairs:
+    for left, right, count in _comparable(pairs):
         before, after = (_split_words(op) for op in (left, right))
         op = left or right
         if before != after and op is not None:
@@ -160,6 +160,16 @@ def _splits(pairs: list[tuple[OpPlan | None, OpPlan | None, int]]) -> Iterator[C
         names = dict.fromkeys(name for name, _ in items)
         name = next(iter(names)) if len(names) == 1 else shared.replace("#", "*")
         yield Change("decisions", name, before, after, f"x{count}" if count > 1 else "", not heavy)
+
+
+def _comparable(pairs: list[tuple[OpPlan | None, OpPlan | None, int]]) -> Iterator[tuple[OpPlan | None, OpPlan | None, int]]:
+    """The pairs, taken apart where the two are different operations that happen to have one name."""
+    for left, right, count in pairs:
+        if left is not None and right is not None and (left.target, left.module) != (right.target, right.module):
+            yield left, None, count
+            yield None, right, count
+        else:
+            yield left, right, count
 
 
 def _split_words(op: OpPlan | None) -> str:

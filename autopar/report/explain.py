@@ -136,6 +136,7 @@ def _facts(rows: list[tuple[str, RenderableType]]) -> RenderableType:
 def _parameter(plan: Plan, parameter: ParameterPlan, roles: Roles, console: Console, instead: str | None) -> None:
     count = folded_names.count(parameter.name)
     remark = f"{units.shape(parameter.shape)} {parameter.dtype}" + (f", {count} of them" if count > 1 else "")
+    alternatives = _alternatives(plan, parameter, instead)
     console.print(heading(parameter.name, remark + ("" if parameter.trainable else ", frozen")))
     mesh = tuple(plan.mesh.values())
     local = local_shape(parameter.shape, tuple(parse(text) for text in parameter.stored.values()), mesh)
@@ -149,7 +150,7 @@ def _parameter(plan: Plan, parameter: ParameterPlan, roles: Roles, console: Cons
     rows += [("pinned", f"by `{glob}` to {text}") for glob, text in plan.pins.items() if _pinned(parameter.name, glob)]
     rows += [("read by", _op_words(plan, segment, op, roles)) for segment, op in _readers(plan, parameter)]
     console.print(_facts(rows))
-    console.print(Padding(_alternatives(plan, parameter, instead), (1, 0, 0, 2)))
+    console.print(Padding(alternatives, (1, 0, 0, 2)))
     names = Names([parameter.name])
     _collectives(
         [item for item in plan.collectives if any(names.find(text) or text == parameter.name for text in (item.op, item.value))], console
@@ -201,17 +202,17 @@ def axis_words(parameter: ParameterPlan, axis: str) -> str:
 
 
 def _alternatives(plan: Plan, parameter: ParameterPlan, instead: str | None) -> RenderableType:
+    wanted = [] if instead is None else _asked(plan, parameter, instead)
+    if parameter.stored in wanted:
+        return Text("That is how it is stored.")
     if not parameter.alternatives:
         return Text(
             "The file holds no alternatives for it; `autopar plan ... --alternatives` prices them.", style="yellow" if instead else "dim"
         )
     rows = list(parameter.alternatives)
     if instead is not None:
-        wanted = _asked(plan, parameter, instead)
         rows = [item for item in rows if item.stored in wanted]
         if not rows:
-            if parameter.stored in wanted:
-                return Text("That is how it is stored.")
             known = ", ".join(f"`{placements(item.stored, plan.mesh)}`" for item in parameter.alternatives)
             return Text(f"`{instead}` was not priced; the file has {known}.", style="yellow")
     made = table("stored", "step", "", "memory", "", right=("step", "memory"), fold=("",))

@@ -16,12 +16,12 @@ PIPED_WIDTH = 160
 STYLES = {"S": "cyan", "P": "magenta", "R": "default"}
 
 
-def console(file: TextIO | None = None) -> Console:
-    """A console on `file` (stdout)."""
+def console(file: TextIO | None = None, width: int | None = None) -> Console:
+    """A console on `file` (stdout), as wide as the terminal or `width`. Names may hold brackets: nothing is read as markup."""
     target = file or sys.stdout
     if target.isatty():
-        return Console(file=target, highlight=False)
-    return Console(file=cast(TextIO, _Trimmed(target)), width=PIPED_WIDTH, highlight=False)
+        return Console(file=target, width=width, highlight=False, markup=False, emoji=False)
+    return Console(file=cast(TextIO, _Trimmed(target)), width=width or PIPED_WIDTH, highlight=False, markup=False, emoji=False)
 
 
 class _Trimmed:

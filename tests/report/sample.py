@@ -135,6 +135,7 @@ def sample_plan(layers: int = 32, *, name: str = "searched", fits: bool = True) 
             if p.gather == "use"
         ),
     )
+    numel = sum(folded_names.count(item.name) * math.prod(item.shape) for item in parameters)
     memory = {"parameters": 2 * GIB, "gradients": 2 * GIB, "optimizer": 8 * GIB, "activations": 40 * GIB, "buffers": GIB}
     return Plan(
         name=name,
@@ -142,7 +143,7 @@ def sample_plan(layers: int = 32, *, name: str = "searched", fits: bool = True) 
             name="LlamaForCausalLM",
             fingerprint="0123456789abcdef",
             training=True,
-            parameters=sum(folded_names.count(p.name) * math.prod(p.shape) for p in parameters),
+            parameters=numel,
             operations=total,
         ),
         cluster=ClusterInfo(name="h100x8", device="H100", devices_per_node=8, nodes=1, memory_bytes=80 * GIB),
