@@ -26,6 +26,7 @@ Ints = NDArray[np.int64]
 
 NONE = -1
 _MIN_REPEATS = 3
+_POTENTIAL_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class _Rows:
         for into, kinds in ((self.firm, (0, 1, 2)), (self.behind, (3,))):
             chosen = np.isin(self.kind, kinds)
             np.add.at(into, self.owner[chosen], marks[chosen])
-        whole = (rows >= 0).all(1)
+        whole: NDArray[np.bool_] = np.all(rows >= 0, axis=1)
         tables = np.where(rows >= 0, nodes[np.maximum(rows, 0)], NONE)
         self.firm += (
             _mix(np.stack([np.full(rows.size, 5), np.tile(np.arange(length), count), tables.ravel()], 1)).reshape(rows.shape).sum(1)
@@ -268,58 +269,133 @@ def _scopes(chain: Chain) -> list[tuple[tuple[int, int], int]]:
 
 
 class Body:
-    """One repeat under given costs, and its powers. `tables[t]` is the cost of table `t`; `unary[p]` the table of position `p`."""
+    """One repeat under given costs. `tables[t]` is the cost of table `t`; `unary[p]` the table of position `p`."""
 
     def __init__(self, chain: Chain, shape: Shape, tables: list[Floats], unary: list[int], limit_entries: int) -> None:
         factors = [factor((p,), tables[t]) for p, t in enumerate(unary)]
         factors += [factor(scope, tables[t]) for scope, t in _scopes(chain)]
         self.shape = shape
-        self.eliminated: Eliminated = eliminate(shape.sizes, factors, shape.keep, shape.order, limit_entries)
+        self.eliminated: Eliminated = eliminate(shape.sizes, factors, shape.order, limit_entries)
+        table = self.eliminated.table(shape.keep, shape.sizes).reshape(shape.states, shape.states, shape.worlds)
         # (worlds, entering, leaving): powers run over the last two, invariants are a batch
-        self.step = np.ascontiguousarray(np.moveaxis(self.eliminated.table.reshape(shape.states, shape.states, shape.worlds), 2, 0))
-
-    @cached_property
-    def squares(self) -> list[Floats]:
-        """`T ** 1, T ** 2, T ** 4, ...`, as far as was asked for."""
-        return [self.step]
-
-    def square(self, level: int) -> Floats:
-        while len(self.squares) <= level:
-            self.squares.append(min_plus(self.squares[-1], self.squares[-1]))
-        return self.squares[level]
+        self.step = np.ascontiguousarray(np.moveaxis(table, 2, 0))
+        self._powers: dict[int, Power] = {}
 
     def power(self, count: int) -> Power:
-        return Power(self, count)
+        if count not in self._powers:
+            self._powers[count] = Power(self, count)
+        return self._powers[count]
+
+    @cached_property
+    def potential(self) -> tuple[Floats, Floats]:
+        """`h` of shape `(worlds, states)` and `mean` of shape `(worlds,)`, such that `T[a, b] >= mean + h[a] - h[b]`.
+
+        Any finite `h` will do; some steps of value iteration bring `mean` close to the least mean cost of a cycle.
+        """
+        h = np.zeros(self.step.shape[:2])
+        for _ in range(_POTENTIAL_STEPS):
+            h = (self.step + h[:, None, :]).min(2)
+            finite = h < np.inf
+            h = np.where(finite, h, np.where(finite, h, 0.0).max(1, keepdims=True))
+            h = h - h.min(1, keepdims=True)
+        mean = (self.step + h[:, None, :] - h[:, :, None]).min((1, 2))
+        return h, mean
 
 
 class Power:
-    """`T ** count` as `(worlds, entering, leaving)`, and the way back to the state after every repeat."""
+    """`T ** count`, lazily: a lower bound for each world (choice of the invariants) until `solve` makes it exact.
+
+    Few worlds can be the best, so few powers are ever computed. `table` has shape `(worlds, entering, leaving)`.
+    """
 
     def __init__(self, body: Body, count: int) -> None:
         assert count >= 1
-        self.body = body
+        self.step, self.count = body.step, count
+        self.solved: dict[int, tuple[_Squares, int]] = {}
+        h, mean = body.potential
+        # the first and last step as they are, those between by the potential
+        first = (self.step + h[:, None, :]).min(2)
+        last = (self.step - h[:, :, None]).min(1)
+        if count == 1:
+            self.table = self.step.copy()
+        else:
+            self.table = _lowered((count - 2) * np.where(mean < np.inf, mean, 0.0)[:, None, None] + first[:, :, None] + last[:, None, :])
+
+    def solve(self, world: int) -> bool:
+        """Make `world` exact, and with it half as many of the most promising others as were solved before. False if it already was."""
+        if world in self.solved:
+            return False
+        worlds = [world]
+        if len(self.solved) > 1:
+            bound = self.table.min((1, 2))
+            bound[list(self.solved)] = np.inf
+            bound[world] = -np.inf
+            worlds = np.argsort(bound, kind="stable")[: 1 + len(self.solved) // 2].tolist()
+            worlds = [w for w in worlds if w not in self.solved]
+        squares = _Squares(self.step[worlds], self.count)
+        self.table[worlds] = squares.table
+        for index, w in enumerate(worlds):
+            self.solved[w] = (squares, index)
+        self._compare(world)
+        return True
+
+    def _compare(self, world: int) -> None:
+        """Raise the bounds of worlds whose every step costs at least so much more than in `world`."""
+        unsolved = np.ones(len(self.step), np.bool_)
+        unsolved[list(self.solved)] = False
+        with np.errstate(invalid="ignore"):
+            more = np.fmin.reduce(self.step[unsolved] - self.step[world], (1, 2))  # NaN: impossible in both, no bound from there
+        more = np.where(np.isfinite(more), more, np.where(more > 0, 0.0, -np.inf))
+        bound = self.table[world] + _lowered(self.count * more)[:, None, None]
+        with np.errstate(invalid="ignore"):
+            self.table[unsolved] = np.fmax(self.table[unsolved], bound)
+
+    def known(self) -> Floats:
+        """The exact powers of the solved worlds, `inf` elsewhere."""
+        table = np.full_like(self.table, np.inf)
+        table[list(self.solved)] = self.table[list(self.solved)]
+        return table
+
+    def states(self, world: int, entering: int, leaving: int) -> Ints:
+        """The state before, between and after the repeats on a cheapest way from `entering` to `leaving`, shape `(count + 1,)`."""
+        squares, index = self.solved[world]
+        return squares.states(index, entering, leaving)
+
+
+def _lowered(bound: Floats) -> Floats:
+    """A bound that rounding has not lifted over what it bounds."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isfinite(bound), bound - 1e-13 * np.abs(bound), bound)
+
+
+class _Squares:
+    """Powers of `step`, `(worlds, states, states)`, by repeated squaring, and the ways they stand for."""
+
+    def __init__(self, step: Floats, count: int) -> None:
         self.levels = [level for level in range(count.bit_length()) if count >> level & 1]
-        self.prefixes = [body.square(self.levels[0])]
+        self.squares = [step]
+        for _ in range(self.levels[-1]):
+            self.squares.append(min_plus(self.squares[-1], self.squares[-1]))
+        self.prefixes = [self.squares[self.levels[0]]]
         for level in self.levels[1:]:
-            self.prefixes.append(min_plus(self.prefixes[-1], body.square(level)))
+            self.prefixes.append(min_plus(self.prefixes[-1], self.squares[level]))
 
     @property
     def table(self) -> Floats:
         return self.prefixes[-1]
 
-    def states(self, world: int, entering: int, leaving: int) -> Ints:
-        """The state before, between and after the repeats on a cheapest way from `entering` to `leaving`, shape `(count + 1,)`."""
+    def states(self, index: int, entering: int, leaving: int) -> Ints:
         joints = [leaving]
         for position in range(len(self.levels) - 1, 0, -1):
-            prefix, square = self.prefixes[position - 1][world], self.body.square(self.levels[position])[world]
+            prefix, square = self.prefixes[position - 1][index], self.squares[self.levels[position]][index]
             joints.append(int((prefix[entering] + square[:, joints[-1]]).argmin()))
         joints.append(entering)
         joints.reverse()
         parts = [np.array([entering])]
-        for level, start, stop in zip(self.levels, joints, joints[1:], strict=False):
+        for level, start, stop in zip(self.levels, joints[:-1], joints[1:], strict=True):
             path = np.array([start, stop])
             for below in range(level - 1, -1, -1):
-                table = self.body.square(below)[world]
+                table = self.squares[below][index]
                 middle = (table[path[:-1]] + table[:, path[1:]].T).argmin(1)
                 wider = np.empty(2 * len(path) - 1, np.int64)
                 wider[::2], wider[1::2] = path, middle
@@ -330,48 +406,60 @@ class Power:
 
 def min_plus(left: Floats, right: Floats) -> Floats:
     """`out[w, a, b] = min over c of left[w, a, c] + right[w, c, b]`."""
-    worlds, states, _ = left.shape
     out = np.full_like(left, np.inf)
     work = np.empty_like(left)
-    for middle in range(states):
+    for middle in range(left.shape[2]):
         np.add(left[:, :, middle, None], right[:, middle, None, :], out=work)
         np.minimum(out, work, out=out)
     return out
 
 
-def chain_factor(chain: Chain, shape: Shape, power: Power) -> Factor:
-    """The chain as one factor over its entering nodes, the leaving nodes of its last repeat, and its invariants."""
-    nodes = (*chain.entering, *chain.rows[-1, list(chain.leaving)].tolist(), *chain.invariants)
-    table = np.moveaxis(power.table, 0, 2).reshape([shape.sizes[v] for v in shape.keep])
-    return factor(nodes, table)
+class ChainCost:
+    """A chain at one price, as one factor over its entering nodes, the leaving nodes of its last repeat, and its invariants."""
 
+    def __init__(self, chain: Chain, body: Body) -> None:
+        self.chain, self.body = chain, body
+        self.power = body.power(chain.count)
+        shape = body.shape
+        self._sizes = [shape.sizes[v] for v in shape.keep]
+        width = len(chain.entering)
+        self._nodes = (*chain.entering, *chain.rows[-1, list(chain.leaving)].tolist(), *chain.invariants)
+        self._ends = (slice(0, width), slice(width, 2 * width), slice(2 * width, None))
 
-def recover_chain(chain: Chain, shape: Shape, power: Power, choice: Ints) -> None:
-    """Write the choices of all nodes of the chain into `choice`, which holds those of the nodes of `chain_factor`."""
+    def factor(self, known: bool = False) -> Factor:
+        """A lower bound that is exact where it was solved; or, where only `known`, `inf` for the rest."""
+        table = self.power.known() if known else self.power.table
+        return factor(self._nodes, np.moveaxis(table, 0, 2).reshape(self._sizes))
 
-    def index(nodes: list[int]) -> int:
-        number = 0
-        for node, variable in zip(nodes, nodes, strict=True):
-            number = number * power_sizes[variable] + int(choice[node])
-        return number
+    def _indices(self, chosen: dict[int, Ints]) -> tuple[int, int, int]:
+        """Numbers of the entering state, the leaving state and the world."""
+        found = []
+        for end in self._ends:
+            number = 0
+            for node, size in zip(self._nodes[end], self._sizes[end], strict=True):
+                number = number * size + int(chosen[node][0])
+            found.append(number)
+        return found[0], found[1], found[2]
 
-    last = chain.rows[-1, list(chain.leaving)].tolist()
-    length = chain.rows.shape[1]
-    width = len(chain.entering)
-    power_sizes = {
-        node: shape.sizes[variable]
-        for nodes, first in ((chain.entering, length), (chain.invariants, length + width))
-        for variable, node in enumerate(nodes, first)
-    }
-    power_sizes |= {node: shape.sizes[p] for node, p in zip(last, chain.leaving, strict=True)}
-    states = power.states(index(list(chain.invariants)), index(list(chain.entering)), index(last))
-    state_sizes = [shape.sizes[p] for p in chain.leaving]
-    choices = np.array(np.unravel_index(states, state_sizes)) if state_sizes else np.zeros((0, len(states)), np.int64)
-    chosen: dict[int, Ints] = {}
-    for k, position in enumerate(chain.leaving):
-        chosen[length + k], chosen[position] = choices[k, :-1], choices[k, 1:]
-    for k, node in enumerate(chain.invariants):
-        chosen[length + width + k] = np.full(chain.count, choice[node])
-    for position, values in power.body.eliminated.recover(chosen).items():
-        if position < length:
-            choice[chain.rows[:, position]] = values
+    def solve(self, chosen: dict[int, Ints]) -> bool:
+        """Make the cost exact where it was chosen. Returns whether it was not before."""
+        return self.power.solve(self._indices(chosen)[2])
+
+    def recover(self, chosen: dict[int, Ints], choice: Ints) -> None:
+        """Write the choices of all repeats into `choice`, given those of the factor's nodes."""
+        chain, sizes = self.chain, self.body.shape.sizes
+        length, width = chain.rows.shape[1], len(chain.entering)
+        entering, leaving, world = self._indices(chosen)
+        states = self.power.states(world, entering, leaving)
+        state_sizes = [sizes[p] for p in chain.leaving]
+        choices = np.array(np.unravel_index(states, state_sizes)) if state_sizes else np.zeros((0, len(states)), np.int64)
+        known: dict[int, Ints] = {}
+        for k, position in enumerate(chain.leaving):
+            known[length + k], known[position] = choices[k, :-1], choices[k, 1:]
+        for k, node in enumerate(chain.invariants):
+            known[length + width + k] = np.full(chain.count, int(chosen[node][0]))
+        if not known:
+            known = {NONE: np.zeros(chain.count, np.int64)}
+        for position, values in self.body.eliminated.recover(known).items():
+            if 0 <= position < length:
+                choice[chain.rows[:, position]] = values

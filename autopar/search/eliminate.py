@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from string import ascii_letters
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,18 +37,22 @@ def factor(variables: Sequence[int], table: Floats) -> Factor:
     """A factor whose `variables` may repeat: equal ones are made one axis (the diagonal)."""
     distinct = tuple(dict.fromkeys(variables))
     if len(distinct) < len(variables):
-        letters = [distinct.index(v) for v in variables]
-        table = np.einsum(table, letters, list(range(len(distinct))))
+        letter = {v: ascii_letters[axis] for axis, v in enumerate(distinct)}
+        table = np.einsum("".join(letter[v] for v in variables) + "->" + "".join(letter.values()), table)
     return Factor(distinct, table)
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Variables in the order in which they go; `largest_entries` and `total_entries` of the tables on the way."""
+    """Variables in the order in which they go; `largest_entries` and `total_entries` of the tables on the way.
+
+    `left`: pairs of variables that are left joined afterwards.
+    """
 
     variables: tuple[int, ...]
     largest_entries: float
     total_entries: float
+    left: tuple[tuple[int, int], ...]
 
 
 def find_order(sizes: dict[int, int], scopes: Iterable[Sequence[int]], keep: Iterable[int] = ()) -> Order:
@@ -90,20 +95,29 @@ def find_order(sizes: dict[int, int], scopes: Iterable[Sequence[int]], keep: Ite
             if u in current:
                 current[u] = weight(u)
                 heapq.heappush(heap, (current[u], u))
-    return Order(tuple(order), largest, total)
+    left = tuple((v, u) for v in sorted(around) for u in sorted(around[v]) if v < u)
+    return Order(tuple(order), largest, total, left)
 
 
 @dataclass(frozen=True, slots=True)
 class Eliminated:
-    """The result: `table` over the variables that were kept, and the factors met on the way, to choose the others again.
+    """What is left: `constant` and the factors in `rest` over variables that were not eliminated, their sum being the minimum.
 
-    `exact` is False where `table` is only a lower bound.
+    `steps` holds the factors met on the way, to choose the eliminated variables again. `exact` is False where `rest` only bounds
+    the minimum from below.
     """
 
-    keep: tuple[int, ...]
-    table: Floats
+    rest: tuple[Factor, ...]
+    constant: float
     steps: tuple[tuple[int, tuple[Factor, ...]], ...]
     exact: bool
+
+    def table(self, keep: Sequence[int], sizes: dict[int, int]) -> Floats:
+        """The minimum as one table with an axis per variable in `keep`, which are all that are left."""
+        table = np.full(tuple([sizes[v] for v in keep]), self.constant)
+        for item in self.rest:
+            table += _aligned(item, keep)
+        return table
 
     def recover(self, chosen: dict[int, Ints]) -> dict[int, Ints]:
         """Best choices of the eliminated variables, given those of the kept ones.
@@ -127,32 +141,29 @@ class Eliminated:
 def eliminate(
     sizes: dict[int, int],
     factors: Iterable[Factor],
-    keep: tuple[int, ...] = (),
-    order: Order | None = None,
+    order: Order,
     limit_entries: int = LIMIT_ENTRIES,
 ) -> Eliminated:
-    """Minimise the sum of `factors` over all variables but those in `keep`.
+    """Minimise the sum of `factors` over the variables in `order`.
 
-    `sizes`: number of choices per variable. The result's table has one axis per variable of `keep`, in that order.
+    `sizes`: number of choices per variable of the factors, those that stay included.
     """
-    items = list(factors)
-    if order is None:
-        order = find_order(sizes, [item.variables for item in items], keep)
     pools: dict[int, dict[int, Factor]] = {v: {} for v in sizes}
     constant = 0.0
     exact = True
+    number = 0
+    steps: list[tuple[int, tuple[Factor, ...]]] = []
 
-    def add(item: Factor, number: int) -> None:
+    def add(item: Factor) -> None:
+        nonlocal number, constant
         for v in item.variables:
             pools[v][number] = item
-
-    for number, item in enumerate(items):
-        if item.variables:
-            add(item, number)
-        else:
+        number += 1
+        if not item.variables:
             constant += float(item.table)
-    number = len(items)
-    steps: list[tuple[int, tuple[Factor, ...]]] = []
+
+    for item in factors:
+        add(item)
     for variable in order.variables:
         bucket = pools.pop(variable)
         for key, item in bucket.items():
@@ -162,18 +173,9 @@ def eliminate(
         steps.append((variable, tuple(bucket.values())))
         for group in _groups(variable, list(bucket.values()), sizes, limit_entries):
             exact &= len(group) == len(bucket)
-            item = _minimum(variable, group, sizes)
-            if item.variables:
-                add(item, number)
-                number += 1
-            else:
-                constant += float(item.table)
-    rest = {key: item for v in keep for key, item in pools[v].items()}
-    shape = tuple(sizes[v] for v in keep)
-    table = np.full(shape, constant)
-    for key in sorted(rest):
-        table = table + _aligned(rest[key], keep)
-    return Eliminated(keep, table, tuple(steps), exact)
+            add(_minimum(variable, group, sizes))
+    rest = {key: item for pool in pools.values() for key, item in pool.items()}
+    return Eliminated(tuple(rest[key] for key in sorted(rest)), constant, tuple(steps), exact)
 
 
 def _groups(variable: int, factors: list[Factor], sizes: dict[int, int], limit_entries: int) -> list[list[Factor]]:

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.search.chain import Body, Chain, Power, Shape, chain_factor, find_chains, recover_chain, shape_of
-from autopar.search.eliminate import LIMIT_ENTRIES, Factor, Order, eliminate, factor, find_order
+from autopar.search.chain import Body, Chain, ChainCost, Shape, find_chains, shape_of
+from autopar.search.eliminate import LIMIT_ENTRIES, Eliminated, Factor, Order, eliminate, factor, find_order
 from autopar.search.problem import Floats, Problem
 from autopar.search.reduce import domain_sizes
 
 Ints = NDArray[np.int64]
 
 _KEPT_PRICES = 6
+_TIE = 1e-12  # sums of some thousand costs are not known better
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,6 @@ class Minimum:
     exact: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A chain under one price."""
-
-    chain: Chain
-    body: Body
-    shape: Shape
-
-
 class Minimiser:
     """A problem made ready to be minimised at many prices.
 
@@ -64,17 +56,15 @@ class Minimiser:
         self.limit_entries = limit_entries
         self._tables: dict[float, list[Floats]] = {}
         self._bodies: dict[tuple[int, float], Body] = {}
-        self._orders: dict[tuple[tuple[int, int, int], ...], Order] = {}
+        self._orders: dict[tuple[tuple[int, int, int], ...], tuple[Order, Order]] = {}
         chains = find_chains(self.nodes, self.edges, self.sizes, problem.segments) if fold else ()
         self.chains: list[tuple[Chain, Shape]] = []
         for chain in chains:
             shape = shape_of(chain, self.sizes)
             if self._worthwhile(chain, shape):
                 self.chains.append((chain, shape))
-        if self.chains and self._outer_order(self._runs_whole()).largest_entries > limit_entries:
-            folded, self.chains = self.chains, []
-            if self._outer_order([]).largest_entries > limit_entries:
-                self.chains = folded
+        if self.chains and self._largest(self._runs_whole()) > limit_entries >= self._largest([]):
+            self.chains = []
         self._flat = _Flat(problem, self.nodes, self.edges)
 
     def _worthwhile(self, chain: Chain, shape: Shape) -> bool:
@@ -82,6 +72,9 @@ class Minimiser:
         powers = 2 * chain.count.bit_length() * float(shape.states) ** 3 * shape.worlds
         largest = max(shape.order.largest_entries, float(shape.states) ** 2 * shape.worlds)
         return largest <= self.limit_entries and powers <= max(1e8, chain.count * shape.order.total_entries)
+
+    def _largest(self, spans: list[tuple[int, int, int]]) -> float:
+        return max(order.largest_entries for order in self._outer_order(spans))
 
     # ---- costs
 
@@ -118,25 +111,38 @@ class Minimiser:
     def minimise(self, price: Price) -> Minimum:
         """The choice of least priced cost. Deterministic: ties go to the lowest strategies."""
         spans = self._runs_whole() if price.until <= 0 else self._runs_split(price.until)
-        runs = []
+        chains = []
         for number, start, stop in spans:
-            chain, shape = self.chains[number]
-            behind = bool(chain.rows[start:stop].min() >= price.until)
-            runs.append(_Run(chain.part(start, stop), self._body(number, price.behind if behind else price.before), shape))
-        powers = [run.body.power(run.chain.count) for run in runs]
-        factors = self._outer_factors(runs, price)
-        factors += [chain_factor(run.chain, run.shape, power) for run, power in zip(runs, powers, strict=True)]
-        sizes = {v: int(self.sizes[v]) for v in self._outer_nodes(runs)}
-        result = eliminate(sizes, factors, (), self._outer_order(spans), self.limit_entries)
-        return Minimum(self._recover(result.recover({}), runs, powers), float(result.table), result.exact)
-
-    def _recover(self, outer: dict[int, Ints], runs: list[_Run], powers: list[Power]) -> Ints:
+            chain = self.chains[number][0].part(start, stop)
+            behind = bool(chain.rows.min() >= price.until)
+            chains.append(ChainCost(chain, self._body(number, price.behind if behind else price.before)))
+        parts = [cost.chain for cost in chains]
+        sizes = {v: int(self.sizes[v]) for v in self._outer_nodes(parts)}
+        first, second = self._outer_order(spans)
+        outer = eliminate(sizes, self._outer_factors(parts, price), first, self.limit_entries)
+        ends = {v: sizes[v] for v in second.variables}
+        joint, chosen = self._joint(ends, outer.rest, chains, second)
+        chosen = outer.recover(chosen)
         choice = np.zeros(len(self.nodes), np.int64)
-        for node, chosen in outer.items():
-            choice[node] = chosen[0]
-        for run, power in zip(runs, powers, strict=True):
-            recover_chain(run.chain, run.shape, power, choice)
-        return choice
+        for node, values in chosen.items():
+            choice[node] = values[0]
+        for cost in chains:
+            cost.recover(chosen, choice)
+        exact = outer.exact and joint.exact
+        return Minimum(choice, outer.constant + joint.constant, exact)
+
+    def _joint(
+        self, sizes: dict[int, int], rest: tuple[Factor, ...], chains: list[ChainCost], order: Order
+    ) -> tuple[Eliminated, dict[int, Ints]]:
+        """The minimum over the ends of chains. Solves chains only where the minimum by their bounds lies, until it lies where they are solved."""
+        while True:
+            joint = eliminate(sizes, [*rest, *[cost.factor() for cost in chains]], order, self.limit_entries)
+            chosen = joint.recover({})
+            if not any([cost.solve(chosen) for cost in chains]):
+                return joint, chosen
+            known = eliminate(sizes, [*rest, *[cost.factor(known=True) for cost in chains]], order, self.limit_entries)
+            if known.constant <= joint.constant + _TIE * abs(joint.constant):
+                return known, known.recover({})
 
     def _runs_whole(self) -> list[tuple[int, int, int]]:
         return [(number, 0, chain.count) for number, (chain, _) in enumerate(self.chains)]
@@ -152,44 +158,47 @@ class Minimiser:
                     spans.append((number, int(rows[0]), int(rows[-1]) + 1))
         return spans
 
-    def _outer_nodes(self, runs: list[_Run]) -> list[int]:
-        """Nodes that elimination sees: those in no run, and the leaving nodes of each run's last repeat."""
-        outside = self._outside(runs)
-        for run in runs:
-            outside[run.chain.rows[-1, list(run.chain.leaving)]] = True
+    def _outer_nodes(self, chains: list[Chain]) -> list[int]:
+        """Nodes that elimination sees: those in no chain, and the leaving nodes of each chain's last repeat."""
+        outside = self._outside(chains)
+        for chain in chains:
+            outside[chain.rows[-1, list(chain.leaving)]] = True
         nodes: list[int] = np.flatnonzero(outside).tolist()
         return nodes
 
-    def _outside(self, runs: list[_Run]) -> NDArray[np.bool_]:
+    def _outside(self, chains: list[Chain]) -> NDArray[np.bool_]:
         outside = np.ones(len(self.nodes), np.bool_)
-        for run in runs:
-            outside[run.chain.rows.ravel()] = False
+        for chain in chains:
+            outside[chain.rows.ravel()] = False
         return outside
 
-    def _outer_edges(self, runs: list[_Run]) -> Ints:
+    def _outer_edges(self, chains: list[Chain]) -> Ints:
         free = np.ones(len(self.edges), np.bool_)
-        for run in runs:
-            free[run.chain.edges.ravel()] = False
+        for chain in chains:
+            free[chain.edges.ravel()] = False
         return self.edges[free]
 
-    def _outer_factors(self, runs: list[_Run], price: Price) -> list[Factor]:
+    def _outer_factors(self, chains: list[Chain], price: Price) -> list[Factor]:
         behind, before = self.tables(price.behind), self.tables(price.before)
         factors = [
-            factor((v,), (behind if v >= price.until else before)[self.nodes[v]]) for v in np.flatnonzero(self._outside(runs)).tolist()
+            factor((v,), (behind if v >= price.until else before)[self.nodes[v]]) for v in np.flatnonzero(self._outside(chains)).tolist()
         ]
-        for i, j, table in self._outer_edges(runs).tolist():
+        for i, j, table in self._outer_edges(chains).tolist():
             factors.append(factor((i, j), (behind if j >= price.until else before)[table]))
         return factors
 
-    def _outer_order(self, spans: list[tuple[int, int, int]]) -> Order:
+    def _outer_order(self, spans: list[tuple[int, int, int]]) -> tuple[Order, Order]:
+        """First the nodes that no chain touches, then those where chains end."""
         key = tuple(spans)
         if key not in self._orders:
             parts = [self.chains[number][0].part(start, stop) for number, start, stop in spans]
-            runs = [_Run(part, None, None) for part in parts]  # type: ignore[arg-type]
-            sizes = {v: int(self.sizes[v]) for v in self._outer_nodes(runs)}
-            scopes = [(i, j) for i, j, _ in self._outer_edges(runs).tolist()]
+            sizes = {v: int(self.sizes[v]) for v in self._outer_nodes(parts)}
+            scopes: list[tuple[int, ...]] = [(i, j) for i, j, _ in self._outer_edges(parts).tolist()]
             wide = [(*part.entering, *part.rows[-1, list(part.leaving)].tolist(), *part.invariants) for part in parts]
-            self._orders[key] = find_order(sizes, [*scopes, *wide])
+            ends = {v for scope in wide for v in scope}
+            first = find_order(sizes, scopes, ends)
+            second = find_order({v: sizes[v] for v in sizes if v in ends}, [*first.left, *wide])
+            self._orders[key] = first, second
         return self._orders[key]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from autopar.errors import InfeasibleError, PlanError
-from autopar.search.eliminate import Factor, eliminate
+from autopar.search.eliminate import Factor, eliminate, find_order
 from autopar.search.minimise import Minimiser, Price
 from autopar.search.problem import Problem, Segment, Table
 from autopar.search.reduce import reduce, restrict
@@ -202,12 +202,12 @@ def test_elimination_keeps_what_it_is_told_to() -> None:
     rng = np.random.default_rng(1)
     sizes = {0: 3, 1: 2, 2: 4, 3: 2}
     factors = [Factor((0, 1), rng.random((3, 2))), Factor((2, 1), rng.random((4, 2))), Factor((3, 2, 0), rng.random((2, 4, 3)))]
-    result = eliminate(sizes, factors, keep=(2, 0))
+    result = eliminate(sizes, factors, find_order(sizes, [f.variables for f in factors], keep=(2, 0)))
     whole = factors[0].table[:, :, None, None] + factors[1].table.T[None, :, :, None] + factors[2].table.transpose(2, 1, 0)[:, None]
-    assert np.allclose(result.table, whole.min((1, 3)).T)
+    assert np.allclose(result.table((2, 0), sizes), whole.min((1, 3)).T)
     chosen = result.recover({2: np.array([1, 3]), 0: np.array([2, 0])})
     for k, (c, a) in enumerate([(1, 2), (3, 0)]):
-        assert whole[a, chosen[1][k], c, chosen[3][k]] == result.table[c, a]
+        assert whole[a, chosen[1][k], c, chosen[3][k]] == result.table((2, 0), sizes)[c, a]
 
 
 def bad(**changes: object) -> Problem:
