@@ -346,8 +346,8 @@ class Power:
         with np.errstate(invalid="ignore"):
             more = np.fmin.reduce(self.step[unsolved] - self.step[world], (1, 2))  # NaN: impossible in both, no bound from there
         more = np.where(np.isfinite(more), more, np.where(more > 0, 0.0, -np.inf))
-        bound = self.table[world] + _lowered(self.count * more)[:, None, None]
         with np.errstate(invalid="ignore"):
+            bound = self.table[world] + _lowered(self.count * more)[:, None, None]
             self.table[unsolved] = np.fmax(self.table[unsolved], bound)
 
     def known(self) -> Floats:

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from time import perf_counter
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
 
+from autopar.search.incumbent import Incumbent, Progress
+from autopar.search.memory import constrained
 from autopar.search.minimise import Minimiser, Price
 from autopar.search.problem import Problem, Solution
-from autopar.search.reduce import check, reduce, restrict
+from autopar.search.reduce import Reduced, check, reduce, restrict
 
-__all__ = ["Progress", "restrict", "solve"]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a search is: what it does, the best cost so far, what no plan can beat, their gap, and seconds since the start."""
-
-    phase: str
-    best_cost_s: float
-    lower_bound_s: float
-    gap: float
-    seconds: float
+__all__ = ["Progress", "restrict", "solve", "solve_with"]
 
 
 def solve(
@@ -34,9 +23,52 @@ def solve(
     time_limit_s: float | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Solution:
+    """The cheapest choice within the problem's memory limit, or nearly, with a bound that says how nearly.
+
+    Without a limit in the way the choice is optimal (but for graphs so entangled that no table of elimination fits, where the bound
+    says so). With one, `"fast"` prices memory and mixes; `"exact"` also closes the gap by branch and bound, within `time_limit_s`
+    seconds. `progress` is called on every step. Ctrl-C ends the search with the best choice so far, if there is one.
+
+    Raises `PlanError` for a damaged problem and `InfeasibleError` when every choice is impossible whatever the memory.
+    """
     check(problem)
     reduced = reduce(problem)
     minimiser = Minimiser(reduced.problem)
-    minimum = minimiser.minimise(Price(0.0))
+    incumbent = Incumbent(minimiser, problem.memory_limit_bytes, progress)
+    feasible = True
+    try:
+        feasible = constrained(minimiser, incumbent)
+    except KeyboardInterrupt:
+        if incumbent.choice is None:
+            raise
+    return _solution(reduced, incumbent, feasible)
+
+
+def solve_with(problem: Problem, allowed: Mapping[int, tuple[int, ...]], multiplier_s_per_byte: float = 0.0) -> Solution:
+    """The least `cost + multiplier * memory` when the nodes of `allowed` may only choose the strategies listed: one solve, cheap.
+
+    With the multiplier of an earlier solution this prices alternatives as that solution saw them. The memory limit is not enforced;
+    `feasible` says whether it holds, and `lower_bound_s` bounds every choice within it that `allowed` admits.
+    """
+    check(problem)
+    restricted = restrict(problem, dict(allowed))
+    reduced = reduce(restricted)
+    minimiser = Minimiser(reduced.problem)
+    minimum = minimiser.minimise(Price(multiplier_s_per_byte))
     cost, memory = minimiser.evaluate(minimum.choice)
-    return Solution(reduced.original(minimum.choice), cost, memory, minimum.bound, memory <= problem.memory_limit_bytes)
+    limit = problem.memory_limit_bytes
+    bound = minimum.bound - (multiplier_s_per_byte * limit if multiplier_s_per_byte else 0.0)
+    return Solution(reduced.original(minimum.choice), cost, memory, bound, memory <= limit, multiplier_s_per_byte)
+
+
+def _solution(reduced: Reduced, incumbent: Incumbent, feasible: bool) -> Solution:
+    assert incumbent.choice is not None
+    bound = min(incumbent.bound_s, incumbent.cost_s) if feasible else incumbent.bound_s
+    return Solution(
+        reduced.original(incumbent.choice),
+        float(incumbent.cost_s),
+        float(incumbent.memory_bytes),
+        float(bound),
+        feasible and bool(np.isfinite(incumbent.cost_s)),
+        float(incumbent.price),
+    )

@@ -1,0 +1,134 @@
+"""Cheap changes to a known choice: splice two choices, or change one node at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.search.minimise import Minimiser
+from autopar.search.problem import Floats, Problem
+
+Ints = NDArray[np.int64]
+
+_SWEEPS = 40
+
+
+class Local:
+    """Neighbourhoods of choices of a problem. All costs are exact differences, never estimates."""
+
+    def __init__(self, minimiser: Minimiser) -> None:
+        self.minimiser = minimiser
+        problem, nodes, edges = minimiser.problem, minimiser.nodes, minimiser.edges
+        self.edges = edges
+        self.offset = np.concatenate([[0], np.cumsum(minimiser.sizes)])
+        self.node_of = np.repeat(np.arange(len(nodes)), minimiser.sizes)
+        self.node_cost = _joined([problem.tables[t].cost_s for t in nodes.tolist()])
+        self.node_memory = _joined([problem.tables[t].memory_bytes for t in nodes.tolist()])
+        self._by_table = [(int(t), np.flatnonzero(edges[:, 2] == t)) for t in np.unique(edges[:, 2])]
+        ends = np.concatenate([edges[:, :2], edges[:, 1::-1]])
+        ends = ends[np.argsort(ends[:, 0], kind="stable")]
+        self._neighbours, self._first = ends[:, 1], np.searchsorted(ends[:, 0], np.arange(len(nodes) + 1))
+
+    def splices(self, first: Ints, second: Ints) -> tuple[Floats, Floats]:
+        """Cost and memory of all choices that follow `first` below a node and `second` from it on; by that node, shape `(nodes + 1,)`."""
+        problem, offset = self.minimiser.problem, self.offset
+        i, j = self.edges[:, 0], self.edges[:, 1]
+        results = []
+        for node_values, edge_values in (
+            (self.node_cost, self._edge_values(problem, memory=False)),
+            (self.node_memory, self._edge_values(problem, memory=True)),
+        ):
+            a, b = node_values[offset[:-1] + first], node_values[offset[:-1] + second]
+            total = np.concatenate([[0.0], np.cumsum(a)]) + (b.sum() - np.concatenate([[0.0], np.cumsum(b)]))
+            # an edge is of `first` once both ends are below the place, of `second` while both are not, between them mixed
+            steps = np.zeros(len(total))
+            pure_first, pure_second, mixed = edge_values(first, first), edge_values(second, second), edge_values(first, second)
+            infinite = np.zeros(len(total))
+            mixed_infinite = mixed == np.inf
+            np.add.at(infinite, i[mixed_infinite] + 1, 1.0)
+            np.add.at(infinite, j[mixed_infinite] + 1, -1.0)
+            mixed = np.where(mixed_infinite, 0.0, mixed)
+            steps[0] = pure_second.sum()
+            np.add.at(steps, i + 1, mixed - pure_second)
+            np.add.at(steps, j + 1, pure_first - mixed)
+            total = total + np.cumsum(steps)
+            total[np.cumsum(infinite) > 0.5] = np.inf
+            results.append(total)
+        return results[0], results[1]
+
+    def _edge_values(self, problem: Problem, memory: bool):  # type: ignore[no-untyped-def]
+        def values(left: Ints, right: Ints) -> Floats:
+            result = np.empty(len(self.edges))
+            for t, rows in self._by_table:
+                table = problem.tables[t].memory_bytes if memory else problem.tables[t].cost_s
+                result[rows] = table[left[self.edges[rows, 0]], right[self.edges[rows, 1]]]
+            return result
+
+        return values
+
+    def alternatives(self, choice: Ints) -> tuple[Floats, Floats]:
+        """Cost and memory that depend on each node, for each of its strategies, the others as in `choice`. Flat, see `offset`."""
+        at: list[Ints] = []
+        cost: list[Floats] = [self.node_cost]
+        memory: list[Floats] = [self.node_memory]
+        at.append(np.arange(len(self.node_cost)))
+        for t, rows in self._by_table:
+            table = self.minimiser.problem.tables[t]
+            i, j = self.edges[rows, 0], self.edges[rows, 1]
+            at.append((self.offset[i][:, None] + np.arange(table.cost_s.shape[0])).ravel())
+            cost.append(table.cost_s[:, choice[j]].T.ravel())
+            memory.append(table.memory_bytes[:, choice[j]].T.ravel())
+            at.append((self.offset[j][:, None] + np.arange(table.cost_s.shape[1])).ravel())
+            cost.append(table.cost_s[choice[i]].ravel())
+            memory.append(table.memory_bytes[choice[i]].ravel())
+        where = np.concatenate(at)
+        size = len(self.node_cost)
+        return np.bincount(where, np.concatenate(cost), size), np.bincount(where, np.concatenate(memory), size)
+
+    def improve(self, choice: Ints, limit_bytes: float) -> Ints:
+        """Change single nodes while that makes the choice cheaper within the limit, or smaller while it is over the limit."""
+        choice = choice.copy()
+        for _ in range(_SWEEPS):
+            if not self._sweep(choice, limit_bytes):
+                break
+        return choice
+
+    def _sweep(self, choice: Ints, limit_bytes: float) -> bool:
+        """One pass of changes, none beside another. Returns whether anything changed."""
+        slack = limit_bytes - self.minimiser.evaluate(choice)[1]
+        cost, memory = self.alternatives(choice)
+        now = self.offset[:-1] + choice
+        with np.errstate(invalid="ignore"):
+            more_cost = cost - cost[now][self.node_of]
+            more_memory = memory - memory[now][self.node_of]
+        tolerance = 1e-12 * float(np.abs(cost[now]).sum())
+        if slack >= 0:
+            useful = (more_cost < -tolerance) & (more_memory <= slack)
+            # savings per byte; those that need no memory first, the largest first among them
+            rank = np.where(more_memory <= 0, -np.inf, more_cost / np.maximum(more_memory, 1e-300))
+        else:
+            useful = (more_memory < 0) & (more_cost < np.inf)
+            rank = more_cost / np.maximum(-more_memory, 1e-300)
+        moves = np.flatnonzero(useful)
+        if not len(moves):
+            return False
+        moves = moves[np.lexsort((moves, more_cost[moves], rank[moves]))]
+        touched = np.zeros(len(choice), np.bool_)
+        changed = False
+        for move in moves.tolist():
+            node = int(self.node_of[move])
+            if touched[node] or (slack >= 0 and more_memory[move] > slack):
+                continue
+            choice[node] = move - self.offset[node]
+            before = slack
+            slack -= float(more_memory[move])
+            touched[node] = True
+            touched[self._neighbours[self._first[node] : self._first[node + 1]]] = True
+            changed = True
+            if before < 0 <= slack:
+                break  # it fits now; the next sweep looks for cheaper
+        return changed
+
+
+def _joined(arrays: list[Floats]) -> Floats:
+    return np.concatenate(arrays) if arrays else np.zeros(0)
