@@ -19,7 +19,7 @@ from autopar.ir.placement import RP, P, Placement, R, S, chunk, local_shape
 from autopar.ir.rules.local_args import local_args
 from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.ir.rules.operators import operator
-from autopar.ir.rules.samples import random_operands
+from autopar.ir.rules.samples import differentiable, random_operands
 from autopar.ir.rules.split import Split
 
 Implementation = Callable[[Sequence[Any], Mapping[str, Any], LocalContext], Any]
@@ -78,7 +78,8 @@ def _compare(
     ranks: Ranks,
 ) -> float:
     generator = torch.Generator().manual_seed(seed + 1)
-    leaves = [_leaf(x) for x in operands]
+    smooth = differentiable(op)
+    leaves = [_leaf(x, wanted) for x, wanted in zip(operands, smooth, strict=True)]
     wholes = _run(op, leaves, op.args, op.kwargs, None, None)
     gradients = [torch.randn(y.shape, dtype=y.dtype, generator=generator) if y.requires_grad else None for y in wholes]
     wanted = _backward(wholes, gradients, leaves)
@@ -94,7 +95,7 @@ def _compare(
             raise _Refuted(f"there is no implementation `{split.implementation}`")
 
     def rank(index: int, group: str) -> tuple[list[Tensor], list[Tensor | None]]:
-        own = [_leaf(pieces[index]) for pieces in given]
+        own = [_leaf(pieces[index], wanted) for pieces, wanted in zip(given, smooth, strict=True)]
         outputs = tuple(
             local_shape(tuple(y.shape), (placement,), (parts,), (index,)) for y, placement in zip(wholes, split.outputs, strict=True)
         )
@@ -115,16 +116,15 @@ def _compare(
         errors += _same(f"result {number}", y.detach(), [values[number] for values, _ in found], placement, P)
     for number, (g, placement) in enumerate(zip(wanted, split.inputs, strict=True)):
         pieces = [grads[number] for _, grads in found]
-        if operands[number].is_floating_point():
-            zeros = [torch.zeros_like(x[number]) for x in ([pieces_[index] for pieces_ in given] for index in range(parts))]
+        if smooth[number] and operands[number].is_floating_point():
             full = torch.zeros_like(operands[number]) if g is None else g
-            filled = [zero if piece is None else piece for zero, piece in zip(zeros, pieces, strict=True)]
+            filled = [torch.zeros_like(x) if piece is None else piece for x, piece in zip(given[number], pieces, strict=True)]
             errors += _same(f"the gradient of operand {number}", full, filled, placement, RP)
     return max(errors)
 
 
-def _leaf(x: Tensor) -> Tensor:
-    return x.clone().requires_grad_() if x.is_floating_point() else x.clone()
+def _leaf(x: Tensor, differentiable: bool) -> Tensor:
+    return x.clone().requires_grad_() if differentiable and x.is_floating_point() else x.clone()
 
 
 def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:

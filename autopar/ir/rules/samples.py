@@ -17,6 +17,21 @@ _POSITIVE = {
 """Operators whose operands are drawn from (0.25, 0.9), where they and their gradients are finite."""
 
 
+_NO_DERIVATIVE = {"copy", "detach_copy", "floor_divide", "heaviside"}
+"""Operators on floats for which torch has no derivative."""
+
+
+def differentiable(op: Op) -> list[bool]:
+    """For every operand slot whether the operator has a gradient for it. The running statistics of a batch norm, its last two, have none."""
+    name = op.target.split(".")[1]
+    count = len(op.operands)
+    if name in _NO_DERIVATIVE:
+        return [False] * count
+    if "batch_norm" in name:
+        return [slot < count - 2 for slot in range(count)]
+    return [slot == 0 or name != "soft_margin_loss" for slot in range(count)]
+
+
 def random_operands(op: Op, shapes: Sequence[Shape], dtypes: Sequence[str], seed: int) -> list[Tensor]:
     """One tensor per operand slot, floats as float64; a value that is read twice is the same both times."""
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +109,6 @@ _INDICES: dict[str, Callable[[Op, int, Sequence[Shape]], Range]] = {
     "nll_loss_nd": _classes,
     "nll_loss2d": _classes,
     "gather": _along,
-    "take_along_dim": lambda op, slot, shapes: (0, min(shapes[0]), None),
     "scatter": _along,
     "scatter_add": _along,
     "scatter_reduce": _along,

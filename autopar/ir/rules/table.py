@@ -149,13 +149,13 @@ family(
     "max_pool1d.default max_pool2d.default max_pool3d.default max_pool2d_with_indices.default max_pool3d_with_indices.default "
     "adaptive_max_pool2d.default",
 )
-family(cuts.along(2, "dims", linear=True), "roll.default")
+family(cuts.along(2, "dims", default=None, linear=True), "roll.default")
 family(cuts.along(1, "dims", default=None, linear=True), "flip.default")
 family(cuts.along(2, "dim", default=-1), "diff.default")
 family(cuts.along(1, "dim", linear=True), "cumsum.default")
 family(cuts.along(1, "dim"), "cumprod.default logcumsumexp.default cummax.default cummin.default")
 family(cuts.along(1, "dim", default=-1), "sort.default argsort.default glu.default")
-family(cuts.along(2, "dim", default=-1), "topk.default kthvalue.default sort.stable")
+family(cuts.along(2, "dim", default=-1), "topk.default sort.stable")
 family(cuts.last(2, linear=True), "tril.default triu.default")
 family(cuts.slice_scatter, "slice_scatter.default")
 family(cuts.select_scatter, "select_scatter.default")
@@ -173,6 +173,7 @@ family(
     "var.correction std.dim std.correction var_mean.correction logsumexp.default median.dim std_mean.correction count_nonzero.dim_IntList",
 )
 family(reductions.coupled(2), "linalg_vector_norm.default norm.ScalarOpt_dim")
+family(reductions.coupled(2, default=-1), "kthvalue.default")
 family(reductions.everything, "max.default min.default any.default all.default prod.default var.default std.default")
 family(reductions.softmax, "softmax.int log_softmax.int _softmax.default _log_softmax.default _safe_softmax.default")
 family(
@@ -187,7 +188,7 @@ family(indexing.batch_norm, "autopar.batch_norm")
 
 # Looking up.
 family(indexing.embedding, "embedding.default")
-family(indexing.gather, "gather.default take_along_dim.default")
+family(indexing.gather, "gather.default")
 family(indexing.scatter, "scatter.src scatter.value scatter_add.default scatter_reduce.two")
 family(indexing.index_select, "index_select.default")
 family(indexing.index, "index.Tensor _unsafe_index.Tensor")

@@ -10,8 +10,13 @@ from autopar.ir.rules.split import Split
 
 
 def embedding(call: Call) -> Nest | None:
-    """`embedding(weight[v h], ids[..]) -> [.. h]`. Split `v`: every rank looks up the rows it holds; rows of others are zero."""
+    """`embedding(weight[v h], ids[..], padding_idx, scale_grad_by_freq, sparse) -> [.. h]`. Split `v`: every rank looks up the rows it
+    holds; rows of others are zero. Gradients scaled by how often an id occurs couple all ids; sparse ones have no rule."""
     weight, ids = (value.shape for value in call.operands)
+    if call.op.arg(4, "sparse", False):
+        return None
+    if call.op.arg(3, "scale_grad_by_freq", False):
+        return Nest({"h": weight[1]}, (((), ("h",)), ((),) * len(ids)), ((*((),) * len(ids), ("h",)),))
     loops = {f"d{dim}": size for dim, size in enumerate(ids)} | {"h": weight[1]}
     vocabulary = Split("v", inputs=(S(0), R), outputs=(P,), size=weight[0], uneven=True, implementation="vocab_embedding")
     extra = (vocabulary,) if weight[0] > 1 else ()
@@ -82,7 +87,8 @@ def scatter(call: Call) -> Nest | None:
     same = [d for d in range(rank) if d != dim and len({shape[d] for shape in shapes}) == 1]
     term: Term = tuple((f"d{d}",) if d in same else () for d in range(rank))
     floating = tuple(index for index in range(len(shapes)) if index != 1)
-    linear = (floating,) if len(shapes) == 3 else ()
+    added = call.op.arg(4, "reduce", "sum") == "sum"  # of `scatter_reduce`; the others have no such argument
+    linear = (floating,) if len(shapes) == 3 and added else ()
     return Nest({f"d{d}": shapes[0][d] for d in same}, tuple(term for _ in shapes), (term,), linear=linear)
 
 

@@ -31,8 +31,10 @@ def _reduced(call: Call, over: frozenset[int], splittable: bool, linear: bool, i
     )
 
 
-def _over(call: Call, position: int, name: str) -> frozenset[int]:
-    arg = call.op.arg(position, name)
+def _over(call: Call, position: int, name: str, default: int | None = None) -> frozenset[int]:
+    arg = call.op.arg(position, name, default)
+    if isinstance(arg, int) and not isinstance(arg, bool):
+        return dims((arg,), len(call.operands[0].shape))
     return dims(None if isinstance(arg, bool) else call.ints(position, name), len(call.operands[0].shape))
 
 
@@ -46,11 +48,11 @@ def mean(call: Call) -> Nest | None:
     return _reduced(call, _over(call, 1, "dim"), True, linear=True, implementation="mean_of_part")
 
 
-def coupled(position: int = 1, name: str = "dim") -> Family:
+def coupled(position: int = 1, name: str = "dim", default: int | None = None) -> Family:
     """`amax`, `var`, `any`, `argmax`, `norm`, ...: the reduced dims are needed whole."""
 
     def family(call: Call) -> Nest | None:
-        return _reduced(call, _over(call, position, name), False, linear=False)
+        return _reduced(call, _over(call, position, name, default), False, linear=False)
 
     return family
 
