@@ -1,6 +1,6 @@
 """From what torch's tracer writes to the few forms that rules, search and runtime know.
 
-A pass is a function from a graph to a graph; `PASSES` lists them in order, each with its reason in its docstring. After them:
+A pass is a function from a graph to a graph; `EACH_ALONE`, then `ALL_TOGETHER` list them in order. After them:
 
 - every change of shape that keeps the order of elements is `aten.view.default` with the whole new shape (it need not be a view of
   memory: the runtime reshapes);
@@ -13,11 +13,12 @@ A pass is a function from a graph to a graph; `PASSES` lists them in order, each
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.ir.graph import Arg, Buffer, Graph, Op, Output, Ref, Symbol, Value, refs
+from autopar.ir.graph import Arg, Buffer, Graph, Op, Output, Ref, Symbol, Value
 
 Pass = Callable[[Graph], Graph]
 
@@ -46,9 +47,8 @@ FIRST_OUTPUT_ONLY = frozenset({"autopar.batch_norm", "autopar.cross_entropy"})
 _FLOATING = ("float", "bfloat", "complex")
 
 
-def canonical(graph: Graph) -> Graph:
-    """`graph` after all passes."""
-    for run in PASSES:
+def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> Graph:
+    for run in passes:
         graph = run(graph)
     return graph
 
@@ -72,7 +72,7 @@ class Rewriter:
 
     def read(self, op: Op) -> Op:
         """`op` with replaced values in its arguments."""
-        if not any(name in self.stands_for for name in op.operands):
+        if not self.stands_for or self.stands_for.keys().isdisjoint(op.operands):
             return op
         return replace(op, args=self.resolved(op.args), kwargs=tuple((key, self.resolved(arg)) for key, arg in op.kwargs))
 
@@ -93,7 +93,9 @@ class Rewriter:
 
 
 def _read_names(graph: Graph) -> set[str]:
-    names = {name for op in graph.ops for name in op.operands}
+    names: set[str] = set()
+    for op in graph.ops:
+        names.update(op.operands)
     return names | {item.value for item in graph.outputs} | {item.updated for item in graph.buffers if item.updated is not None}
 
 
@@ -250,7 +252,7 @@ def mark_gradients(graph: Graph) -> Graph:
 
 def no_idle_detach(graph: Graph) -> Graph:
     """`detach` of a value without gradient is that value (after `mark_gradients`)."""
-    if not any(op.target == "aten.detach.default" for op in graph.ops):
+    if not any(op.target == "aten.detach.default" and not graph.values[op.operands[0]].requires_grad for op in graph.ops):
         return graph
     rewriter = Rewriter(graph)
     for op in graph.ops:
@@ -268,11 +270,11 @@ def creators_once(graph: Graph) -> Graph:
     rewriter = Rewriter(graph)
     for op in graph.ops:
         op = rewriter.read(op)
-        key = (op.module, op.target, repr(op.args), repr(op.kwargs))
-        if op.target in CREATORS and key in made:
-            rewriter.drop(op, made[key])
-            continue
         if op.target in CREATORS:
+            key = (op.module, op.target, repr(op.args), repr(op.kwargs))
+            if key in made:
+                rewriter.drop(op, made[key])
+                continue
             made[key] = op.outputs[0]
         rewriter.ops.append(op)
     return rewriter.done()
@@ -336,14 +338,14 @@ def renamed(graph: Graph, names: dict[str, str], op_names: dict[str, str]) -> Gr
     interned = {old: Ref(new) for old, new in names.items()}
 
     def new(arg: Arg) -> Arg:
-        if isinstance(arg, Ref):
+        if type(arg) is Ref:
             return interned[arg.name]
-        return tuple(new(item) for item in arg) if isinstance(arg, tuple) and any(True for _ in refs(arg)) else arg
+        return tuple([new(item) for item in arg]) if type(arg) is tuple else arg
 
     def op_of(op: Op) -> Op:
-        kwargs = tuple((key, new(arg)) for key, arg in op.kwargs)
-        outputs = tuple(names[name] for name in op.outputs)
-        return Op(op_names[op.name], op.target, tuple(new(arg) for arg in op.args), kwargs, outputs, op.module, op.source)
+        kwargs = tuple([(key, new(arg)) for key, arg in op.kwargs]) if op.kwargs else ()
+        outputs = tuple([names[name] for name in op.outputs])
+        return Op(op_names[op.name], op.target, tuple([new(arg) for arg in op.args]), kwargs, outputs, op.module, op.source)
 
     values = {names[old]: Value(names[old], value.shape, value.dtype, value.requires_grad) for old, value in graph.values.items()}
     sources = (*graph.parameters, *graph.buffers, *graph.inputs, *graph.constants)
@@ -366,13 +368,15 @@ def _buffer(buffer: Buffer, names: dict[str, str]) -> Buffer:
     return replace(buffer, value=names[buffer.value], updated=updated)
 
 
-PASSES: tuple[Pass, ...] = (
-    whole_sizes,
-    known_operators,
-    no_identities,
-    mark_gradients,
-    no_idle_detach,
-    creators_once,
-    no_dead_code,
-    plain_names,
-)
+def without_call_numbers(graph: Graph) -> Graph:
+    """Modules by their own names: the tracer calls the second call of a module `layer@1`."""
+    if not any("@" in op.module for op in graph.ops):
+        return graph
+    return replace(graph, ops=tuple(replace(op, module=re.sub(r"@\d+", "", op.module)) for op in graph.ops))
+
+
+EACH_ALONE: tuple[Pass, ...] = (whole_sizes, known_operators, no_identities, creators_once)
+"""Passes that look at one module at a time, so that they may run before repeated modules are copied."""
+
+ALL_TOGETHER: tuple[Pass, ...] = (mark_gradients, no_idle_detach, no_dead_code, plain_names)
+"""Passes that need the whole graph."""

@@ -91,7 +91,15 @@ class Op:
     @property
     def operands(self) -> tuple[str, ...]:
         """Names of the values it reads, in argument order, repeats included. Placements of a `Split` follow this order."""
-        return tuple(name for arg in (*self.args, *(value for _, value in self.kwargs)) for name in refs(arg))
+        names: list[str] = []  # asked for very often, hence no generators here
+        for arg in self.args:
+            if type(arg) is Ref:
+                names.append(arg.name)
+            elif type(arg) is tuple:
+                names.extend(refs(arg))
+        for _, arg in self.kwargs:
+            names.extend(refs(arg))
+        return tuple(names)
 
     def kwarg(self, name: str, default: Arg = None) -> Arg:
         for key, value in self.kwargs:

@@ -4,42 +4,36 @@
     print(to_text(traced.graph))
 
 Nothing is computed and nothing is allocated: parameters and inputs may be real or on `meta`. The model is as before afterwards.
-The steps, each in its own file: `trace_export` (torch.export on fake tensors), `trace_repeats` (repeated layers are exported once),
-`trace_lower` (to the IR), `canonical` (to the forms the rest of autopar knows), `reshard_points`.
+The steps, each in its own file: `trace_repeats` (repeated layers become one operator), `trace_export` (torch.export on fake tensors),
+`trace_lower` and `trace_assemble` (to the IR), `trace_expand` (the repeated layers again), `canonical` (to the forms the rest of autopar
+knows), `reshard_points`.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
 from autopar.ir import trace_repeats as repeats
-from autopar.ir.canonical import canonical
-from autopar.ir.graph import Buffer, Constant, Graph, Input, Output, Parameter, Ref, Value
+from autopar.ir.canonical import ALL_TOGETHER, EACH_ALONE, run_passes, without_call_numbers
+from autopar.ir.graph import Graph
 from autopar.ir.reshard_points import add_reshard_points
+from autopar.ir.trace_assemble import Assembled, OutputSlot, State, assemble, leaf_paths, state_of
 from autopar.ir.trace_errors import as_trace_error, chain_of
 from autopar.ir.trace_expand import expand, refuse_aliasing
 from autopar.ir.trace_export import export_program
-from autopar.ir.trace_lower import Lowered, lower
-from autopar.ir.trace_repeats import Looked, Uncertain, UnseenSignature, find_repeats
+
+__all__ = ["OutputSlot", "TracedModel", "leaf_paths", "split_example", "trace"]
 
 _MOST_ATTEMPTS = 8
 """Attempts to trace repeats once before tracing whole; each learns one thing about the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputSlot:
-    """One leaf of the model's result: `graph.outputs[index]`, or `literal` where the model returns no tensor there."""
-
-    index: int | None
-    literal: Any = None
 
 
 @dataclass(frozen=True)
@@ -81,161 +75,79 @@ def trace(
     Raises `TraceError` for what cannot be traced, naming the user's line.
     """
     kwargs = dict(kwargs or {})
-    state = _state_of(model)
-    leaves, in_spec = pytree.tree_flatten((args, kwargs))
-    input_paths = _input_paths(in_spec)
-    literals = {path: leaf for path, leaf in zip(input_paths, leaves, strict=True) if not isinstance(leaf, Tensor)}
-    for path, leaf in literals.items():
-        if leaf is not None and not isinstance(leaf, bool | int | float | str):
-            raise TraceError(
-                f"input `{path}` is a {type(leaf).__name__}; autopar takes tensors, numbers, strings and None in lists, tuples and dicts. "
-                "Register its type with `torch.utils._pytree.register_pytree_node` if it holds tensors"
-            )
-    found = _once(model, args, kwargs, state) if once_per_repeat else None
+    call = _Call(model, args, kwargs, state_of(model), once_per_repeat)
     try:
-        lowered, out_spec = found or _whole(model, args, kwargs)
+        found = call.with_repeats_once() or call.whole()
     except TraceError:
         raise
     except Exception as error:
         raise as_trace_error(error, model) from error
-
-    tensor_paths = [path for path in input_paths if path not in literals]
-    graph = _assemble(type(model).__name__, lowered, tensor_paths, leaf_paths(out_spec), state, model.training)
-    graph = add_reshard_points(canonical(graph)).verify()
-    constants = {item.value: lowered.constants[item.value] for item in graph.constants}
-    return TracedModel(graph, in_spec, out_spec, _slots(lowered), constants, input_paths, literals)
+    with _garbage_collection_paused():
+        graph = without_call_numbers(add_reshard_points(run_passes(found.graph, ALL_TOGETHER))).verify()
+    constants = {item.value: found.constants[item.value] for item in graph.constants}
+    return TracedModel(graph, call.in_spec, found.out_spec, found.slots, constants, call.input_paths, call.literals)
 
 
-def _whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Lowered, pytree.TreeSpec]:
-    program = export_program(model, args, kwargs)
-    return lower(program), _out_spec(program)
+class _Call:
+    """One call of a model that is to be traced."""
 
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: State, once_per_repeat: bool) -> None:
+        self.model, self.args, self.kwargs, self.state, self.once_per_repeat = model, args, kwargs, state, once_per_repeat
+        leaves, self.in_spec = pytree.tree_flatten((args, kwargs))
+        positional, named = self.in_spec.children()
+        self.input_paths = tuple(path for part in (positional, named) if part.num_leaves for path in leaf_paths(part))
+        self.literals = {path: leaf for path, leaf in zip(self.input_paths, leaves, strict=True) if not isinstance(leaf, Tensor)}
+        for path, leaf in self.literals.items():
+            if leaf is not None and not isinstance(leaf, bool | int | float | str):
+                raise TraceError(
+                    f"input `{path}` is a {type(leaf).__name__}; autopar takes tensors, numbers, strings and None in lists, tuples and "
+                    "dicts. Register its type with `torch.utils._pytree.register_pytree_node` if it holds tensors"
+                )
 
-def _once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: _State) -> tuple[Lowered, pytree.TreeSpec] | None:
-    """Trace with repeated modules exported once; None where that is not certain to give what the whole trace gives."""
-    significant: frozenset[str] = frozenset()
-    traced: frozenset[str] = frozenset()
-    chained = True
-    for _ in range(_MOST_ATTEMPTS):
-        groups = find_repeats(model, significant)
-        if not groups:
-            return None
-        try:
-            with repeats.once_per_repeat(model, groups, traced, chained=chained) as recording:
-                program = export_program(model, args, kwargs, refuse_aliasing)
-            return expand(lower(program), recording, state.tensors), _out_spec(program)
-        except Exception as error:
-            reason = next((item for item in chain_of(error) if isinstance(item, Uncertain)), None)
-            if isinstance(reason, Looked) and reason.name not in significant:
-                significant |= {reason.name}
-            elif isinstance(reason, UnseenSignature) and reason.path not in traced:
-                traced |= {reason.path}
-            elif chained:
-                chained = False
-            else:
+    def whole(self) -> Assembled:
+        return self._assembled(export_program(self.model, self.args, self.kwargs))
+
+    def _assembled(self, program: Any) -> Assembled:
+        paths = [path for path in self.input_paths if path not in self.literals]
+        found = assemble(type(self.model).__name__, program, self.state, paths, self.model.training)
+        return replace(found, graph=run_passes(found.graph, EACH_ALONE))
+
+    def with_repeats_once(self) -> Assembled | None:
+        """Trace with repeated modules exported once; None where that is not certain to give what the whole trace gives."""
+        significant: frozenset[str] = frozenset()
+        traced: frozenset[str] = frozenset()
+        chained = True
+        for _ in range(_MOST_ATTEMPTS if self.once_per_repeat else 0):
+            groups = repeats.find_repeats(self.model, significant)
+            if not groups:
                 return None
-    return None
+            try:
+                with repeats.once_per_repeat(self.model, groups, traced, chained=chained) as recording:
+                    program = export_program(self.model, self.args, self.kwargs, refuse_aliasing)
+                found = self._assembled(program)
+                repeats.refuse_unseen(found.constants)
+                with _garbage_collection_paused():
+                    return replace(found, graph=expand(found.graph, recording))
+            except Exception as error:
+                reason = next((item for item in chain_of(error) if isinstance(item, repeats.Uncertain)), None)
+                if isinstance(reason, repeats.Looked) and reason.name not in significant:
+                    significant |= {reason.name}
+                elif isinstance(reason, repeats.UnseenSignature) and reason.path not in traced:
+                    traced |= {reason.path}
+                elif chained:
+                    chained = False
+                else:
+                    return None
+        return None
 
 
-def _out_spec(program: ExportedProgram) -> pytree.TreeSpec:
-    spec = program.call_spec.out_spec
-    assert spec is not None
-    return spec
-
-
-def leaf_paths(spec: pytree.TreeSpec) -> tuple[str, ...]:
-    """A name for every leaf of a tree, such as `"loss"`, `"0"`, `"states.2"`; a tree that is one leaf is called `"0"`."""
-
-    def walk(spec: pytree.TreeSpec, prefix: str) -> Iterator[str]:
-        if spec.is_leaf():
-            yield prefix or "0"
-            return
-        keys: Any = getattr(spec.context, "_fields", spec.context)  # the type of a namedtuple, the keys of a dict or ModelOutput
-        children = spec.children()
-        if not (isinstance(keys, list | tuple) and len(keys) == len(children)):
-            keys = range(len(children))
-        for key, child in zip(keys, children, strict=True):
-            yield from walk(child, f"{prefix}.{key}" if prefix else str(key))
-
-    return tuple(walk(spec, ""))
-
-
-def _input_paths(spec: pytree.TreeSpec) -> tuple[str, ...]:
-    """`leaf_paths` of a tree of `(args, kwargs)`, without saying which of the two."""
-    args, kwargs = spec.children()
-    positional = leaf_paths(args) if args.num_leaves else ()
-    return (*positional, *(leaf_paths(kwargs) if kwargs.num_leaves else ()))
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    """The model's parameters and buffers by first name; `first_name` maps every name to it."""
-
-    parameters: dict[str, nn.Parameter]
-    buffers: dict[str, Tensor]
-    aliases: dict[str, tuple[str, ...]]
-    first_name: dict[str, str]
-    tensors: dict[str, Tensor]
-    persistent: frozenset[str]
-
-
-def _state_of(model: nn.Module) -> _State:
-    named: list[tuple[str, Tensor]] = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    names_of: dict[int, list[str]] = {}
-    for fqn, tensor in named:
-        if isinstance(tensor, UninitializedTensorMixin):
-            raise TraceError(f"`{fqn}` of a lazy module has no shape yet; call the model once before planning it")
-        names_of.setdefault(id(tensor), []).append(fqn)
-    first_name = {fqn: names_of[id(tensor)][0] for fqn, tensor in named}
-    aliases = {names[0]: tuple(names[1:]) for names in names_of.values()}
-    persistent = frozenset(
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name in module._buffers
-        if name not in module._non_persistent_buffers_set
-    )
-    return _State(dict(model.named_parameters()), dict(model.named_buffers()), aliases, first_name, dict(named), persistent)
-
-
-def _assemble(name: str, lowered: Lowered, input_paths: list[str], output_paths: tuple[str, ...], state: _State, training: bool) -> Graph:
-    """A graph with every parameter and buffer of the model, in the model's order, used or not."""
-    values = dict(lowered.values)
-    used: dict[str, str] = {}
-    for fqn, value in [*lowered.parameters.items(), *lowered.buffers.items()]:
-        used[state.first_name[fqn]] = value
-
-    def value_of(fqn: str, tensor: Tensor) -> str:
-        name = used.get(fqn, fqn)
-        values[name] = Value(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
-        return name
-
-    updates = {state.first_name[fqn]: value for fqn, value in lowered.updates.items()}
-    outputs = [(item.name, path) for item, path in zip(lowered.outputs, output_paths, strict=True) if isinstance(item, Ref)]
-    return Graph(
-        name=name,
-        parameters=tuple(Parameter(value_of(fqn, tensor), fqn, state.aliases[fqn]) for fqn, tensor in state.parameters.items()),
-        buffers=tuple(
-            Buffer(value_of(fqn, tensor), fqn, fqn in state.persistent, updates.get(fqn)) for fqn, tensor in state.buffers.items()
-        ),
-        inputs=tuple(Input(value, path) for value, path in zip(lowered.inputs, input_paths, strict=True)),
-        constants=tuple(Constant(value) for value in lowered.constants),
-        ops=tuple(lowered.ops),
-        outputs=tuple(Output(value, path) for value, path in outputs),
-        values=values,
-        training=training,
-    )
-
-
-def _slots(lowered: Lowered) -> tuple[OutputSlot, ...]:
-    slots: list[OutputSlot] = []
-    index = 0
-    for item in lowered.outputs:
-        if isinstance(item, Ref):
-            slots.append(OutputSlot(index))
-            index += 1
-        else:
-            slots.append(OutputSlot(None, item))
-    return tuple(slots)
+@contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Building a graph makes many objects and no cycles; looking for cycles among all of torch's objects would take half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

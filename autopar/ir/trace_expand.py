@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from autopar.ir.graph import Arg, Op, Ref, Value
-from autopar.ir.trace_lower import Lowered, bare_path
+from autopar.ir.graph import Arg, Graph, Op, Output, Ref, Value
+from autopar.ir.trace_lower import bare_path
 from autopar.ir.trace_repeats import ENTER, LEAVE, REPEAT, Call, Recording, Uncertain
 
 MARKERS = frozenset({ENTER, LEAVE, REPEAT})
@@ -40,13 +37,13 @@ def refuse_aliasing(module: GraphModule) -> None:
                 base = base.args[0] if is_view and base.args else None
 
 
-def expand(lowered: Lowered, recording: Recording, state: dict[str, Tensor]) -> Lowered:
-    """`lowered` without markers. `state` holds the model's parameters and buffers under all their names.
+def expand(graph: Graph, recording: Recording) -> Graph:
+    """`graph` without markers.
 
     Raises `Uncertain` if the operations between `enter` and `leave` depend on more than what went in, or if anything but what came out
     is read elsewhere.
     """
-    return _Expansion(lowered, recording, state).run()
+    return _Expansion(graph, recording).run()
 
 
 @dataclass(slots=True)
@@ -62,72 +59,70 @@ class _Body:
 
 
 class _Expansion:
-    def __init__(self, lowered: Lowered, recording: Recording, state: dict[str, Tensor]) -> None:
-        self.lowered, self.recording, self.state = lowered, recording, state
-        self.values = dict(lowered.values)
+    def __init__(self, graph: Graph, recording: Recording) -> None:
+        self.graph, self.recording = graph, recording
+        self.values = dict(graph.values)
         self.ops: list[Op] = []
         self.stands_for: dict[str, str] = {}
-        self.fqns = {value: fqn for fqn, value in [*lowered.parameters.items(), *lowered.buffers.items()]}
-        self.fresh_state = {fqn: value for value, fqn in self.fqns.items()}
+        state = [*graph.parameters, *graph.buffers]
+        self.fqn_of = {item.value: item.fqn for item in state}
+        self.state_value = {item.fqn: item.value for item in state}
+        self.updated = {item.fqn: item.updated for item in graph.buffers if item.updated is not None}
+        self.constants = {item.value for item in graph.constants}
 
-    def run(self) -> Lowered:
-        lowered, recording = self.lowered, self.recording
-        if any(isinstance(tensor, FakeTensor) for tensor in lowered.constants.values()):
-            raise Uncertain("a tensor between two repeats is read elsewhere")
-        bodies = {number: self.body(number) for number, call in recording.calls.items() if call.template == number}
-        updates = dict(lowered.updates)
-        for op in lowered.ops:
+    def run(self) -> Graph:
+        graph = self.graph
+        bodies = {number: self.body(number) for number, call in self.recording.calls.items() if call.template == number}
+        updated = dict(self.updated)
+        for op in graph.ops:
             if op.target in (ENTER, LEAVE):
-                for name, (source,) in zip(op.outputs, self.sources(op), strict=True):
+                for name, source in zip(op.outputs, self.sources(op), strict=True):
                     self.stands_for[name] = source
                     del self.values[name]
             elif op.target == REPEAT:
-                updates |= self.chain(op, bodies)
-            elif self.stands_for and any(name in self.stands_for for name in op.operands):
-                self.ops.append(_read(op, self.stands_for))
+                updated |= self.chain(op, bodies)
             else:
-                self.ops.append(op)
-        return Lowered(
+                self.ops.append(_read(op, self.stands_for))
+        new = self.stands_for
+        return replace(
+            graph,
             values=self.values,
-            ops=self.ops,
-            inputs=lowered.inputs,
-            parameters={fqn: value for fqn, value in self.fresh_state.items() if fqn in lowered.parameters or value not in lowered.values},
-            buffers=lowered.buffers,
-            updates={fqn: self.stands_for.get(value, value) for fqn, value in updates.items()},
-            constants=lowered.constants,
-            outputs=[Ref(self.stands_for.get(item.name, item.name)) if isinstance(item, Ref) else item for item in lowered.outputs],
+            ops=tuple(self.ops),
+            buffers=tuple(
+                replace(item, updated=new.get(updated[item.fqn], updated[item.fqn])) if item.fqn in updated else item for item in graph.buffers
+            ),
+            outputs=tuple(Output(new.get(item.value, item.value), item.path) for item in graph.outputs),
         )
 
-    def sources(self, marker: Op) -> Iterator[tuple[str]]:
-        for name in marker.operands:
-            yield (self.stands_for.get(name, name),)
+    def sources(self, marker: Op) -> list[str]:
+        return [self.stands_for.get(name, name) for name in marker.operands]
 
     def body(self, number: int) -> _Body:
         """The operations between the markers of call `number`, checked to be closed."""
         path = self.recording.calls[number].path
-        places = {op.target: index for index, op in enumerate(self.lowered.ops) if op.target in (ENTER, LEAVE) and op.args[1] == number}
+        places = {op.target: index for index, op in enumerate(self.graph.ops) if op.target in (ENTER, LEAVE) and op.args[1] == number}
         if places.keys() != {ENTER, LEAVE}:
             raise Uncertain(f"{path}: its inputs or its outputs are not used")
-        enter, leave = self.lowered.ops[places[ENTER]], self.lowered.ops[places[LEAVE]]
-        ops = self.lowered.ops[places[ENTER] + 1 : places[LEAVE]]
+        enter, leave = self.graph.ops[places[ENTER]], self.graph.ops[places[LEAVE]]
+        ops = self.graph.ops[places[ENTER] + 1 : places[LEAVE]]
         inner = {name for op in ops for name in op.outputs}
         allowed = inner | set(enter.outputs)
         owned: dict[str, str] = {}
         for op in (*ops, leave):
             for name in op.operands:
-                if name in self.fqns and self.fqns[name].startswith(f"{path}."):
-                    owned[name] = self.fqns[name].removeprefix(path)
-                elif name not in allowed and name not in self.lowered.constants:
+                if name in self.fqn_of and self.fqn_of[name].startswith(f"{path}."):
+                    owned[name] = self.fqn_of[name].removeprefix(path)
+                elif name not in allowed and name not in self.constants:
                     raise Uncertain(f"{path} reads `{name}`, which is not among its arguments")
             if op.target in MARKERS and op is not leave:
                 raise Uncertain(f"{path} holds another repeated module")
-        for op in [*self.lowered.ops[: places[ENTER]], *self.lowered.ops[places[LEAVE] + 1 :]]:
+        for op in [*self.graph.ops[: places[ENTER]], *self.graph.ops[places[LEAVE] + 1 :]]:
             if any(name in allowed for name in op.operands):
                 raise Uncertain(f"{op.name} reads inside of {path}")
-        if any(isinstance(item, Ref) and item.name in allowed for item in self.lowered.outputs):
+        if any(item.value in allowed for item in self.graph.outputs):
             raise Uncertain(f"the model returns something from inside of {path}")
-        updates = {fqn.removeprefix(path): value for fqn, value in self.lowered.updates.items() if value in inner}
-        if any((value in allowed) != fqn.startswith(f"{path}.") for fqn, value in self.lowered.updates.items()):
+        updates = {fqn.removeprefix(path): value for fqn, value in self.updated.items() if value in inner}
+        if any((value in allowed) != fqn.startswith(f"{path}.") for fqn, value in self.updated.items()):
             raise Uncertain(f"a buffer is updated across the border of {path}")
         if updates and any(self.recording.times_called[call.path] > 1 for call in self.recording.calls.values() if call.template == number):
             raise Uncertain(f"{path} updates its buffers and is called more than once")
@@ -135,7 +130,7 @@ class _Expansion:
 
     def chain(self, marker: Op, bodies: dict[int, _Body]) -> dict[str, str]:
         """Append the operations of all calls that `marker` stands for; returns the updates of their buffers."""
-        outer = [source for (source,) in self.sources(marker)]
+        outer = self.sources(marker)
         number = marker.args[1]
         assert isinstance(number, int)
         results: dict[int, tuple[str, ...]] = {}
@@ -156,7 +151,7 @@ class _Expansion:
         """Append a copy of `body` on `operands` with the state of the module called; returns new names of its values."""
         names = dict(zip(body.given, operands, strict=True))
         for value, below in body.owned.items():
-            names[value] = self.state_value(call.path + below)
+            names[value] = self.state_value[call.path + below]
         paths: dict[str, str] = {}
         for op in body.ops:
             if op.module not in paths:
@@ -171,17 +166,6 @@ class _Expansion:
             self.ops.append(Op(op.name + suffix, op.target, moved.args, moved.kwargs, tuple(outputs), paths[op.module], op.source))
         return names
 
-    def state_value(self, fqn: str) -> str:
-        """The value of a parameter or buffer, which may have been hidden from the tracer."""
-        if fqn not in self.fresh_state:
-            tensor = self.state[fqn]
-            name = fqn
-            while name in self.values:
-                name += "_"
-            self.values[name] = Value(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
-            self.fresh_state[fqn] = name
-        return self.fresh_state[fqn]
-
 
 def _moved(module: str, path: str, call: Call) -> str:
     """The module path of a copied operation, with the number of the call of the copied module."""
@@ -193,10 +177,13 @@ def _moved(module: str, path: str, call: Call) -> str:
 
 
 def _read(op: Op, names: dict[str, str]) -> Op:
+    if names.keys().isdisjoint(op.operands):
+        return op
+
     def new(arg: Arg) -> Arg:
-        if isinstance(arg, Ref):
-            return Ref(names.get(arg.name, arg.name))
-        return tuple([new(item) for item in arg]) if isinstance(arg, tuple) else arg
+        if type(arg) is Ref:
+            return Ref(names[arg.name]) if arg.name in names else arg
+        return tuple([new(item) for item in arg]) if type(arg) is tuple else arg
 
     kwargs = tuple([(key, new(arg)) for key, arg in op.kwargs]) if op.kwargs else ()
     return Op(op.name, op.target, tuple([new(arg) for arg in op.args]), kwargs, op.outputs, op.module, op.source)

@@ -15,10 +15,10 @@ Whenever something is not certain (`_Uncertain`), the caller traces whole. A tes
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import functools
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,11 +51,6 @@ def _fake_repeat(tensors: list[Tensor], call: int) -> list[Tensor]:
 torch.library.register_fake("autopar_trace::enter", _fake_same, lib=_LIBRARY)
 torch.library.register_fake("autopar_trace::leave", _fake_same, lib=_LIBRARY)
 torch.library.register_fake("autopar_trace::repeat", _fake_repeat, lib=_LIBRARY)
-
-
-def _mode_of(tensors: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """The fake mode in which `tensors` live, or nothing if there are none."""
-    return next((item.fake_mode for item in tensors if isinstance(item, FakeTensor)), contextlib.nullcontext())
 
 
 class Uncertain(Exception):
@@ -125,6 +120,7 @@ class _Template:
     out_spec: pytree.TreeSpec
     slots: list[tuple[int | None, Any]]
     results: list[Tensor]
+    gradients: list[bool]
 
 
 @dataclass(slots=True)
@@ -140,6 +136,23 @@ class Recording:
     pending: list[int] = field(default_factory=list)
     pending_tensors: list[Tensor] = field(default_factory=list)
     pending_results: dict[int, tuple[int, int, Tensor]] = field(default_factory=dict)
+    gradients: dict[int, tuple[bool, Tensor]] = field(default_factory=dict)
+
+    def has_gradient(self, tensor: Tensor) -> bool:
+        """Whether `tensor` requires a gradient in the model as it is: markers give tensors that all do."""
+        return self.gradients.get(id(tensor), (tensor.requires_grad,))[0]
+
+    def give(self, template: _Template, results: list[Tensor]) -> Any:
+        """The result of a module with `results` as its tensors."""
+        for tensor, gradient in zip(results, template.gradients, strict=True):
+            self.gradients[id(tensor)] = (gradient, tensor)
+        return pytree.tree_unflatten(_filled(template.slots, results), template.out_spec)
+
+
+def refuse_unseen(constants: dict[str, Tensor]) -> None:
+    """Raise `Uncertain` if a tensor between two chained repeats, which the tracer has not seen made, is read elsewhere."""
+    if any(isinstance(tensor, FakeTensor) for tensor in constants.values()):
+        raise Uncertain("a tensor between two repeats is read elsewhere")
 
 
 # ---- which modules repeat ----------------------------------------------------------------------------------------------------------
@@ -152,16 +165,11 @@ _PLAIN = (type(None), bool, float, complex, str, bytes, torch.dtype, torch.devic
 def find_repeats(model: nn.Module, significant: frozenset[str]) -> list[Group]:
     """Groups of two or more siblings, the outermost ones, that must trace alike. Numbers named in `significant` must be equal too."""
     groups: list[Group] = []
-    owners: dict[int, int] = {}
+    owners: Counter[int] = Counter()
+    parents: Counter[int] = Counter()
     for module in model.modules():
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None:
-                owners[id(tensor)] = owners.get(id(tensor), 0) + 1
-    parents: dict[int, int] = {}
-    for module in model.modules():
-        for child in module._modules.values():
-            if child is not None:
-                parents[id(child)] = parents.get(id(child), 0) + 1
+        owners.update([id(tensor) for owned in (module._parameters, module._buffers) for tensor in owned.values() if tensor is not None])
+        parents.update([id(child) for child in module._modules.values() if child is not None])
 
     def visit(module: nn.Module, path: str) -> None:
         alike: dict[Any, list[tuple[str, nn.Module, dict[tuple[str, str], int]]]] = {}
@@ -169,7 +177,7 @@ def find_repeats(model: nn.Module, significant: frozenset[str]) -> list[Group]:
             if child is None:
                 continue
             child_path = f"{path}.{name}" if path else name
-            state = _state(child, significant, owners, parents) if next(child.children(), None) is not None else None
+            state = _state(child, significant, owners, parents) if child._modules else None
             if state is None:
                 visit(child, child_path)
             else:
@@ -186,38 +194,49 @@ def find_repeats(model: nn.Module, significant: frozenset[str]) -> list[Group]:
     return groups
 
 
+def _below(module: nn.Module, path: str, found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """`module` and all below it by path; faster than `named_modules`, which is a generator in a generator for each level."""
+    found.append((path, module))
+    for name, child in module._modules.items():
+        if child is not None:
+            _below(child, f"{path}.{name}" if path else name, found)
+    return found
+
+
 def _state(
-    root: nn.Module, significant: frozenset[str], owners: dict[int, int], parents: dict[int, int]
+    root: nn.Module, significant: frozenset[str], owners: Counter[int], parents: Counter[int]
 ) -> tuple[Any, dict[tuple[str, str], int]] | None:
     """All that forward may depend on, to compare, and apart from it the numbers that may differ; None if it cannot be compared."""
-    inside = {id(module): path for path, module in root.named_modules()}
+    modules = _below(root, "", [])
+    inside = {id(module): path for path, module in modules}
     key: list[Any] = []
     numbers: dict[tuple[str, str], int] = {}
-    counts: dict[int, int] = {}
-    first: dict[int, int] = {}
-    for path, module in root.named_modules():
-        if any(module.__dict__.get(name) for name in _HOOKS) or (module is not root and parents[id(module)] > 1):
+    counts: Counter[int] = Counter()
+    for path, module in modules:
+        state = module.__dict__
+        if (module is not root and parents[id(module)] > 1) or any(state.get(name) for name in _HOOKS):
             return None
-        tensors = []
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None:
-                tensors.append((name, None))
-                continue
-            counts[id(tensor)] = counts.get(id(tensor), 0) + 1
-            place = first.setdefault(id(tensor), len(first))
-            tensors.append((name, type(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad, place))  # type: ignore[arg-type]
-        attributes = []
-        for name, value in module.__dict__.items():
-            if name in _MODULE_ATTRIBUTES:
-                continue
+        tensors: list[Any] = []
+        for owned in (module._parameters, module._buffers):
+            for name, tensor in owned.items():
+                if tensor is None:
+                    tensors.append(name)
+                    continue
+                place = counts[id(tensor)]
+                counts[id(tensor)] += 1
+                tensors.append((name, type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad, place))
+        attributes: list[Any] = []
+        for name in state.keys() - _MODULE_ATTRIBUTES:
+            value = state[name]
             if type(value) is int and name not in significant:
                 numbers[path, name] = value
-                attributes.append((name, int))
+                attributes.append(name)
             else:
                 attributes.append((name, _comparable(value, inside)))
-        key.append((path, type(module), module.training, tuple(tensors), tuple(attributes), tuple(module._non_persistent_buffers_set)))
-    if any(owners[tensor] != count for tensor, count in counts.items()):
-        return None  # tied to a weight outside
+        attributes.sort(key=lambda item: item if isinstance(item, str) else item[0])
+        key.append((path, type(module), module.training, tuple(tensors), tuple(attributes), tuple(sorted(module._non_persistent_buffers_set))))
+    if any(owners[tensor] != count or count > 1 for tensor, count in counts.items()):
+        return None  # tied to a weight elsewhere
     return tuple(key), numbers
 
 
@@ -319,7 +338,7 @@ class _Framed:
         recording = self.recording
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors, slots = _distinct(leaves)
-        like = tuple((item.shape, item.stride(), item.dtype, item.requires_grad) for item in tensors)
+        like = tuple((item.shape, item.stride(), item.dtype, recording.has_gradient(item)) for item in tensors)
         signature = (self.group, spec, tuple((index, type(literal), literal) for index, literal in slots), like)
         template = recording.templates.get(signature)
         if template is None and not self.whole:
@@ -331,18 +350,21 @@ class _Framed:
             recording.calls[number] = Call(self.path, template.call, nth, _operands(recording, tensors))
             recording.pending.append(number)
             results = _run_chain(recording, template) if self.ends else _results_between(recording, template, number)
-            return pytree.tree_unflatten(_filled(template.slots, results), template.out_spec)
+            return recording.give(template, results)
 
         if any(id(tensor) in recording.pending_results for tensor in tensors):
             raise Uncertain(f"{self.path} reads what a repeat gave")
         recording.calls[number] = Call(self.path, number, nth)
         inner = torch.ops.autopar_trace.enter(tensors, number)
+        for tensor, outside in zip(inner, tensors, strict=True):
+            recording.gradients[id(tensor)] = (recording.has_gradient(outside), tensor)
         inner_args, inner_kwargs = pytree.tree_unflatten(_filled(slots, inner), spec)
         out_leaves, out_spec = pytree.tree_flatten(self.forward(*inner_args, **inner_kwargs))
         out_tensors, out_slots = _distinct(out_leaves)
         results = torch.ops.autopar_trace.leave(out_tensors, number)
-        recording.templates[signature] = _Template(number, out_spec, out_slots, results)
-        return pytree.tree_unflatten(_filled(out_slots, results), out_spec)
+        gradients = [recording.has_gradient(tensor) for tensor in out_tensors]
+        recording.templates[signature] = template = _Template(number, out_spec, out_slots, results, gradients)
+        return recording.give(template, results)
 
 
 def _operands(recording: Recording, tensors: list[Tensor]) -> tuple[tuple[int | None, int], ...]:
@@ -373,11 +395,14 @@ def _run_chain(recording: Recording, template: _Template) -> list[Tensor]:
 
 def _results_between(recording: Recording, template: _Template, number: int) -> list[Tensor]:
     """Tensors of the right shapes that only the next repeat may read: the tracer has not seen them made."""
-    with _disable_current_modes(), _mode_of(template.results):
-        made = _fake_same(template.results, number)
-    for index, (tensor, like) in enumerate(zip(made, template.results, strict=True)):
-        tensor.requires_grad_(like.requires_grad)
-        recording.pending_results[id(tensor)] = (number, index, tensor)  # keeps the tensor alive, so that its id stays its own
+    made: list[Tensor] = []
+    with _disable_current_modes():
+        for index, like in enumerate(template.results):
+            assert isinstance(like, FakeTensor)
+            elements = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+            tensor = FakeTensor(like.fake_mode, elements, like.device)
+            recording.pending_results[id(tensor)] = (number, index, tensor)  # keeps the tensor alive, so that its id stays its own
+            made.append(tensor)
     return made
 
 
