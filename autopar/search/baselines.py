@@ -12,7 +12,7 @@ from autopar.ir.graph import Graph, Value
 from autopar.ir.placement import Placement, R, S
 from autopar.ir.rules import splits
 from autopar.search.build import Restriction
-from autopar.search.follow import batch_only, batch_splits, reads_matrix, token_splits
+from autopar.search.follow import batch_only, batch_splits, fits, parameter_splits, token_splits
 from autopar.search.strategies import Allowed
 
 Mesh = tuple[int, int]
@@ -45,24 +45,36 @@ def fsdp(graph: Graph, parts: int) -> Restriction:
 
 
 def tp(graph: Graph, parts: int) -> Restriction:
-    """Shoeybi et al. 2019, "Megatron-LM": weights split as they are used, activations between blocks whole."""
+    """Shoeybi et al. 2019, "Megatron-LM": every weight matrix is split as it is used, activations between blocks are whole."""
     tokens = token_splits(graph)
-    return Restriction(splits=_without(graph, tokens), gather=False)
+    allowed: dict[int, Allowed] = {}
+    for position, (op, sharding) in enumerate(zip(graph.ops, _matrix_splits(graph, parts, tokens), strict=True)):
+        names = frozenset(split.name for split in splits(graph, op)) - tokens[position]
+        allowed[position] = (None, sharding or names)
+    return Restriction(splits=allowed, gather=False)
 
 
 def tp_sp(graph: Graph, parts: int) -> Restriction:
-    """Korthikanti et al. 2022, "Reducing Activation Recomputation": as `tp`, with norms and residuals split along the sequence."""
-    tokens, batch, matrix = token_splits(graph), batch_splits(graph), reads_matrix(graph)
-    forbidden = [all_tokens if reads else only_batch for all_tokens, only_batch, reads in zip(tokens, batch, matrix, strict=True)]
-    return Restriction(splits=_without(graph, forbidden), gather=False)
+    """Korthikanti et al. 2022, "Reducing Activation Recomputation": as `tp`, but norms, and what lies between blocks where that helps,
+    are split along the sequence."""
+    tokens, batch = token_splits(graph), batch_splits(graph)
+    norms = parameter_splits(graph, parts, lambda dims: dims == 1)
+    allowed: dict[int, Allowed] = {}
+    for position, (op, sharding) in enumerate(zip(graph.ops, _matrix_splits(graph, parts, tokens), strict=True)):
+        options = splits(graph, op)
+        names = frozenset(split.name for split in options) - batch[position]
+        sequence = frozenset(split.name for split in options if split.name in tokens[position] and fits(split, parts)) - batch[position]
+        norm = sequence if norms[position] is not None and len(op.operands) > 1 else frozenset[str]()
+        if sharding is not None:
+            names -= tokens[position]
+        allowed[position] = (None, sharding or norm or names)
+    return Restriction(splits=allowed, gather=False)
 
 
-def _without(graph: Graph, forbidden: list[frozenset[str]]) -> dict[int, Allowed]:
-    return {
-        position: (None, frozenset(split.name for split in splits(graph, op)) - forbidden[position])
-        for position, op in enumerate(graph.ops)
-        if forbidden[position]
-    }
+def _matrix_splits(graph: Graph, parts: int, tokens: list[frozenset[str]]) -> list[frozenset[str] | None]:
+    """Per operation that reads a weight of two or more dims the splits that shard it; None for others."""
+    found = parameter_splits(graph, parts, lambda dims: dims >= 2)
+    return [None if names is None else names - other for names, other in zip(found, tokens, strict=True)]
 
 
 BASELINES: dict[str, tuple[Callable[[Graph, int], Restriction], int]] = {

@@ -5,7 +5,7 @@ Nothing goes by name. The batch enters as dim 0 of the inputs and every operatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from autopar.ir.graph import Graph, Op
 from autopar.ir.placement import Placement, R, S
@@ -48,7 +48,7 @@ def batch_size(graph: Graph) -> int:
 def _handing_on(graph: Graph, op: Op, state: dict[str, Placement], parts: int) -> Split | None:
     """The split in which `op` reads every operand that carries the batch as it lies."""
     for split in splits(graph, op):
-        if split.size and split.size % parts:
+        if not fits(split, parts):
             continue
         carried = [(split.inputs[slot], state[name]) for slot, name in enumerate(op.operands) if name in state]
         if all(wanted == given for wanted, given in carried):
@@ -93,13 +93,23 @@ def _carrying(graph: Graph, seeds: dict[str, set[Placement]], seed_matrices: boo
     return found
 
 
-def reads_matrix(graph: Graph) -> list[bool]:
-    """Per operation whether it reads a parameter of two or more dims, directly or through views and reshards."""
-    large = {item.value for item in graph.parameters if len(graph.values[item.value].shape) >= 2}
-    found = []
+def parameter_splits(graph: Graph, parts: int, dims: Callable[[int], bool]) -> list[Names | None]:
+    """Per operation that reads a parameter for whose number of dims `dims` is true, directly or through views and reshards: the splits
+    that shard such a parameter (none where `parts` ranks cannot). None for operations that read no such parameter."""
+    reached = {item.value for item in graph.parameters if dims(len(graph.values[item.value].shape))}
+    found: list[Names | None] = []
     for op in graph.ops:
-        reads = any(name in large for name in op.operands)
-        found.append(reads)
-        if reads and len(op.operands) == 1:
-            large.update(op.outputs)
+        slots = [slot for slot, name in enumerate(op.operands) if name in reached]
+        if not slots:
+            found.append(None)
+            continue
+        if len(op.operands) == 1:
+            reached.update(op.outputs)
+        usable = [split for split in splits(graph, op) if fits(split, parts)]
+        found.append(frozenset(split.name for split in usable if any(split.inputs[slot].is_shard for slot in slots)))
     return found
+
+
+def fits(split: Split, parts: int) -> bool:
+    """Whether an axis of `parts` ranks can use the split."""
+    return not split.size or (split.size >= parts if split.uneven else split.size % parts == 0)

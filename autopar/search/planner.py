@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal
 
-from autopar.errors import InfeasibleError, PlanError
+from autopar.errors import InfeasibleError, PinError, PlanError
 from autopar.ir.assignment import Assignment
 from autopar.ir.cluster import Cluster
 from autopar.ir.graph import Graph
@@ -135,13 +135,13 @@ def plan_graph(
         if mesh is not None and meshes != (own,):
             raise PlanError(f"baseline `{baseline}` lies on mesh {own[0]} x {own[1]}; leave `mesh` out")
         meshes = (own,)
-    best, bound_s = _best(search, meshes, apply_pins(read, graph, restriction), read, mesh is not None or baseline is not None)
+    best, bound_s = _best(search, meshes, apply_pins(read, graph, restriction), read)
     if not best.fits and baseline is None:
         raise _infeasible(search, best, meshes)
     return _describe(search, best, bound_s, baseline, read, alternatives)
 
 
-def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pins: Pins, forced: bool) -> tuple[Found, float]:
+def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pins: Pins) -> tuple[Found, float]:
     """The best choice on any mesh and the least bound of all meshes. Meshes whose relaxed bound cannot win are not solved."""
     usable = [mesh for mesh in meshes if pins.fits(mesh)] or list(meshes)
     built: list[tuple[float, Built]] = []
@@ -149,8 +149,8 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
         one = build(search.structure, search.costs(mesh), restriction)
         try:
             check_options(one, pins)
-        except PlanError:
-            if len(usable) == 1 or (mesh == usable[-1] and not built):
+        except PinError:
+            if not pins.given or (mesh == usable[-1] and not built):
                 raise
             continue
         built.append((relaxed_bound_s(one), one))

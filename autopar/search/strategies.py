@@ -10,7 +10,7 @@ from autopar.ir.conversion import State
 from autopar.ir.graph import Graph, Op, Value
 from autopar.ir.placement import Placement, R, S
 from autopar.ir.rules import splits
-from autopar.ir.rules.split import REPLICATE, Split
+from autopar.search.follow import fits
 
 Allowed = tuple[frozenset[str] | None, ...]
 """Per axis the names of the splits that may be used; None allows all."""
@@ -18,10 +18,10 @@ Allowed = tuple[frozenset[str] | None, ...]
 
 def strategies(graph: Graph, op: Op, axes: tuple[str, ...], mesh: tuple[int, ...], allowed: Allowed) -> tuple[Choice, ...]:
     """All choices for `op` on axes of these sizes, without those that do the same as one before them. May be empty if `allowed` is
-    narrow; with everything allowed it holds at least `replicate` on every axis."""
+    narrow; with everything allowed it holds at least `replicate` on every axis, and on an axis of one rank nothing else."""
     options = splits(graph, op)
     per_axis = [
-        [split for split in options if _fits(split, size) and (names is None or split.name in names)]
+        [split for split in options if fits(split, size) and (names is None or split.name in names)] if size > 1 else options[:1]
         for size, names in zip(mesh, allowed, strict=True)
     ]
     found: dict[object, Choice] = {}
@@ -30,13 +30,6 @@ def strategies(graph: Graph, op: Op, axes: tuple[str, ...], mesh: tuple[int, ...
         if does not in found and conflict(graph, op, choice, axes, mesh) is None:
             found[does] = choice
     return tuple(found.values())
-
-
-def _fits(split: Split, parts: int) -> bool:
-    """Whether an axis of `parts` ranks can use the split; an axis of one rank has nothing to split."""
-    if parts == 1:
-        return split.name == REPLICATE
-    return not split.size or (split.size >= parts if split.uneven else split.size % parts == 0)
 
 
 def storages(
