@@ -70,10 +70,11 @@ def expand(plan: Plan, graph: Graph) -> Assignment:
     if not 1 <= len(axes) <= 2:
         raise PlanError(f"mesh {dict(plan.mesh)} has {len(axes)} axes; a plan has one or two")
     if plan.model.fingerprint != graph.fingerprint():
+        numel = sum(graph.values[item.value].numel for item in graph.parameters)
         raise PlanMismatchError(
             f"the plan is for `{plan.model.name}` ({plan.model.operations} operations, {plan.model.parameters} parameters, "
             f"{'training' if plan.model.training else 'evaluation'} mode, fingerprint {plan.model.fingerprint[:12]}), but the model given "
-            f"is `{graph.name}` ({len(graph.ops)} operations, {len(graph.parameters)} parameters, "
+            f"is `{graph.name}` ({len(graph.ops)} operations, {numel} parameters, "
             f"{'training' if graph.training else 'evaluation'} mode, fingerprint {graph.fingerprint()[:12]}): "
             "same code, configuration, input shapes and mode are needed; plan again for this model"
         )

@@ -7,7 +7,7 @@ name vary together, so that they must hold equally many numbers.
 from __future__ import annotations
 
 import re
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 
 MAX_COUNT = 1_000_000
 """More repeats than any model has; a hostile file must not make a reader list more."""
@@ -96,8 +96,18 @@ def fold(names: list[str]) -> str:
 
 
 def _range_text(numbers: list[int]) -> str:
-    if len(numbers) > 1:
-        step = numbers[1] - numbers[0]
-        if step >= 1 and all(b - a == step for a, b in pairwise(numbers)):
-            return f"{numbers[0]}-{numbers[-1]}" + (f":{step}" if step > 1 else "")
-    return ",".join(map(str, numbers))
+    """`numbers` in order as ranges: runs of at least three equal steps, or of two neighbours, and single numbers."""
+    items = []
+    start = 0
+    while start < len(numbers):
+        end = start + 1
+        if end < len(numbers) and (step := numbers[end] - numbers[start]) >= 1:
+            while end + 1 < len(numbers) and numbers[end + 1] - numbers[end] == step:
+                end += 1
+            if end - start >= 2 or step == 1 or len(numbers) == 2:
+                items.append(f"{numbers[start]}-{numbers[end]}" + (f":{step}" if step > 1 else ""))
+                start = end + 1
+                continue
+        items.append(str(numbers[start]))
+        start += 1
+    return ",".join(items)

@@ -208,9 +208,9 @@ class Plan(_Data):
         return dict(self.predicted.memory_bytes)
 
     def text(self) -> str:
-        """The plan as it stands in a file: JSON in stable order, one line or two for each decision, ending with a newline."""
+        """The plan as it stands in a file: JSON in stable order, one line for each decision, ending with a newline."""
         data = {"format": self.format, "version": self.version, **self.model_dump(mode="json", exclude_defaults=True)}
-        return plan_json.write(data, _BREAKS)
+        return plan_json.write(data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to `path`. A reader sees the old file or the whole new one, never a part.
@@ -287,10 +287,6 @@ class Plan(_Data):
         from autopar.ir.plan_text import summary  # which reads plans, and so imports this file
 
         return summary(self)
-
-
-# Fields that start a line in a file: what decides stands apart from what names.
-_BREAKS = frozenset({"stored", "split", "bytes", "memory_limit_bytes"})
 
 
 def _mode(target: Path) -> int:

@@ -23,14 +23,13 @@ MAX_FLOAT_DIGITS = 400  # the longest that Python prints without an exponent has
 Path = tuple[str | int, ...]
 
 
-def write(data: dict[str, Any], breaks: frozenset[str] = frozenset()) -> str:
-    """`data` as indented JSON that ends with a newline.
+def write(data: dict[str, Any]) -> str:
+    """`data` as indented JSON that ends with a newline, laid out so that a change of one record is a change of one line.
 
-    Every field of `data` itself starts a line, as does every object in a list, so that a change shows as a change of its own line.
-    Below that an object or list stands on one line, wrapped where it is too long. Keys in `breaks` start a line wherever they are not
-    first: wrapping by length alone would move untouched fields when a value grows, and spoil the diff.
+    Every field of `data` itself starts a line. Every object in a list is one line, however long, but for a list of objects in it, which
+    is opened below. All else is wrapped at `WIDTH`.
     """
-    lines = [f" {_compact(key)}: {_write(item, breaks, 1, len(key) + 4)}" for key, item in data.items()]
+    lines = [f" {_compact(key)}: {_write(item, len(key) + 5)}" for key, item in data.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -38,33 +37,47 @@ def _compact(data: object) -> str:
     return json.dumps(data, ensure_ascii=False, allow_nan=False)
 
 
-def _write(data: object, breaks: frozenset[str], indent: int, used: int) -> str:
-    """`indent`: of the line the text starts on; `used`: characters already on that line behind the indent."""
+def _is_records(data: object) -> bool:
+    return isinstance(data, list) and any(isinstance(item, dict | list) for item in data)
+
+
+def _write(data: Any, column: int) -> str:
+    """A field of the whole: `column` is where it starts on its line."""
+    if _is_records(data):
+        return _records(data, 1)
+    text = _compact(data)
+    if column + len(text) < WIDTH or not isinstance(data, dict | list) or not data:
+        return text
+    parts = (
+        [f"{_compact(key)}: {_compact(item)}" for key, item in data.items()]
+        if isinstance(data, dict)
+        else [_compact(item) for item in data]
+    )
+    lines = [""]
+    for part in parts:
+        if lines[-1] and column + len(lines[-1]) + len(part) + 3 > WIDTH:
+            lines.append("")
+            column = 2
+        lines[-1] += f", {part}" if lines[-1] else part
+    return text[0] + ",\n  ".join(lines) + text[-1]
+
+
+def _records(items: list[Any], indent: int) -> str:
+    """A list, one line an item."""
     pad = "\n" + " " * (indent + 1)
-    if isinstance(data, list) and any(isinstance(item, dict | list) for item in data):
-        return f"[{pad}" + f",{pad}".join(_write(item, breaks, indent + 1, 0) for item in data) + f"\n{' ' * indent}]"
-    if isinstance(data, list):
-        return "[" + _wrap([(_compact(item), False) for item in data], pad, used) + "]"
-    if isinstance(data, dict):
-        parts = []
-        for key, item in data.items():
-            head = f"{_compact(key)}: "
-            text = head + _write(item, breaks, indent + 1, len(head))
-            parts.append((text, key in breaks or "\n" in text))
-        return "{" + _wrap(parts, pad, used) + "}"
-    return _compact(data)
+    return "[" + ",".join(pad + _record(item, indent + 1) for item in items) + "\n" + " " * indent + "]"
 
 
-def _wrap(parts: list[tuple[str, bool]], pad: str, used: int) -> str:
-    """Parts joined by commas, on a new line where a part asks for one or the line would pass `WIDTH`."""
-    text, column = "", len(pad) + used
-    for part, fresh in parts:
-        if text and (fresh or column + len(part) + 2 > WIDTH):
-            text, column = text + "," + pad, len(pad)
-        elif text:
-            text, column = text + ", ", column + 2
-        text, column = text + part, column + len(part)
-    return text
+def _record(item: Any, indent: int) -> str:
+    if not isinstance(item, dict) or not any(_is_records(value) for value in item.values()):
+        return _compact(item)
+    text = ""
+    for key, value in item.items():
+        if _is_records(value):
+            text += f",\n{' ' * (indent + 1)}{_compact(key)}: {_records(value, indent + 1)}"
+        else:
+            text += f", {_compact(key)}: {_compact(value)}"
+    return "{" + text.lstrip(",\n ") + "}"
 
 
 def read(text: str, source: str = "plan") -> dict[str, Any]:

@@ -48,7 +48,7 @@ def describe(
         name=name,
         model=ModelInfo(
             name=graph.name, fingerprint=graph.fingerprint(), training=graph.training,
-            parameters=len(graph.parameters), operations=len(graph.ops),
+            parameters=sum(graph.values[item.value].numel for item in graph.parameters), operations=len(graph.ops),
         ),
         cluster=ClusterInfo(
             name=cluster.name, device=device.name, devices_per_node=cluster.devices_per_node, nodes=cluster.nodes,
@@ -160,14 +160,13 @@ class _Writer:
 
     def collectives(self, runs: tuple[Run, ...]) -> tuple[CollectivePlan, ...]:
         """Equal collectives of repeated operations as one row, in order of first occurrence."""
-        place: list[tuple[int, int]] = []
-        for number, segment in enumerate(self.structure.op_segments):
-            place += [(number, index % segment.length) for index in range(segment.length * segment.count)]
         groups: dict[Hashable, list[Run]] = {}
         for run in runs:
-            where: Hashable = place[run.op] if run.op >= 0 else _NUMBER.sub("#", self.graph.parameters[run.parameter].fqn)
-            label = _NUMBER.sub("#", self._value_name(run)) if run.parameter >= 0 else ""
-            groups.setdefault((where, label, run.move), []).append(run)
+            # By names and not by segment: a layer that the fold leaves outside of its repeats communicates as they do.
+            op = self.graph.ops[run.op] if run.op >= 0 else None
+            where = (op.target, _NUMBER.sub("#", op.module)) if op is not None else ()
+            names = _NUMBER.sub("#", self._value_name(run)), _NUMBER.sub("#", self._op_name(run))
+            groups.setdefault((where, names, run.move), []).append(run)
         rows = []
         for group in groups.values():
             move = group[0].move

@@ -17,7 +17,11 @@ def test_a_sound_plan_has_none() -> None:
     ("good", "bad", "message"),
     [
         ('"gather": "use"', '"gather": "never"', "stored split on `dp` and used whole"),
-        ('"R"}, "gather": "never", "used": {"dp": "R/P", "tp": "R/P"}', '"R"}, "gather": "step", "used": {"dp": "R", "tp": "R"}', "as it is stored"),
+        (
+            '"R"}, "gather": "never", "used": {"dp": "R/P", "tp": "R/P"}',
+            '"R"}, "gather": "step", "used": {"dp": "R", "tp": "R"}',
+            "used as it is stored",
+        ),
         ('"cost_s": 0.8', '"cost_s": 0.9', "add up to"),
         ('"dp": 2, "tp": 4}', '"dp": 4, "tp": 4}', "16 ranks and the cluster 8 devices"),
         ('{0-31}.mlp.up_proj', '{0-30}.mlp.up_proj', "the parameters listed have"),
