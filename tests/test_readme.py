@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -9,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from autopar.ir.rules.table import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -49,6 +53,23 @@ def test_blocks_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch: p
             # What follows in the page speaks of this model, batch and plan.
             text = text[: text.index("m = autopar.parallelize")]
         exec(compile(text, f"{page}, block {number}", "exec"), names)
+
+
+def test_the_worked_rule_is_right() -> None:
+    """What docs/adding-a-rule.md adds, shows and refutes; the rule is taken away again."""
+    names: dict[str, object] = {}
+    shown = re.findall(r"^```text\n(.*?)^```", (ROOT / "docs/adding-a-rule.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    printed = io.StringIO()
+    known = dict(RULES)
+    try:
+        with contextlib.redirect_stdout(printed):
+            for number, text in enumerate(blocks("docs/adding-a-rule.md"), 1):
+                exec(compile(text, f"docs/adding-a-rule.md, block {number}", "exec"), names)
+    finally:
+        RULES.clear()
+        RULES.update(known)
+    assert printed.getvalue().startswith(shown[0])
+    assert "result 0, put together by P(sum), differs" in printed.getvalue()
 
 
 @pytest.mark.processes
