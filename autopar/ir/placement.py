@@ -37,6 +37,9 @@ class Kind(Enum):
     REPLICATE_PARTIAL_GRADIENT = "R/P"
     PARTIAL = "P(sum)"
 
+    # Members are singletons; Enum's own hash of the name runs in Python, and planning hashes placements by the million.
+    __hash__ = object.__hash__
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:

@@ -109,6 +109,8 @@ class _Builder:
         self.tables: list[Table] = []
         self._table_of: dict[object, int] = {}
         self._options_of: dict[object, tuple[int, Options]] = {}
+        self._states: dict[State, int] = {}
+        self._prices: dict[object, dict[int, tuple[float, bool]]] = {}
         self._times: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def build(self) -> Built:
@@ -216,16 +218,31 @@ class _Builder:
         rows, row_of = _distinct(made)
         columns, column_of = _distinct(wanted)
         cost, memory = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
-        conversion, kind = self.costs.conversion, _kind(value)
+        numbers = [self._number(state) for state in rows]
         for j, targets in enumerate(columns):
-            arriving = [self.costs.of(value, target) if edge.keeps else 0 for target in targets]
-            for i, state in enumerate(rows):
-                for target, size in zip(targets, arriving, strict=True):
-                    step = conversion(*kind, state, target)
-                    cost[i, j] += step.copy_s[0] + step.copy_s[1] + step.exposed_s
-                    if step.moved or edge.keeps == "target":
+            for target in targets:
+                size = self.costs.of(value, target) if edge.keeps else 0
+                number = self._number(target)
+                for i, (state, own) in enumerate(zip(rows, numbers, strict=True)):
+                    price_s, moved = self._price(value, own, number, state, target)
+                    cost[i, j] += price_s
+                    if moved or edge.keeps == "target":
                         memory[i, j] += size
         return self._add(cost[np.ix_(row_of, column_of)], memory[np.ix_(row_of, column_of)])
+
+    def _number(self, state: State) -> int:
+        return self._states.setdefault(state, len(self._states))
+
+    def _price(self, value: Value, source_number: int, target_number: int, source: State, target: State) -> tuple[float, bool]:
+        """Time of a conversion and whether it makes a new tensor. Keyed by numbers, since hashing states is what building spends its
+        time on."""
+        prices = self._prices.setdefault(_kind(value), {})
+        key = source_number << 20 | target_number
+        found = prices.get(key)
+        if found is None:
+            step = self.costs.conversion(*_kind(value), source, target)
+            found = prices[key] = (step.copy_s[0] + step.copy_s[1] + step.exposed_s, step.moved)
+        return found
 
     def _use_table(self, value: Value, edge: Edge, source: Options, wanted: list[tuple[State, ...]], target_key: int) -> int:
         """Exposed traffic depends on the operation's computing as well, so rows of distinct traffic meet columns of all choices."""

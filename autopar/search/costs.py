@@ -206,14 +206,18 @@ class Costs:
         moves: list[tuple[Action, int, str, int]] = []
         moved = False
         state = list(source)
+        after = self.local_bytes(shape, dtype, source)
         for step in steps(source, target):
-            before = self.local_bytes(shape, dtype, tuple(state))
+            before = after
             state[step.axis] = step.target
-            after = self.local_bytes(shape, dtype, tuple(state))
             if self.mesh[step.axis] == 1:
                 continue
+            if step.source.is_shard or step.target.is_shard:
+                after = self.local_bytes(shape, dtype, tuple(state))
             moved = moved or step.forward != "nothing"
             for phase, action in enumerate((step.forward, step.backward)[: 2 if grad and self.training else 1]):
+                if action == "nothing":
+                    continue
                 if action == "all_to_all" and step.source.dim == step.target.dim:
                     # Other blocks of the same dim: the runtime gathers and slices.
                     moves.append(("all_gather", step.axis, ("forward", "backward")[phase], before * self.mesh[step.axis]))
@@ -221,7 +225,7 @@ class Costs:
                 elif action in COLLECTIVES:
                     size = before if action == "all_to_all" else max(before, after)
                     moves.append((action, step.axis, ("forward", "backward")[phase], size))
-                elif action != "nothing":
+                else:
                     size = 2 * min(before, after) if action == "slice" else max(before, after)
                     copy_s[phase] += size / self._bytes_per_s + self._launch_s
         if not moved and not moves:
