@@ -13,17 +13,19 @@ import random
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autopar.ir.assignment import Assignment, Choice, Storage, conflict, state_conflict
 from autopar.ir.conversion import State
-from autopar.ir.graph import Graph
+from autopar.ir.graph import Graph, Symbol
 from autopar.ir.placement import R, S
 from autopar.ir.plan import Plan
 from autopar.ir.rules import splits
@@ -61,7 +63,9 @@ def random_assignment(graph: Graph, mesh: Mesh, seed: int, whole_share: float = 
         value = graph.values[parameter.value]
         while True:
             state: State = tuple(choose.choice([R, *(S(dim) for dim in range(len(value.shape)))]) for _ in mesh)
-            if state_conflict(state, value.shape) is None:
+            twice = state[0] == state[1] and state[0].is_shard
+            # DTensor cannot put together what two axes split unevenly along one dim.
+            if state_conflict(state, value.shape) is None and not (twice and value.shape[state[0].dim] % (mesh[0] * mesh[1])):
                 break
         storage[parameter.fqn] = Storage(state, choose.choice(["step", "use"]))
     return Assignment(AXES, mesh, choices, storage)
@@ -167,14 +171,46 @@ def example(name: str, **sizes: Any) -> tuple[nn.Module, tuple[Any, ...], dict[s
     entry = ZOO[name]
     with float64():
         model = entry.build(**sizes).double()
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config.use_cache = False  # as it is while tracing
         args, kwargs = split_example(entry.inputs(model))
     return model, args, kwargs
+
+
+class Wide(TorchFunctionMode):
+    """Models that compute in float32 whatever their parameters' dtype (norms, rotary angles, losses) compute in float64 within."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "float":
+            return args[0].double()
+        args, kwargs = pytree.tree_map(lambda item: torch.float64 if item is torch.float32 else item, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+def widened(traced: TracedModel) -> TracedModel:
+    """The same change to a traced model."""
+
+    def argument(arg: Any) -> Any:
+        if arg == Symbol("torch.float32"):
+            return Symbol("torch.float64")
+        return tuple(map(argument, arg)) if isinstance(arg, tuple) else arg
+
+    graph = traced.graph
+    ops = tuple(
+        replace(op, args=argument(op.args), kwargs=tuple((key, argument(arg)) for key, arg in op.kwargs)) for op in graph.ops
+    )
+    values = {
+        name: replace(value, dtype="float64") if value.dtype == "float32" else value for name, value in graph.values.items()
+    }
+    constants = {name: tensor.double() if tensor.dtype == torch.float32 else tensor for name, tensor in traced.constants.items()}
+    return replace(traced, graph=replace(graph, ops=ops, values=values), constants=constants)
 
 
 def reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
     """One training step of a copy of `model` on one device, without dropout."""
     model = copy.deepcopy(model)
-    with without_dropout(model):
+    with without_dropout(model), Wide():
         result = model(*args, **kwargs)
         loss = total(result)
         loss.backward()
@@ -193,7 +229,7 @@ def compare(
     model, args, kwargs = example(name)
     expected = reference(model, args, kwargs)
     with float64():
-        traced = trace(model, args, kwargs)
+        traced = widened(trace(model, args, kwargs))
     assignment = assign(traced.graph, mesh, seed)
 
     def rank(device_mesh: DeviceMesh) -> Facts:

@@ -41,8 +41,7 @@ def summed(pieces: list[Tensor], state: State, mesh: Mesh, kind: Kind) -> list[T
     for axis, placement in enumerate(state):
         if placement.kind is kind:
             total = {
-                index: sum((grid[(*index[:axis], i, *index[axis + 1 :])] for i in range(mesh[axis])), torch.zeros(()))
-                for index in grid
+                index: sum((grid[(*index[:axis], i, *index[axis + 1 :])] for i in range(mesh[axis])), torch.zeros(())) for index in grid
             }
             grid = total
     return list(grid.values())
