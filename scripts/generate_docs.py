@@ -7,17 +7,20 @@ A part stands in its page between `<!-- begin NAME -->` and `<!-- end -->`. The 
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import autopar.errors
 from autopar.ir.cluster import DEVICES, LINKS
 from autopar.ir.plan import Plan
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = REPOSITORY / "docs"
 
 
 def devices() -> str:
@@ -45,8 +48,37 @@ def errors() -> str:
     return f"```text\n{textwrap.dedent(tree[0])}```\n"
 
 
+# Files in the order in which a model passes through them; those that are not named here follow in the order of the alphabet.
+PROCESSING_ORDER = {
+    "autopar": "api cli errors",
+    "autopar/ir": "graph placement text trace trace_export trace_repeats trace_lower trace_expand trace_assemble canonical reshard_points "
+    "trace_errors library_patches sources fold conversion cluster plan plan_json plan_check assignment folded_names plan_digest plan_text units",
+    "autopar/ir/rules": "split notation nest table neighbours local_args local_context operators samples pieces check discover",
+    "autopar/ir/rules/families": "common pointwise views cuts reductions contractions indexing",
+    "autopar/search": "planner meshes structure strategies pins baselines follow work collectives costs build problem solve reduce eliminate "
+    "chain minimise memory local incumbent exact account describe remedies alternatives",
+    "autopar/runtime": "build handshake process_mesh lower convert collectives local_ops dropout module inputs parameters gather gradients "
+    "materialize initialise shards strided_shards deferred sampler clip checkpoint verify launch rank_process",
+    "autopar/report": "show explain diff validate compare clusters progress terminal",
+}
+
+
+def files(folder: str) -> str:
+    """A table of the Python files in `folder`: each with the first sentence of its docstring."""
+    names = PROCESSING_ORDER[folder].split()
+    found = {path.stem: path for path in sorted((REPOSITORY / folder).glob("*.py")) if path.stem not in ("__init__", "__main__")}
+    rows = []
+    for stem in [*(name for name in names if name in found), *(stem for stem in found if stem not in names)]:
+        docstring = ast.get_docstring(ast.parse(found[stem].read_text("utf-8"))) or ""
+        assert docstring, f"{found[stem]} has no docstring"
+        sentence = re.split(r"(?<=[.?])\s+(?=[A-Z`])|\n\n", docstring)[0].replace("\n", " ").replace("|", "\\|").rstrip(":")
+        rows.append(f"| `{folder}/{stem}.py` | {sentence} |\n")
+    return "| file | what it is |\n|---|---|\n" + "".join(rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {"devices": devices, "links": links, "errors": errors}
-_PART = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+PARTS |= {folder: partial(files, folder) for folder in PROCESSING_ORDER}
+_PART = re.compile(r"(<!-- begin ([\w/]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
 def current_texts() -> dict[Path, str]:
@@ -62,4 +94,4 @@ def current_texts() -> dict[Path, str]:
 if __name__ == "__main__":
     for path, text in current_texts().items():
         path.write_text(text, "utf-8")
-        print(f"wrote {path.relative_to(DOCS.parent)}")
+        print(f"wrote {path.relative_to(REPOSITORY)}")
