@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,30 +11,12 @@ from autopar.errors import RuleError
 from autopar.ir.graph import Graph, Op
 from autopar.ir.placement import RP, P, R, S
 from autopar.ir.rules import REPLICATE, REPLICATE_PARTIAL_GRADIENT, has_rule, notation, splits, unruled
-from autopar.ir.rules.check import check_split, discover_splits
+from autopar.ir.rules.check import check_split
+from autopar.ir.rules.discover import discover_splits
 from autopar.ir.rules.split import Split
 from autopar.ir.rules.table import RANDOM, RULES
-from autopar.runtime.local_ops import LOCAL_OPS
-from tests.ir.conftest import CHECKED
+from tests.ir.checking import check
 from tests.ir.rule_samples import UNTRIED, b, call, f, i, samples
-from tests.runtime.simulated import simulate
-
-TALKING = {"vocab_cross_entropy", "sync_batch_norm"}
-
-
-def threads(parts: int, function: Callable[[int, str], Any]) -> list[Any]:
-    def rank(mesh: Any) -> Any:
-        return function(mesh.get_coordinate()[1], mesh.get_group(1).group_name)
-
-    return simulate((1, parts), rank)
-
-
-def check(graph: Graph, op: Op, split: Split, parts: int, seed: int = 0) -> None:
-    more = {"ranks": threads} if split.implementation in TALKING else {}
-    result = check_split(op, graph, split, parts, seed, LOCAL_OPS, **more)  # type: ignore[arg-type]
-    assert result.ok, f"{result.why}\n{op}\n{split}"
-    CHECKED[op.target] += 1
-
 
 def check_all(graph: Graph, op: Op) -> None:
     for split in splits(graph, op):

@@ -7,24 +7,27 @@ Imports torch; nothing that plans or runs a model imports this module.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autopar.ir.graph import Arg, Graph, Op, Ref, Symbol
-from autopar.ir.placement import RP, P, Placement, R, S, chunk, local_shape
+from autopar.ir.placement import RP, P, local_shape
 from autopar.ir.rules.local_args import local_args
 from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.ir.rules.operators import operator
+from autopar.ir.rules.pieces import Refuted, State, difference, spread, together
 from autopar.ir.rules.samples import differentiable, random_operands
 from autopar.ir.rules.split import Split
 
+Mesh = tuple[int, ...]
 Implementation = Callable[[Sequence[Any], Mapping[str, Any], LocalContext], Any]
-Ranks = Callable[[int, Callable[[int, str], Any]], list[Any]]
-"""Runs a function of (rank, name of the process group) on so many ranks at once; gives the results by rank."""
+Ranks = Callable[[Mesh, Callable[[Mesh, tuple[str, ...]], Any]], list[Any]]
+"""Runs a function of (coordinate, names of the process groups of the axes) on every rank of a mesh; results by rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,179 +39,122 @@ class CheckResult:
     why: str = ""
 
 
-class _Refuted(Exception):
-    pass
-
-
-def one_after_the_other(parts: int, function: Callable[[int, str], Any]) -> list[Any]:
+def one_after_the_other(mesh: Mesh, function: Callable[[Mesh, tuple[str, ...]], Any]) -> list[Any]:
     """Simulated ranks that do not talk to each other."""
-    return [function(index, "") for index in range(parts)]
+    return [function(coordinate, ("",) * len(mesh)) for coordinate in itertools.product(*map(range, mesh))]
 
 
 def check_split(
     op: Op,
     graph: Graph,
-    split: Split,
-    parts: int,
+    split: Split | tuple[Split, ...],
+    parts: int | Mesh,
     seed: int = 0,
     implementations: Mapping[str, Implementation] | None = None,
     ranks: Ranks = one_after_the_other,
 ) -> CheckResult:
-    """Check `split` of `op` on one axis of `parts` ranks with random values.
+    """Check `split` of `op` on one axis of `parts` ranks, or one split an axis of a mesh, with random values.
 
     `implementations` are the local implementations by name (the runtime's `LOCAL_OPS`); those that communicate need `ranks` that do.
     """
-    shapes = tuple(graph.values[name].shape for name in op.operands)
-    dtypes = tuple(graph.values[name].dtype for name in op.operands)
+    chosen = (split,) if isinstance(split, Split) else split
+    mesh = (parts,) if isinstance(parts, int) else parts
     try:
-        error = _compare(op, shapes, random_operands(op, shapes, dtypes, seed), split, parts, seed, implementations or {}, ranks)
-    except _Refuted as refuted:
-        return CheckResult(False, why=f"{op.target} split {split.name} over {parts}: {refuted}")
-    return CheckResult(True, error)
+        return CheckResult(True, _Check(op, graph, chosen, mesh, seed, implementations or {}).error(ranks))
+    except Refuted as refuted:
+        names = ", ".join(f"{item.name} over {size}" for item, size in zip(chosen, mesh, strict=True))
+        return CheckResult(False, why=f"{op.target} split {names}: {refuted}")
 
 
-def _compare(
-    op: Op,
-    shapes: tuple[tuple[int, ...], ...],
-    operands: list[Tensor],
-    split: Split,
-    parts: int,
-    seed: int,
-    implementations: Mapping[str, Implementation],
-    ranks: Ranks,
-) -> float:
-    generator = torch.Generator().manual_seed(seed + 1)
-    smooth = differentiable(op)
-    leaves = [_leaf(x, wanted) for x, wanted in zip(operands, smooth, strict=True)]
-    wholes = _run(op, leaves, op.args, op.kwargs, None, None)
-    gradients = [torch.randn(y.shape, dtype=y.dtype, generator=generator) if y.requires_grad else None for y in wholes]
-    wanted = _backward(wholes, gradients, leaves)
-    given = [_spread(x, placement, parts, P, generator) for x, placement in zip(operands, split.inputs, strict=True)]
-    handed = [
-        [None] * parts if g is None else _spread(g, placement, parts, RP, generator)
-        for g, placement in zip(gradients, split.outputs, strict=True)
-    ]
-    implementation = None
-    if split.implementation:
-        implementation = implementations.get(split.implementation)
-        if implementation is None:
-            raise _Refuted(f"there is no implementation `{split.implementation}`")
+class _Check:
+    """One operation, one choice of splits, one draw of values: the whole run, and what each rank is given."""
 
-    def rank(index: int, group: str) -> tuple[list[Tensor], list[Tensor | None]]:
-        own = [_leaf(pieces[index], wanted) for pieces, wanted in zip(given, smooth, strict=True)]
-        outputs = tuple(
-            local_shape(tuple(y.shape), (placement,), (parts,), (index,)) for y, placement in zip(wholes, split.outputs, strict=True)
+    def __init__(
+        self, op: Op, graph: Graph, chosen: tuple[Split, ...], mesh: Mesh, seed: int, implementations: Mapping[str, Implementation]
+    ) -> None:
+        self.op, self.mesh = op, mesh
+        self.shapes = tuple(graph.values[name].shape for name in op.operands)
+        self.inputs: list[State] = list(zip(*(split.inputs for split in chosen), strict=True))
+        self.outputs: list[State] = list(zip(*(split.outputs for split in chosen), strict=True))
+        self.talking = [axis for axis, split in enumerate(chosen) if split.implementation]
+        self.implementation = None
+        if self.talking:
+            name = chosen[self.talking[0]].implementation
+            if name not in implementations:
+                raise Refuted(f"there is no implementation `{name}`")
+            self.implementation = implementations[name]
+        generator = torch.Generator().manual_seed(seed + 1)
+        dtypes = [graph.values[name].dtype for name in op.operands]
+        operands = random_operands(op, self.shapes, dtypes, seed)
+        self.smooth = [wanted and x.is_floating_point() for wanted, x in zip(differentiable(op), operands, strict=True)]
+        leaves = [x.clone().requires_grad_(smooth) for x, smooth in zip(operands, self.smooth, strict=True)]
+        self.wholes = run(op, leaves, op.args, op.kwargs)
+        gradients = [torch.randn(y.shape, dtype=y.dtype, generator=generator) if y.requires_grad else None for y in self.wholes]
+        self.gradients = _backward(self.wholes, gradients, leaves)
+        self.given = [spread(x, state, mesh, P, generator) for x, state in zip(operands, self.inputs, strict=True)]
+        self.handed = [
+            None if g is None else spread(g, state, mesh, RP, generator) for g, state in zip(gradients, self.outputs, strict=True)
+        ]
+
+    def rank(self, coordinate: Mesh, groups: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:
+        """Results of the rank at `coordinate` and the gradients of its operands."""
+        number = 0
+        for index, size in zip(coordinate, self.mesh, strict=True):
+            number = number * size + index
+        own = [pieces[number].clone().requires_grad_(smooth) for pieces, smooth in zip(self.given, self.smooth, strict=True)]
+        shapes = tuple(
+            local_shape(tuple(y.shape), state, self.mesh, coordinate) for y, state in zip(self.wholes, self.outputs, strict=True)
         )
-        args, kwargs = local_args(op, tuple(tuple(x.shape) for x in own), outputs)
-        context = LocalContext(op.target, shapes, (AxisContext(group, parts, index),))
-        results = _run(op, own, args, kwargs, implementation, context)
-        for number, (result, shape) in enumerate(zip(results, outputs, strict=True)):
+        args, kwargs = local_args(self.op, tuple(tuple(x.shape) for x in own), shapes)
+        axes = tuple(AxisContext(groups[axis], self.mesh[axis], coordinate[axis]) for axis in self.talking)
+        results = run(self.op, own, args, kwargs, self.implementation, LocalContext(self.op.target, self.shapes, axes))
+        for position, (result, shape) in enumerate(zip(results, shapes, strict=True)):
             if tuple(result.shape) != shape:
-                raise _Refuted(f"result {number} has shape {list(result.shape)} on rank {index}, not {list(shape)}")
-        return [y.detach() for y in results], _backward(results, [pieces[index] for pieces in handed], own)
+                raise Refuted(f"result {position} has shape {list(result.shape)} on rank {number}, not {list(shape)}")
+        handed = [None if pieces is None else pieces[number] for pieces in self.handed]
+        return [y.detach() for y in results], _backward(results, handed, own)
 
-    try:
-        found = ranks(parts, rank)
-    except (RuntimeError, IndexError, ValueError) as error:
-        raise _Refuted(f"the operator fails on its parts: {error}") from error
-    errors = [0.0]
-    for number, (y, placement) in enumerate(zip(wholes, split.outputs, strict=True)):
-        errors += _same(f"result {number}", y.detach(), [values[number] for values, _ in found], placement, P)
-    for number, (g, placement) in enumerate(zip(wanted, split.inputs, strict=True)):
-        pieces = [grads[number] for _, grads in found]
-        if smooth[number] and operands[number].is_floating_point():
-            full = torch.zeros_like(operands[number]) if g is None else g
-            filled = [torch.zeros_like(x) if piece is None else piece for x, piece in zip(given[number], pieces, strict=True)]
-            errors += _same(f"the gradient of operand {number}", full, filled, placement, RP)
-    return max(errors)
-
-
-def _leaf(x: Tensor, differentiable: bool) -> Tensor:
-    return x.clone().requires_grad_() if differentiable and x.is_floating_point() else x.clone()
+    def error(self, ranks: Ranks) -> float:
+        try:
+            found = ranks(self.mesh, self.rank)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise Refuted(f"the operator fails on its parts: {error}") from error
+        errors = [0.0]
+        for position, (whole, state) in enumerate(zip(self.wholes, self.outputs, strict=True)):
+            what = f"result {position}, put together by {', '.join(map(str, state))},"
+            errors.append(difference(what, whole.detach(), together(what, [values[position] for values, _ in found], state, self.mesh, P)))
+        for position, (gradient, state) in enumerate(zip(self.gradients, self.inputs, strict=True)):
+            if self.smooth[position]:
+                what = f"the gradient of operand {position}, put together by {', '.join(map(str, state))},"
+                errors.append(difference(what, gradient, together(what, [grads[position] for _, grads in found], state, self.mesh, RP)))
+        return max(errors)
 
 
-def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of those `inputs` that can have one."""
+def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of `inputs`; zero where there is none."""
     used = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad and g is not None]
     wanted = [x for x in inputs if x.requires_grad]
-    found: list[Tensor | None] = [None] * len(wanted)
+    found: Sequence[Tensor | None] = [None] * len(wanted)
     if used and wanted:
-        found = list(torch.autograd.grad([y for y, _ in used], wanted, [g for _, g in used], allow_unused=True))
+        found = torch.autograd.grad([y for y, _ in used], wanted, [g for _, g in used], allow_unused=True)
     given = iter(found)
-    return [next(given) if x.requires_grad else None for x in inputs]
+    gradients = [next(given) if x.requires_grad else None for x in inputs]
+    return [torch.zeros_like(x) if gradient is None else gradient for x, gradient in zip(inputs, gradients, strict=True)]
 
-
-def _spread(x: Tensor, placement: Placement, parts: int, summed: Placement, generator: torch.Generator) -> list[Tensor]:
-    """What each rank holds of `x`; a placement of the kind `summed` gives random terms."""
-    if placement.is_shard:
-        return [part(x, placement, parts, index) for index in range(parts)]
-    if placement.kind is not summed.kind:
-        return [x] * parts
-    if x.is_floating_point():
-        terms = [torch.randn(x.shape, dtype=x.dtype, generator=generator) for _ in range(parts - 1)]
-    else:
-        terms = [torch.randint(-3, 4, x.shape, dtype=x.dtype, generator=generator) for _ in range(parts - 1)]
-    return [*terms, x - sum(terms, torch.zeros_like(x))]
-
-
-def part(x: Tensor, placement: Placement, parts: int, index: int) -> Tensor:
-    """Part `index` of the whole `x`."""
-    dim, blocks = placement.dim, placement.blocks
-    if x.shape[dim] % blocks:
-        raise _Refuted(f"dim {dim} of {list(x.shape)} has no {blocks} equal blocks")
-    start, length = chunk(x.shape[dim] // blocks, parts, index)
-    return x.unflatten(dim, (blocks, -1)).narrow(dim + 1, start, length).flatten(dim, dim + 1)
-
-
-def join(pieces: Sequence[Tensor], placement: Placement) -> Tensor:
-    """The whole of which `pieces` are all parts."""
-    dim, blocks = placement.dim, placement.blocks
-    return torch.cat([piece.unflatten(dim, (blocks, -1)) for piece in pieces], dim + 1).flatten(dim, dim + 1)
-
-
-def _same(what: str, whole: Tensor, pieces: Sequence[Tensor], placement: Placement, summed: Placement) -> list[float]:
-    """Relative differences of the parts put together from the `whole`. Raises `_Refuted` where they are more than rounding."""
-    if placement.is_shard:
-        candidates = [join(pieces, placement)]
-    elif placement.kind is summed.kind:
-        candidates = [sum(pieces[1:], pieces[0])]
-    else:
-        candidates = list(pieces)
-    errors = []
-    for candidate in candidates:
-        if candidate.shape != whole.shape:
-            raise _Refuted(f"{what} has shape {list(candidate.shape)} put together by {placement}, not {list(whole.shape)}")
-        if candidate.dtype == torch.bool or not candidate.is_floating_point():
-            if not torch.equal(candidate, whole):
-                raise _Refuted(f"{what}, put together by {placement}, differs")
-            continue
-        if not whole.numel():
-            continue
-        finite = torch.isfinite(whole)
-        if not torch.equal(finite, torch.isfinite(candidate)):
-            raise _Refuted(f"{what}, put together by {placement}, is not finite in the same places")
-        scale = max(1.0, float(whole[finite].abs().max())) if finite.any() else 1.0
-        difference = float((candidate - whole)[finite].abs().max()) / scale if finite.any() else 0.0
-        if not difference <= 1e-9:
-            raise _Refuted(f"{what}, put together by {placement}, differs by {difference:.1e}")
-        errors.append(difference)
-    return errors
-
-
-# ---- running one operation ------------------------------------------------------------------------------------------------------
 
 _IGNORED = {"device", "layout", "pin_memory", "non_blocking"}
 _FLOAT_NAMES = {"torch.float32", "torch.float16", "torch.bfloat16", "torch.float"}
 
 
-def _run(
+def run(
     op: Op,
     operands: Sequence[Tensor],
     args: tuple[Arg, ...],
     kwargs: tuple[tuple[str, Arg], ...],
-    implementation: Implementation | None,
-    context: LocalContext | None,
+    implementation: Implementation | None = None,
+    context: LocalContext | None = None,
 ) -> list[Tensor]:
+    """The results of `op` with `args` and `kwargs`, `operands` in the places of their `Ref`s; float dtypes become float64."""
     tensors = iter(operands)
 
     def concrete(arg: Arg) -> Any:
@@ -231,53 +177,3 @@ def _run(
             positional[4] = 0.0
         results = operator(op.target)(*positional, **keywords)
     return list(results) if isinstance(results, (tuple, list)) else [results]
-
-
-# ---- discovering ----------------------------------------------------------------------------------------------------------------
-
-
-def discover_splits(op: Op, graph: Graph, seeds: Sequence[int] = (0, 1), parts: Sequence[int] = (2, 3)) -> tuple[Split, ...]:
-    """Splits of an operator that has no rule, found by trial: every choice of one dim (or none) of every operand and result, of equal
-    size, that passes the check for all `seeds`, numbers of `parts`, and with the split dim made longer. For `custom` operators too.
-
-    What is found is no proof for all values, only for random ones; nothing calls this by itself.
-    """
-    operands = [graph.values[name] for name in op.operands]
-    results = [graph.values[name] for name in op.outputs]
-    found: list[Split] = []
-    sizes = sorted({size for value in operands for size in value.shape if size > 1})
-    for size in sizes:
-        choices: list[list[Placement]] = []
-        for value in operands:
-            dims = [S(dim) for dim, length in enumerate(value.shape) if length == size]
-            choices.append([*dims, RP if value.dtype.startswith(("float", "bfloat")) else R])
-        for inputs in _product(choices):
-            if not any(placement.is_shard for placement in inputs):
-                continue
-            outputs = [[*(S(dim) for dim, length in enumerate(value.shape) if length == size), P] for value in results]
-            for chosen in _product(outputs):
-                split = Split(f"found{len(found)}", tuple(inputs), tuple(chosen), size=size)
-                if all(_passes(op, graph, split, count, seed) for count in parts for seed in seeds):
-                    found.append(split)
-    return tuple(found)
-
-
-def _passes(op: Op, graph: Graph, split: Split, parts: int, seed: int) -> bool:
-    """Whether the check passes with the split dim made `parts` times as long."""
-    values = dict(graph.values)
-    for name, placement in zip(op.operands, split.inputs, strict=True):
-        if placement.is_shard:
-            shape = graph.values[name].shape
-            dim = placement.dim
-            values[name] = replace(values[name], shape=(*shape[:dim], shape[dim] * parts, *shape[dim + 1 :]))
-    try:
-        return check_split(op, replace(graph, values=values), split, parts, seed).ok
-    except (RuntimeError, IndexError, ValueError, TypeError):
-        return False
-
-
-def _product(choices: Sequence[Sequence[Placement]]) -> list[list[Placement]]:
-    found: list[list[Placement]] = [[]]
-    for options in choices:
-        found = [[*head, option] for head in found for option in options]
-    return found
