@@ -51,14 +51,21 @@ def errors() -> str:
 # Files in the order in which a model passes through them; those that are not named here follow in the order of the alphabet.
 PROCESSING_ORDER = {
     "autopar": "api cli errors",
-    "autopar/ir": "graph placement text trace trace_export trace_repeats trace_lower trace_expand trace_assemble canonical reshard_points "
-    "trace_errors library_patches sources fold conversion cluster plan plan_json plan_check assignment folded_names plan_digest plan_text units",
+    "autopar/ir": (
+        "graph placement text trace trace_export trace_repeats trace_lower trace_expand trace_assemble canonical reshard_points "
+        "trace_errors library_patches sources fold conversion cluster plan plan_json plan_check assignment folded_names plan_digest "
+        "plan_text units"
+    ),
     "autopar/ir/rules": "split notation nest table neighbours local_args local_context operators samples pieces check discover",
     "autopar/ir/rules/families": "common pointwise views cuts reductions contractions indexing",
-    "autopar/search": "planner meshes structure strategies pins baselines follow work collectives costs build problem solve reduce eliminate "
-    "chain minimise memory local incumbent exact account describe remedies alternatives",
-    "autopar/runtime": "build handshake process_mesh lower convert collectives local_ops dropout module inputs parameters gather gradients "
-    "materialize initialise shards strided_shards deferred sampler clip checkpoint verify launch rank_process",
+    "autopar/search": (
+        "planner meshes structure strategies pins baselines follow work collectives costs build problem solve reduce eliminate chain "
+        "minimise memory local incumbent exact account describe remedies alternatives"
+    ),
+    "autopar/runtime": (
+        "build handshake process_mesh lower convert collectives local_ops dropout module inputs parameters gather gradients materialize "
+        "initialise shards strided_shards deferred sampler clip checkpoint verify launch rank_process"
+    ),
     "autopar/report": "show explain diff validate compare clusters progress terminal",
 }
 
@@ -71,7 +78,7 @@ def files(folder: str) -> str:
     for stem in [*(name for name in names if name in found), *(stem for stem in found if stem not in names)]:
         docstring = ast.get_docstring(ast.parse(found[stem].read_text("utf-8"))) or ""
         assert docstring, f"{found[stem]} has no docstring"
-        sentence = re.split(r"(?<=[.?])\s+(?=[A-Z`])|\n\n", docstring)[0].replace("\n", " ").replace("|", "\\|").rstrip(":")
+        sentence = re.split(r"(?<=\.)\s+(?=[A-Z`])|\n\n", docstring)[0].replace("\n", " ").replace("|", "\\|").rstrip(":")
         rows.append(f"| `{folder}/{stem}.py` | {sentence} |\n")
     return "| file | what it is |\n|---|---|\n" + "".join(rows)
 
