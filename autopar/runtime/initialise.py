@@ -20,11 +20,18 @@ from torch import Tensor, nn
 from autopar.errors import RuntimeSetupError
 
 
-def initialised(model: nn.Module, device: torch.device, seed: int, names: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+def initialised(
+    model: nn.Module,
+    device: torch.device,
+    seed: int,
+    names: set[str] | None = None,
+    otherwise: Callable[[str, Tensor], Tensor] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
     """Fully-qualified name and fresh values of every parameter and buffer of `model` that is on `meta` (or in `names`), on `device`.
 
     Tied tensors come once, under their first name. `model` stays as it is. The caller should keep no whole tensor: each module's
-    tensors are alone in memory. Raises `RuntimeSetupError` naming the tensors of a module that has no initialisation of its own.
+    tensors are alone in memory. What a module has no initialisation for, `otherwise` gives, from its name and a blank tensor; without
+    it, `RuntimeSetupError` names the tensors.
     """
     skeleton = _on_meta(model)
     first_names = {id(tensor): name for name, tensor in reversed(_named_tensors(skeleton))}
@@ -37,7 +44,7 @@ def initialised(model: nn.Module, device: torch.device, seed: int, names: set[st
             if first_names[id(tensor)] == fqn and (original[fqn].is_meta if names is None else fqn in names):
                 wanted[name] = fqn
         if wanted:
-            values = _fill(skeleton, path, module, wanted, device, seed)
+            values = _fill(skeleton, path, module, wanted, device, seed, otherwise)
             while values:
                 yield values.popitem()
 
@@ -56,7 +63,15 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _fill(skeleton: nn.Module, path: str, module: nn.Module, wanted: dict[str, str], device: torch.device, seed: int) -> dict[str, Tensor]:
+def _fill(
+    skeleton: nn.Module,
+    path: str,
+    module: nn.Module,
+    wanted: dict[str, str],
+    device: torch.device,
+    seed: int,
+    otherwise: Callable[[str, Tensor], Tensor] | None,
+) -> dict[str, Tensor]:
     """Values of the tensors `wanted` (attribute name -> fully-qualified name) of `module`, which is bare again afterwards."""
     bare = {name: module._parameters.get(name, module._buffers.get(name)) for name in wanted}
     blanks: dict[str, Tensor] = {}
@@ -81,16 +96,19 @@ def _fill(skeleton: nn.Module, path: str, module: nn.Module, wanted: dict[str, s
                     ) from error
         found = {name: _get(module, name) for name in wanted}
         missing = [
-            wanted[name]
+            name
             for name, tensor in found.items()
             if tensor.is_meta
             or (tensor is blanks[name] and tensor.numel() and tensor._version == versions[name])
             or (tensor.dtype.is_floating_point and bool(tensor.isnan().any()))
         ]
-        if missing:
+        if missing and otherwise is not None:
+            found |= {name: otherwise(wanted[name], torch.zeros_like(found[name], device=device)) for name in missing}
+        elif missing:
+            names = ", ".join(f"`{wanted[name]}`" for name in missing)
             raise RuntimeSetupError(
-                f"{', '.join(f'`{name}`' for name in missing)}: on `meta`, and {type(module).__name__} has no `reset_parameters` that "
-                "fills it. Give it one, or give a model with values instead of one on `meta` (a checkpoint can be loaded into either)"
+                f"{names}: on `meta`, and {type(module).__name__} has no `reset_parameters` that fills it. Give it one, or give a model "
+                "with values instead of one on `meta` (a checkpoint can be loaded into either)"
             )
         return {wanted[name]: tensor.detach() for name, tensor in found.items()}
     finally:

@@ -7,7 +7,7 @@ rank ever holds more than its parts and one module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -73,12 +73,15 @@ def _from_rank_0(tensor: Tensor, device: torch.device) -> Tensor:
     return sent
 
 
-def materialize_whole(model: nn.Module, device: torch.device, seed: int | None = None) -> nn.Module:
+def materialize_whole(
+    model: nn.Module, device: torch.device, seed: int | None = None, otherwise: Callable[[str, Tensor], Tensor] | None = None
+) -> nn.Module:
     """`model` itself with every tensor that is on `meta` made on `device` and initialised; tied tensors stay tied.
 
-    `seed` is by default torch's current one. Raises `RuntimeSetupError` where a module cannot be initialised.
+    `seed` is by default torch's current one. `otherwise(name, blank)` gives what no module initialises; without it that is a
+    `RuntimeSetupError`.
     """
-    made = dict(initialised(model, device, torch.initial_seed() if seed is None else seed))
+    made = dict(initialised(model, device, torch.initial_seed() if seed is None else seed, otherwise=otherwise))
     first_names: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import spawn
@@ -72,7 +73,9 @@ class _Unpickler(pickle.Unpickler):
 def _load(path: str, main_path: str | None) -> Any:
     unpickler = _Unpickler(io.BytesIO(Path(path).read_bytes()))
     unpickler.main_path = main_path
-    return unpickler.load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own trees warn about themselves
+        return unpickler.load()
 
 
 def _die_with_parent(lifeline_fd: int) -> None:

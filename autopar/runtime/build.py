@@ -1,0 +1,115 @@
+"""`build`: a model, its trace and a plan become this rank's `ParallelModule`; what does not fit ends every rank before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import autopar
+from autopar.errors import AutoparError, PlanMismatchError
+from autopar.ir.assignment import Assignment, expand
+from autopar.ir.plan import Plan
+from autopar.ir.trace import TracedModel
+from autopar.runtime import handshake
+from autopar.runtime.checkpoint import accept_whole_tensors
+from autopar.runtime.inputs import Mode, given_states
+from autopar.runtime.materialize import local_state
+from autopar.runtime.module import ParallelModule
+from autopar.runtime.process_mesh import check_fits, ensure_process_group, mesh_for
+
+
+def build(
+    model: nn.Module,
+    traced: TracedModel,
+    plan: Plan,
+    *,
+    inputs: Mode = "global",
+    device: torch.device | str | None = None,
+    timeout_s: float = 600.0,
+    sync_module_states: bool = True,
+) -> ParallelModule:
+    """The distributed `model`, traced as `traced`, under `plan`, for this rank. A collective call; works for a job of one rank too.
+
+    `device` is by default the model's own, or for one on `meta` the current accelerator or the CPU. The result shares no memory
+    with `model`. Raises, on every rank or on none, `PlanMismatchError`, `PlanError`, `InputError` for what does not fit here, and
+    `RankDisagreementError` where ranks differ in plan, model, versions or mode, or do not come within `timeout_s`.
+    """
+    target = device_for(model, device)
+    world_size = ensure_process_group(target, timeout_s)
+    problem: AutoparError | None = None
+    assignment: Assignment | None = None
+    try:
+        check_fits(plan.mesh, world_size)
+        assignment = expand(plan, traced.graph)
+        given_states(plan, inputs)
+        _check_tensors(model, traced)
+    except AutoparError as error:
+        problem = error
+    notes = {
+        "the plan": hashlib.sha256(plan.text().encode()).hexdigest()[:12],
+        "the model": f"{traced.graph.name} {traced.graph.fingerprint()[:12]}",
+        "torch": torch.__version__,
+        "autopar": autopar.__version__,
+        "the kind of device": target.type,
+        "`inputs`": inputs,
+        "`sync_module_states`": str(sync_module_states),
+    }
+    handshake.compare(notes, problem, timeout_s)
+    assert assignment is not None
+    mesh = mesh_for(plan.mesh, target, timeout_s)
+    stored = {fqn: storage.stored for fqn, storage in assignment.storage.items()}
+    state = local_state(model, traced.graph, stored, mesh, target, sync_module_states=sync_module_states, timeout_s=timeout_s)
+    module = ParallelModule(
+        traced,
+        plan,
+        mesh,
+        state,
+        inputs=inputs,
+        signature=_signature(model),
+        device=target,
+        assignment=assignment,
+        timeout_s=timeout_s,
+    )
+    module.register_load_state_dict_pre_hook(accept_whole_tensors)  # type: ignore[no-untyped-call]
+    return module
+
+
+def device_for(model: nn.Module, device: torch.device | str | None = None) -> torch.device:
+    """Where this rank computes: `device`; or where the model's values are; or, on `meta`, what the job's backend is for."""
+    if device is not None:
+        found = torch.device(device)
+    else:
+        kinds = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta}
+        if kinds:
+            found = next(iter(kinds))
+        elif dist.is_initialized():
+            found = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        else:
+            found = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
+
+
+def _check_tensors(model: nn.Module, traced: TracedModel) -> None:
+    """The fingerprint speaks of the trace; the model at hand must still be the one that was traced."""
+    graph = traced.graph
+    tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = [(item.fqn, item.value) for item in graph.parameters] + [(item.fqn, item.value) for item in graph.buffers]
+    for fqn, name in named:
+        value, tensor = graph.values[name], tensors.get(fqn)
+        if tensor is None or tuple(tensor.shape) != value.shape or str(tensor.dtype) != f"torch.{value.dtype}":
+            found = "missing" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
+            raise PlanMismatchError(
+                f"`{fqn}` was traced as {list(value.shape)} of torch.{value.dtype} and is now {found}; trace and plan this model again"
+            )
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a forward written in C
+        return None

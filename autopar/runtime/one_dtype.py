@@ -1,0 +1,75 @@
+"""A model and its graph with all floating-point numbers in one dtype, to compare a plan with one device beyond rounding.
+
+Casting the parameters is not enough: many models compute norms, rotary angles and losses in float32 whatever their parameters are, and
+rounding there hides, or looks like, an error of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from autopar.ir.graph import Arg, Symbol
+from autopar.ir.trace import TracedModel
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CASTS = frozenset({"float", "half", "bfloat16", "double"})
+
+
+class _Casting(TorchFunctionMode):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _CASTS and args and isinstance(args[0], Tensor):
+            return args[0].to(self.dtype)
+        # `finfo` and the like never come here; dtypes that do are what a result is to have.
+        if any(item in FLOATS for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, torch.dtype)):
+            args, kwargs = pytree.tree_map(
+                lambda item: self.dtype if isinstance(item, torch.dtype) and item in FLOATS else item, (args, kwargs)
+            )
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within, PyTorch's functions make and cast to `dtype` wherever they are asked for a floating-point dtype, or for none."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _Casting(dtype):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def in_dtype(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
+    """`traced` with every floating-point value, cast and constant in `dtype`; operations, names and order as they were."""
+    name = str(dtype)
+    floats = {str(item) for item in FLOATS}
+
+    def argument(arg: Arg) -> Arg:
+        if isinstance(arg, Symbol) and arg.name in floats:
+            return Symbol(name)
+        return tuple(map(argument, arg)) if isinstance(arg, tuple) else arg
+
+    graph = traced.graph
+    ops = tuple(
+        replace(op, args=tuple(map(argument, op.args)), kwargs=tuple((key, argument(arg)) for key, arg in op.kwargs)) for op in graph.ops
+    )
+    values = {
+        key: replace(value, dtype=name.removeprefix("torch.")) if f"torch.{value.dtype}" in floats else value
+        for key, value in graph.values.items()
+    }
+    constants = {key: tensor.to(dtype) if tensor.dtype in FLOATS else tensor for key, tensor in traced.constants.items()}
+    return replace(traced, graph=replace(graph, ops=ops, values=values), constants=constants)

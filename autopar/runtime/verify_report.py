@@ -1,0 +1,146 @@
+"""What `verify` found: every tensor's relative error, judged and told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Key = tuple[str, str, str]
+"""Optimizer, kind of tensor (`"loss"`, `"output"`, `"gradient"`, `"parameter"`, `"buffer"`), and name (with its step, if any)."""
+
+Facts = dict[Key, Tensor]
+
+NOISE = 1e-6
+"""A tensor whose norm is below this share of the whole gradient's is compared with that share: its own digits are rounding noise."""
+
+KINDS = ("loss", "output", "gradient", "parameter", "buffer", "between ranks")
+SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor: `relative_error` is the norm of the difference over the norm of the tensor (see `NOISE`); `inf` where one side lacks it,
+    has another shape, or is not a number. `kind` may also be `"between ranks"`: a rank's copy against rank 0's."""
+
+    optimizer: str
+    kind: str
+    name: str
+    relative_error: float
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """`ok` if no tensor is off by more than `tolerance`; `rows` has them all, the worst first. Printed, it is a table."""
+
+    ok: bool
+    max_relative_error: float
+    tolerance: float
+    rows: tuple[Row, ...]
+    plan_name: str
+    mesh: dict[str, int]
+    steps: int
+    optimizers: tuple[str, ...]
+    dtype: str
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def worst(self) -> Row:
+        """The tensor that is off the most."""
+        return self.rows[0]
+
+    def __str__(self) -> str:
+        ranks = math.prod(self.mesh.values())
+        sizes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        how = f"{self.steps} steps each of {' and '.join(self.optimizers)} in {self.dtype}"
+        lines = [
+            f"plan `{self.plan_name}` on {ranks} rank{'s' * (ranks != 1)} ({sizes}) against one device: {how}, {self.seconds:.1f} s",
+            f"{'':14}{'tensors':>8}  {'worst error':>11}  where",
+        ]
+        for kind in KINDS:
+            rows = [row for row in self.rows if row.kind == kind]
+            if rows:
+                lines.append(f"{kind:14}{len(rows):>8}  {rows[0].relative_error:>11.1e}  {rows[0].name} ({rows[0].optimizer})")
+        wrong = [row for row in self.rows if not row.ok]
+        if wrong:
+            lines.append(f"NOT OK: {len(wrong)} of {len(self.rows)} tensors are off by more than {self.tolerance:.0e}; the worst:")
+            lines += [f"  {row.relative_error:>8.1e}  {row.kind} {row.name} ({row.optimizer})" for row in wrong[:SHOWN]]
+        else:
+            lines.append(f"ok: no tensor is off by more than {self.tolerance:.0e}; worst is {self.worst.kind} {self.worst.name}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def judge(
+    expected: Facts,
+    ranks: list[tuple[Facts | None, dict[Key, float]]],
+    tolerance: float,
+    *,
+    plan_name: str,
+    mesh: dict[str, int],
+    steps: int,
+    optimizers: tuple[str, ...],
+    dtype: str,
+    notes: tuple[str, ...] = (),
+    seconds: float = 0.0,
+) -> VerifyReport:
+    """The report on what one device computed (`expected`) and what each rank did: rank 0's numbers, all ranks' distances from them."""
+    found = ranks[0][0]
+    assert found is not None
+    scales = _scales(expected)
+    rows = []
+    for key in dict.fromkeys((*expected, *found)):
+        error = relative_error(expected.get(key), found.get(key), scales[key]) if key in scales else math.inf
+        rows.append(Row(*key, error, error <= tolerance))
+    for rank, (_, distances) in enumerate(ranks):
+        if rank:
+            for (optimizer, kind, name), distance in distances.items():
+                error = distance / scales.get((optimizer, kind, name), 1.0)
+                rows.append(Row(optimizer, "between ranks", f"{kind} {name} on rank {rank}", error, error <= tolerance))
+    rows.sort(key=lambda row: -row.relative_error)
+    assert rows, "a model without outputs, parameters and buffers"
+    return VerifyReport(
+        ok=all(row.ok for row in rows),
+        max_relative_error=rows[0].relative_error,
+        tolerance=tolerance,
+        rows=tuple(rows),
+        plan_name=plan_name,
+        mesh=mesh,
+        steps=steps,
+        optimizers=optimizers,
+        dtype=dtype,
+        notes=notes,
+        seconds=seconds,
+    )
+
+
+def _scales(expected: Facts) -> dict[Key, float]:
+    """What each tensor's error is relative to: its norm, but no less than `NOISE` of the norm of the whole gradient."""
+    norms = {key: float(torch.where(tensor.isfinite(), tensor, 0).double().norm()) for key, tensor in expected.items()}
+    squares: dict[tuple[str, str], float] = {}
+    for (optimizer, kind, name), norm in norms.items():
+        if kind == "gradient":
+            step = name.rpartition(", ")[2]
+            squares[optimizer, step] = squares.get((optimizer, step), 0.0) + norm**2
+    noise = NOISE * math.sqrt(max(squares.values(), default=0.0))
+    return {key: max(norm, noise, 1e-300) for key, norm in norms.items()}
+
+
+def relative_error(expected: Tensor | None, found: Tensor | None, scale: float) -> float:
+    """Norm of the difference over `scale`; infinite where they cannot be compared."""
+    if expected is None or found is None or expected.shape != found.shape or expected.is_floating_point() != found.is_floating_point():
+        return math.inf
+    return distance(expected, found) / scale
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Norm of the difference; infinite where a number meets none, or whole numbers differ."""
+    if not one.is_floating_point():
+        return 0.0 if torch.equal(one, other) else math.inf
+    same = (one == other) | (one.isnan() & other.isnan())  # infinities that agree do not differ
+    found = float(torch.where(same, 0.0, one - other).double().norm())
+    return math.inf if math.isnan(found) else found
