@@ -200,9 +200,23 @@ def _flatten(names: Any) -> list[str]:
     return [name for item in names or () for name in _flatten(item)]
 
 
-def module_path(stack: Any) -> str:
-    """Path of the innermost user's module in `nn_module_stack`; calls after the first of one module show as `layer@1`."""
-    return str(next(reversed(stack.values()))[0]) if stack else ""
+def module_path(stack: dict[str, tuple[str, Any]] | None) -> str:
+    """Path of the innermost user's module in `nn_module_stack`, with the numbers of calls but first ones: `layer@1.norm`."""
+    return _path_of(tuple((key, value[0]) for key, value in stack.items())) if stack else ""
+
+
+@lru_cache(maxsize=4096)
+def _path_of(stack: tuple[tuple[str, str], ...]) -> str:
+    path, bare = "", ""
+    for key, fqn in stack:
+        fqn = bare_path(fqn)
+        if not fqn:
+            continue
+        below = fqn.removeprefix(f"{bare}.") if fqn.startswith(f"{bare}.") else fqn
+        number = key.partition("@")[2]
+        path = (f"{path}." if below != fqn else "") + below + (f"@{number}" if number else "")
+        bare = fqn
+    return path
 
 
 @lru_cache(maxsize=4096)
