@@ -59,9 +59,9 @@ def stands_for(name: str, single: str) -> bool:
     """Whether `single` is one of the names that `name` stands for."""
     if name == single:
         return True
-    found = ranges(name)
-    if not found:
+    if "{" not in name:
         return False
+    found = ranges(name)
     pattern = "".join(re.escape(piece) + (r"(\d{1,9})" if i < len(found) else "") for i, piece in enumerate(_BRACES.split(name)[::2]))
     match = re.fullmatch(pattern, single)
     if not match:

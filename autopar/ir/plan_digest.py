@@ -113,8 +113,11 @@ class Names:
 
     def find(self, single: str) -> str | None:
         """The name that is `single` or stands for it."""
-        near = self._by_pattern.get(pattern(single), [])
-        return single if single in near else next((name for name in near if folded_names.stands_for(name, single)), None)
+        return next(iter(self.find_all(single)), None)
+
+    def find_all(self, single: str) -> list[str]:
+        """The names that are `single` or stand for it."""
+        return [name for name in self._by_pattern.get(pattern(single), []) if folded_names.stands_for(name, single)]
 
 
 def first(name: str) -> str:
@@ -199,6 +202,7 @@ class ParameterGroup:
     """Parameters that differ in numbers of their names only and lie alike; `shapes` has one entry unless theirs differ.
 
     `owner` is the repeated module they belong to, `model.layers.{0-31}`, and `name` what follows; `owner` is empty outside repeats.
+    `moved_bytes`: what all of them, and their gradients, move in a step on one rank.
     """
 
     owner: str
@@ -209,6 +213,7 @@ class ParameterGroup:
     used: str
     gather: str
     trainable: bool
+    moved_bytes: int
 
 
 def parameter_groups(plan: Plan) -> list[ParameterGroup]:
@@ -217,6 +222,7 @@ def parameter_groups(plan: Plan) -> list[ParameterGroup]:
     for item in plan.parameters:
         stored, used = placements(item.stored, plan.mesh), placements(item.used, plan.mesh)
         found.setdefault((pattern(item.name), stored, used, item.gather, str(item.trainable)), []).append(item)
+    moved = _moved_bytes(plan)
     groups = []
     for (shared, stored, used, gather, _), items in found.items():
         names = [item.name for item in items]
@@ -224,8 +230,20 @@ def parameter_groups(plan: Plan) -> list[ParameterGroup]:
         shapes = tuple(dict.fromkeys(item.shape for item in items))
         count = sum(map(folded_names.count, names))
         owner, name = split_owner(name)
-        groups.append(ParameterGroup(owner, name, count, shapes, stored, used, gather, items[0].trainable))
+        groups.append(
+            ParameterGroup(owner, name, count, shapes, stored, used, gather, items[0].trainable, sum(moved[name] for name in names))
+        )
     return groups
+
+
+def _moved_bytes(plan: Plan) -> Counter[str]:
+    """Bytes a step on one rank by the name of the parameter that they are of."""
+    names = Names(item.name for item in plan.parameters)
+    moved: Counter[str] = Counter()
+    for item in plan.collectives:
+        if (name := names.find(item.value) or names.find(first(item.value))) is not None:
+            moved[name] += item.bytes * item.count
+    return moved
 
 
 def split_owner(name: str) -> tuple[str, str]:
@@ -245,49 +263,62 @@ def _join(names: list[str], shared: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OpRow:
-    """Operations of one segment that are told in one line: `names` of their modules below the segment's, and what they do per axis.
+    """Operations of one segment that are told in one line: `names` of their modules below the repeat, and what they do per axis.
 
-    `other` rows stand for operations between them that only follow; `axes` is then empty and `names` lists their operators.
+    `collectives` are those that move what is computed; what parameters move is told with the parameters. A row without `operators`
+    stands for operations that do as those of a repeat, which `names` tells.
     """
 
     names: tuple[str, ...]
     operators: tuple[str, ...]
     axes: dict[str, str]
     collectives: tuple[CollectivePlan, ...]
-    other: bool = False
 
 
-def op_rows(plan: Plan, segment: SegmentPlan, roles: Roles) -> list[OpRow]:
-    """What one repeat of `segment` does, shortened to what a person needs to follow it."""
+def segment_rows(plan: Plan) -> list[tuple[SegmentPlan, list[OpRow]]]:
+    """The segments with the rows to tell of each: operations that multiply or look up, and those that communicate. All others follow these.
+
+    A fold may cut a layer anywhere, so that parts of a first or last layer stand outside of the repeats: where these do as the repeats
+    do, one row says so.
+    """
+    roles = Roles.of(plan)
     serving = collectives_by_op(plan)
-    rows: list[OpRow] = []
-    skipped: list[str] = []
+    repeated: dict[tuple[str, str], tuple[SegmentPlan, list[OpRow]]] = {}
+    told = [(segment, [(op, _row(plan, segment, op, roles, serving)) for op in segment.ops]) for segment in plan.segments]
+    for segment, pairs in told:
+        if segment.count > 1:
+            for op, row in pairs:
+                repeated.setdefault((pattern(op.module), op.target), (segment, []))[1].append(row)
+    result = []
+    for segment, pairs in told:
+        rows: list[OpRow] = []
+        for op, row in pairs:
+            like = repeated.get((pattern(op.module), op.target)) if segment.count == 1 else None
+            if not is_heavy(op) and not row.collectives:
+                continue
+            if like is not None and any((row.axes, _kinds(row)) == (other.axes, _kinds(other)) for other in like[1]):
+                row = OpRow((f"as in {like[0].name}",), (), {}, ())
+            _append(rows, row)
+        result.append((segment, rows))
+    return result
 
-    def flush() -> None:
-        if skipped:
-            counted = Counter(skipped)
-            rows.append(OpRow((), tuple(name if n == 1 else f"{name} x{n}" for name, n in counted.most_common()), {}, (), True))
-            skipped.clear()
 
-    for op in segment.ops:
-        collectives = tuple(serving.get(op.name, ()))
-        if not is_heavy(op) and not collectives:
-            skipped.append(operator_words(op.target))
-            continue
-        flush()
-        axes = {axis: _axis_words(op, axis, roles) for axis in real_axes(plan)}
-        name = _below(op.module, segment.name)
-        previous = rows[-1] if rows else None
-        if (
-            previous
-            and not previous.other
-            and (previous.axes, previous.collectives, previous.operators) == (axes, collectives, (operator_words(op.target),))
-        ):
-            rows[-1] = OpRow((*previous.names, name), previous.operators, axes, collectives)
-        else:
-            rows.append(OpRow((name,), (operator_words(op.target),), axes, collectives))
-    flush()
-    return rows
+def _row(plan: Plan, segment: SegmentPlan, op: OpPlan, roles: Roles, serving: dict[str, list[CollectivePlan]]) -> OpRow:
+    axes = {axis: _axis_words(op, axis, roles) for axis in real_axes(plan)}
+    return OpRow((_below(op.module, segment),), (operator_words(op.target),), axes, tuple(serving.get(op.name, ())))
+
+
+def _kinds(row: OpRow) -> set[tuple[str, str, str]]:
+    return {(item.kind, item.axis, item.phase) for item in row.collectives}
+
+
+def _append(rows: list[OpRow], row: OpRow) -> None:
+    """`row`, joined to the one before where they differ in the module's name only."""
+    last = rows[-1] if rows else None
+    if last and (last.axes, last.collectives, last.operators) == (row.axes, row.collectives, row.operators):
+        rows[-1] = OpRow(tuple(dict.fromkeys(last.names + row.names)), last.operators, last.axes, last.collectives)
+    else:
+        rows.append(row)
 
 
 def _axis_words(op: OpPlan, axis: str, roles: Roles) -> str:
@@ -295,22 +326,30 @@ def _axis_words(op: OpPlan, axis: str, roles: Roles) -> str:
     return f"{role} {op.output[axis]}".strip() if role != "whole" else "whole"
 
 
-def _below(module: str, segment: str) -> str:
-    """`module` without the part that all of a segment shares."""
-    shared = first(segment)
-    if module == shared:
-        return "(layer)"
-    return module.removeprefix(f"{shared}.") or "(model)"
+def _below(module: str, segment: SegmentPlan) -> str:
+    """`module` without the path of the repeat, whichever repeat of it: a fold may cut in the middle of a layer."""
+    if segment.count == 1:
+        return module or "(model)"
+    depth = segment.name.count(".") + 1
+    parts = module.split(".")
+    if pattern(".".join(parts[:depth])) != pattern(segment.name):
+        return module or "(model)"
+    return ".".join(parts[depth:]) or "(layer)"
 
 
 def collectives_by_op(plan: Plan) -> dict[str, list[CollectivePlan]]:
-    """The collectives that serve each operation, by the name of its first repeat."""
-    names = Names(op.name for segment in plan.segments for op in segment.ops)
-    found: dict[str, list[CollectivePlan]] = {}
+    """The collectives that serve each listed operation, but for those that move parameters and their gradients."""
+    parameters = Names(item.name for item in plan.parameters)
+    by_op: dict[str, list[CollectivePlan]] = {}
     for item in plan.collectives:
-        name = names.find(item.op) or names.find(first(item.op))
-        if name is not None:
-            found.setdefault(name, []).append(item)
+        if item.phase != "gradient" and parameters.find(first(item.value)) is None:
+            by_op.setdefault(item.op, []).append(item)
+    names = Names(by_op)
+    found: dict[str, list[CollectivePlan]] = {}
+    for segment in plan.segments:
+        for op in segment.ops:
+            for name in names.find_all(op.name):
+                found.setdefault(op.name, []).extend(by_op[name])
     return found
 
 

@@ -13,19 +13,23 @@ from autopar.ir.plan_digest import (
     Roles,
     gap_words,
     memory_words,
-    op_rows,
     parameter_groups,
     real_axes,
+    segment_rows,
     traffic,
 )
 
 WIDTH = 120
+LEGEND = (
+    "S(d): split along dim d; R: whole on every rank; R/P: whole, its gradient summed over the axis; P(sum): terms of a sum\n"
+    "beside operations: collectives of one repeat that move what is computed; what parameters move in a step stands with them"
+)
 
 
 def summary(plan: Plan) -> str:
     """The plan in a page or two: what it is for, what it costs, how each axis is used, parameters, layers, collectives."""
     roles = Roles.of(plan)
-    parts = [_header(plan, roles), _inputs(plan), _parameters(plan), _segments(plan, roles), _collectives(plan), _remarks(plan)]
+    parts = [_header(plan, roles), _inputs(plan), _parameters(plan), _segments(plan), _collectives(plan), _remarks(plan), LEGEND]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -98,16 +102,22 @@ def _parameters(plan: Plan) -> str:
     owner = ""
     for group in parameter_groups(plan):
         if group.owner and group.owner != owner:
-            rows.append([group.owner, "", "", "", "", ""])
+            rows.append([group.owner, "", "", "", "", "", ""])
         owner = group.owner
         count = f"x{group.count}" if group.count > 1 else ""
-        rows.append([parameter_name(group), count, shape_words(group), group.stored, group.used, GATHER_WORDS[group.gather]])
-    return "parameters\n" + _table(["", "", "shape", "stored", "used", "gathered"], rows, right=(1,))
+        rows.append(
+            [parameter_name(group), count, shape_words(group), group.stored, group.used, GATHER_WORDS[group.gather], moved_words(group)]
+        )
+    return "parameters\n" + _table(["", "", "shape", "stored", "used", "gathered", "moved"], rows, right=(1, 6))
 
 
 def parameter_name(group: ParameterGroup) -> str:
     """The name below the repeated module it belongs to, set in under that."""
     return ("  " if group.owner else "") + group.name + ("" if group.trainable else " (frozen)")
+
+
+def moved_words(group: ParameterGroup) -> str:
+    return units.size(group.moved_bytes) if group.moved_bytes else ""
 
 
 def shape_words(group: ParameterGroup) -> str:
@@ -119,28 +129,31 @@ def segment_title(segment: SegmentPlan) -> str:
     return f"{segment.name}{times}: {units.times(segment.length, 'operation')}"
 
 
-def _segments(plan: Plan, roles: Roles) -> str:
+def _segments(plan: Plan) -> str:
     axes = real_axes(plan)
     parts = []
-    for segment in plan.segments:
-        rows = op_rows(plan, segment, roles)
-        told = [row for row in rows if not row.other]
-        if not told:
-            continue
-        table = _table(["", "", *axes, "collectives"], [_op_cells(row, axes) for row in told])
-        parts.append(f"{segment_title(segment)}\n{table}")
+    for segment, rows in segment_rows(plan):
+        if rows:
+            cells = [_op_cells(row, axes) for row in rows]
+            parts.append(f"{segment_title(segment)}\n{_table(['', '', *axes, 'collectives'], cells)}")
     return "\n\n".join(parts)
 
 
 def _op_cells(row: OpRow, axes: list[str]) -> list[str]:
+    if not row.operators:
+        return [names_words(row.names), "", *[""] * len(axes), ""]
     return [names_words(row.names), " ".join(row.operators), *(row.axes[axis] for axis in axes), ", ".join(collective_words(row))]
 
 
 def names_words(names: tuple[str, ...]) -> str:
-    """`self_attn.q_proj, k_proj, v_proj`: the part they share is written once."""
-    shared = names[0].rpartition(".")[0]
-    rest = [name.rpartition(".")[2] if name.rpartition(".")[0] == shared else name for name in names[1:]]
-    return ", ".join(dict.fromkeys([names[0], *rest]))
+    """`self_attn.q_proj, k_proj, v_proj, mlp.up_proj`: a part that a name shares with the one before is not written again."""
+    words = []
+    owner = None
+    for name in names:
+        head, _, tail = name.rpartition(".")
+        words.append(tail if head == owner else name)
+        owner = head
+    return ", ".join(words)
 
 
 def collective_words(row: OpRow) -> list[str]:

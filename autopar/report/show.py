@@ -9,13 +9,27 @@ from rich.text import Text
 
 from autopar.ir import plan_text, units
 from autopar.ir.plan import Plan, SegmentPlan
-from autopar.ir.plan_digest import GATHER_WORDS, Roles, gap_words, memory_words, op_rows, parameter_groups, placements, real_axes, traffic
+from autopar.ir.plan_digest import (
+    GATHER_WORDS,
+    OpRow,
+    Roles,
+    gap_words,
+    memory_words,
+    parameter_groups,
+    placements,
+    real_axes,
+    segment_rows,
+    traffic,
+)
 from autopar.report.terminal import heading, hold, placed, table
 
 MEMORY_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red")
 
 COLLECTIVES_BESIDE = 110
 """From this width on the collectives stand beside the operations they serve, below it under them."""
+
+USED_AND_MOVED = 105
+"""From this width on the parameters' table has the columns `used` and `moved`."""
 
 
 def show(plan: Plan, console: Console, full: bool = False) -> None:
@@ -25,7 +39,7 @@ def show(plan: Plan, console: Console, full: bool = False) -> None:
     for title, body in [
         (heading("inputs and outputs"), _inputs(plan)),
         (heading("parameters"), _parameters(plan, full, console.width)),
-        *((_segment_heading(segment), _segment(plan, segment, roles, full, console.width)) for segment in plan.segments),
+        *((_segment_heading(segment), _segment(plan, segment, rows, full, console.width)) for segment, rows in segment_rows(plan)),
         (heading("collectives", "a step, on one rank"), _collectives(plan, full)),
     ]:
         if body is not None:
@@ -35,6 +49,8 @@ def show(plan: Plan, console: Console, full: bool = False) -> None:
     if remarks := _remarks(plan):
         console.print()
         console.print(remarks)
+    console.print()
+    console.print(Text(plan_text.LEGEND, style="dim"))
 
 
 def _header(plan: Plan, roles: Roles, width: int) -> RenderableType:
@@ -76,7 +92,7 @@ def _memory_legend(plan: Plan) -> Text:
     legend = Text()
     for colour, (kind, count) in zip(MEMORY_COLOURS * 9, plan.memory_bytes.items(), strict=False):
         legend.append("" if not legend else "  ")
-        legend.append("■ ", style=colour).append(f"{kind} {units.size(count)}")
+        legend.append("■\u00a0", style=colour).append(f"{kind} {units.size(count)}".replace(" ", "\u00a0"))
     return legend
 
 
@@ -92,12 +108,16 @@ def _inputs(plan: Plan) -> RenderableType | None:
 def _parameters(plan: Plan, full: bool, width: int) -> RenderableType | None:
     if not plan.parameters:
         return None
-    made = table("name", "", "shape", "stored", "used", "gathered", right=("",), fold=("name", "stored", "used"))
+    wide = width >= USED_AND_MOVED
+    cells: list[RenderableType]
+    columns = ["name", "", "shape", "stored", *(["used"] if wide else []), "gathered", *(["moved"] if wide and not full else [])]
+    made = table(*columns, right=("", "moved"), fold=("name", "stored", "used"))
     if full:
         for item in plan.parameters:
             stored, used = placements(item.stored, plan.mesh), placements(item.used, plan.mesh)
             name = item.name + ("" if item.trainable else " (frozen)")
-            made.add_row(name, "", units.shape(item.shape), placed(stored), placed(used), GATHER_WORDS[item.gather])
+            cells = [units.shape(item.shape), placed(stored), *([placed(used)] if wide else []), GATHER_WORDS[item.gather]]
+            made.add_row(name, "", *cells)
         return hold(made, width)
     owner = ""
     for group in parameter_groups(plan):
@@ -105,7 +125,10 @@ def _parameters(plan: Plan, full: bool, width: int) -> RenderableType | None:
             made.add_row(Text(group.owner, style="dim"))
         owner = group.owner
         count = f"x{group.count}" if group.count > 1 else ""
-        cells: list[RenderableType] = [plan_text.shape_words(group), placed(group.stored), placed(group.used), GATHER_WORDS[group.gather]]
+        cells = [plan_text.shape_words(group), placed(group.stored)]
+        cells += [placed(group.used)] if wide else []
+        cells.append(GATHER_WORDS[group.gather])
+        cells += [plan_text.moved_words(group)] if wide else []
         made.add_row(plan_text.parameter_name(group), count, *cells)
     return hold(made, width)
 
@@ -115,7 +138,7 @@ def _segment_heading(segment: SegmentPlan) -> Text:
     return heading(title, remark)
 
 
-def _segment(plan: Plan, segment: SegmentPlan, roles: Roles, full: bool, width: int) -> RenderableType | None:
+def _segment(plan: Plan, segment: SegmentPlan, rows: list[OpRow], full: bool, width: int) -> RenderableType | None:
     axes = real_axes(plan)
     if full:
         made = table("operation", "operator", "module", *axes, fold=("operation", "module", "operator"))
@@ -123,14 +146,13 @@ def _segment(plan: Plan, segment: SegmentPlan, roles: Roles, full: bool, width: 
             cells = [placed(f"{op.split[axis]} {op.output[axis]}") for axis in axes]
             made.add_row(op.name, op.target, op.module, *cells)
         return made
-    rows = op_rows(plan, segment, roles)
-    if all(row.other for row in rows):
+    if not rows:
         return None
     beside = width >= COLLECTIVES_BESIDE
     made = table("module", "operator", *axes, *(["collectives"] if beside else []), fold=("module", "operator", "collectives", *axes))
     for row in rows:
-        if row.other:
-            made.add_row(Text("...", style="dim"), Text(" ".join(row.operators), style="dim"))
+        if not row.operators:
+            made.add_row(Text(plan_text.names_words(row.names), style="dim"))
             continue
         cells = [placed(row.axes[axis]) for axis in axes]
         collectives = [Text(words, style="yellow") for words in plan_text.collective_words(row)]
