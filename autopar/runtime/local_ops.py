@@ -13,11 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Private in PyTorch; should it move: any map from a group's name to the group will do.
-from torch.distributed.distributed_c10d import _resolve_process_group
-
 from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.ir.rules.operators import operator
+from autopar.runtime.collectives import resolve
 
 __all__ = ["LOCAL_OPS", "AxisContext", "LocalContext"]
 
@@ -29,17 +27,17 @@ Kwargs = Mapping[str, Any]
 
 def _reduce(x: Tensor, op: str, group: str) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=_resolve_process_group(group))
+    dist.all_reduce(out, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=resolve(group))
     return out
 
 
-_library = torch.library.Library("autopar", "FRAGMENT")
-_library.define("local_reduce(Tensor x, str op, str group) -> Tensor")
+_library = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("local_reduce(Tensor x, str op, str group) -> Tensor")  # type: ignore[no-untyped-call]
 for _key in ("CPU", "CUDA"):
-    _library.impl("local_reduce", _reduce, _key)
+    _library.impl("local_reduce", _reduce, _key)  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("autopar::local_reduce", lib=_library)
+@torch.library.register_fake("autopar::local_reduce", lib=_library)  # type: ignore[untyped-decorator]
 def _reduce_fake(x: Tensor, op: str, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -68,14 +66,14 @@ def _wide(x: Tensor) -> Tensor:
 
 def mean_of_part(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> Tensor:
     """`mean(x, dim, keepdim, dtype)`: the sum of the part over the global count, a term of the mean."""
-    (x, dims, keepdim) = (*args, *(None, False)[len(args) - 1 :])
     shape = context.operand_shapes[0]
-    dims = kwargs.get("dim", dims)
+    x, dims, keepdim, dtype = _named(args, kwargs, ("x", "dim", "keepdim", "dtype"), (None, False, None))
     over = [dims] if isinstance(dims, int) else list(dims or range(len(shape)))
     count = 1
     for dim in over:
         count *= shape[dim]
-    return torch.sum(x, over, kwargs.get("keepdim", keepdim), dtype=kwargs.get("dtype")) / count
+    summed: Tensor = torch.sum(x, over, keepdim, dtype=dtype)
+    return summed / count
 
 
 def mean_loss_of_part(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> Tensor:
@@ -97,10 +95,13 @@ def vocab_embedding(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) 
     padding = args[2] if len(args) > 2 else kwargs.get("padding_idx", -1)
     start, length = context.part(context.operand_shapes[0][0])
     assert weight.shape[0] == length
+    if not length:  # fewer rows than ranks: nothing to look up, and a gradient of no elements
+        nothing: Tensor = weight.sum().expand((*ids.shape, weight.shape[1]))
+        return nothing
     local = ids - start
     outside = (local < 0) | (local >= length)
     padding_here = padding - start if start <= padding < start + length else -1
-    rows = torch.ops.aten.embedding.default(weight, local.masked_fill(outside, 0), padding_here)
+    rows: Tensor = torch.ops.aten.embedding.default(weight, local.masked_fill(outside, 0), padding_here)
     return rows.masked_fill(outside.unsqueeze(-1), 0)
 
 
@@ -119,8 +120,10 @@ class _VocabCrossEntropy(torch.autograd.Function):
         local = target - start
         inside = (local >= 0) & (local < x.shape[1]) & valid
         local = local.masked_fill(~inside, 0).unsqueeze(1)
-        largest = _all_reduce(x.amax(1), "max", axes)
-        parts = [(x - largest.unsqueeze(1)).exp_().sum(1), x.gather(1, local).squeeze(1).masked_fill(~inside, 0)]
+        empty = x.shape[1] == 0  # fewer classes than ranks
+        largest = _all_reduce(x.new_full(x.shape[:1], -torch.inf) if empty else x.amax(1), "max", axes)
+        picked = x.new_zeros(x.shape[:1]) if empty else x.gather(1, local).squeeze(1).masked_fill(~inside, 0)
+        parts = [(x - largest.unsqueeze(1)).exp_().sum(1), picked]
         if smoothing:
             parts.append(x.sum(1))
         sums = _all_reduce(torch.stack(parts), "sum", axes)
@@ -135,13 +138,14 @@ class _VocabCrossEntropy(torch.autograd.Function):
         return loss.masked_fill(~valid, 0).sum().to(logits.dtype), weight
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: Tensor, weight_gradient: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, loss_gradient: Tensor, weight_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, lse, local, inside, valid = ctx.saved_tensors
         gradient = (_wide(logits) - lse.unsqueeze(1)).exp_()
         if ctx.smoothing:
             gradient = gradient - ctx.smoothing / ctx.classes
-        hit = inside.to(gradient.dtype).unsqueeze(1) * (1 - ctx.smoothing)
-        gradient = gradient.scatter_add(1, local, -hit)
+        if gradient.shape[1]:
+            hit = inside.to(gradient.dtype).unsqueeze(1) * (1 - ctx.smoothing)
+            gradient = gradient.scatter_add(1, local, -hit)
         gradient = gradient * (valid * loss_gradient.to(gradient.dtype)).unsqueeze(1)
         return gradient.to(logits.dtype), None, None, None, None, None, None
 
@@ -189,7 +193,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         return y.to(x.dtype), mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
         over = [dim for dim in range(x.dim()) if dim != 1]
         wide = _wide(gradient)

@@ -18,6 +18,7 @@ from autopar.ir.rules.table import RANDOM, RULES
 from tests.ir.checking import check
 from tests.ir.rule_samples import UNTRIED, b, call, f, i, samples
 
+
 def check_all(graph: Graph, op: Op) -> None:
     for split in splits(graph, op):
         for parts in (2, 3):

@@ -54,10 +54,10 @@ def test_every_pair_of_splits_is_right_on_two_axes(name: str) -> None:
     for op in graph.ops:
         for one in splits(graph, op):
             for other in splits(graph, op):
-                allowed = one.fits(2) and other.fits(2) and (one.name != other.name or one.fits(2, 2))
-                if allowed and conflict(graph, op, (one, other), ("dp", "tp"), mesh) is None:
-                    if first_time(rules._structure(graph, op), one, other):
-                        check(graph, op, (one, other), mesh)
+                fits = one.fits(2) and other.fits(2) and (one.name != other.name or one.fits(2, 2))
+                allowed = fits and conflict(graph, op, (one, other), ("dp", "tp"), mesh) is None
+                if allowed and first_time(rules._structure(graph, op), one, other):
+                    check(graph, op, (one, other), mesh)
 
 
 def named(graph: Graph, op: Op, name: str) -> rules.Split:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from autopar.errors import RuleError
 from autopar.ir.graph import Arg, Ref
@@ -67,7 +67,7 @@ def _term(text: str, rule: str) -> tuple[Term, bool, set[str]]:
     return tuple(groups), added, whole
 
 
-@lru_cache(maxsize=None)
+@cache
 def read(text: str) -> Pattern:
     """The pattern that `text` says. Raises `RuleError` where it is not index notation."""
     left, arrow, right = text.partition("->")

@@ -46,7 +46,12 @@ def part(x: Tensor, placement: Placement, parts: int, index: int) -> Tensor:
         raise Refuted(f"dim {dim} of {list(x.shape)} has no {blocks} equal blocks")
     size = x.shape[dim] // blocks
     start, length = chunk(size, parts, index)
-    return x.unflatten(dim, (blocks, size)).narrow(dim + 1, start, length).flatten(dim, dim + 1)
+    return _blocks(x, dim, blocks).narrow(dim + 1, start, length).flatten(dim, dim + 1)
+
+
+def _blocks(x: Tensor, dim: int, blocks: int) -> Tensor:
+    """`x` with `dim` as two dims, blocks and what is in them."""
+    return x.reshape(*x.shape[:dim], blocks, x.shape[dim] // blocks, *x.shape[dim + 1 :])
 
 
 def together(what: str, pieces: Sequence[Tensor], state: State, mesh: Sequence[int], summed: Placement) -> Tensor:
@@ -61,8 +66,7 @@ def together(what: str, pieces: Sequence[Tensor], state: State, mesh: Sequence[i
 def _together(what: str, pieces: Sequence[Tensor], placement: Placement, summed: Placement) -> Tensor:
     if placement.is_shard:
         dim, blocks = placement.dim, placement.blocks
-        split = [piece.unflatten(dim, (blocks, piece.shape[dim] // blocks)) for piece in pieces]
-        return torch.cat(split, dim + 1).flatten(dim, dim + 1)
+        return torch.cat([_blocks(piece, dim, blocks) for piece in pieces], dim + 1).flatten(dim, dim + 1)
     if placement.kind is summed.kind:
         return sum(pieces[1:], pieces[0])
     for piece in pieces[1:]:

@@ -22,7 +22,7 @@ _NO_DERIVATIVE = {"copy", "detach_copy", "floor_divide", "heaviside"}
 
 
 def differentiable(op: Op) -> list[bool]:
-    """For every operand slot whether the operator has a gradient for it. The running statistics of a batch norm, its last two, have none."""
+    """For every operand slot whether the operator has a gradient for it. Running statistics of a batch norm, its last two, have none."""
     name = op.target.split(".")[1]
     count = len(op.operands)
     if name in _NO_DERIVATIVE:

@@ -1,4 +1,4 @@
-"""The rules: one line an operator family. To add an operator, add its name to a line, or a line, and a sample in `tests/ir/rule_samples.py`.
+"""The rules: one line an operator family. To add an operator, add its name to a line, or a line, and samples in `tests/ir/rule_samples.py`.
 
 `rule(targets, notation)` takes index notation (see `notation.py`); `family(function, targets)` takes the families whose nest depends on
 ranks or arguments. Targets are operator names with their overload; `aten.` is left out.
@@ -14,14 +14,12 @@ from autopar.ir.rules.nest import Call, Nest
 RULES: dict[str, Family] = {}
 """Family of every operator that has a rule."""
 
-RANDOM: frozenset[str] = frozenset(
-    f"aten.{name}"
-    for name in (
-        "bernoulli.default bernoulli.p rand.default randn.default randint.default randint.low randperm.default rand_like.default randn_like.default "
-        "randint_like.default randint_like.low_dtype normal.Tensor_Tensor normal.float_float multinomial.default native_dropout.default "
-        "dropout.default rrelu_with_noise.default exponential.default uniform.default normal_functional.default"
-    ).split()
-)
+_RANDOM = """
+    bernoulli.default bernoulli.p rand.default randn.default randint.default randint.low randperm.default rand_like.default
+    randn_like.default randint_like.default randint_like.low_dtype normal.Tensor_Tensor normal.float_float multinomial.default
+    native_dropout.default dropout.default rrelu_with_noise.default exponential.default uniform.default normal_functional.default
+"""
+RANDOM: frozenset[str] = frozenset(f"aten.{name}" for name in _RANDOM.split())
 """Random operators: every rank must draw the same numbers, so they run whole on every rank. (`autopar.dropout` is the exception.)"""
 
 
@@ -62,7 +60,7 @@ rule("addbmm.default", "+m n, b m k, b k n -> m n", linear=((0, 1),))
 rule("addmv.default", "+m, m k, k -> m", linear=((0, 1),))
 rule("bilinear.default", "... i, ... j, n i j, +n -> ... n", linear=((0, 3),))
 family(contractions.matmul, "matmul.default")
-family(contractions.tensordot_free, "outer.default ger.default")
+family(contractions.outer, "outer.default ger.default")
 family(contractions.einsum, "einsum.default")
 
 # Convolutions, pooling, attention.
@@ -111,7 +109,7 @@ family(pointwise.where, "where.self")
 family(pointwise.masked_fill, "masked_fill.Scalar")
 family(pointwise.copied, "copy.default")
 family(
-    pointwise.creation_like,
+    pointwise.nonlinear,
     "zeros_like.default ones_like.default full_like.default empty_like.default",
 )
 family(pointwise.dropout, "autopar.dropout")
@@ -203,7 +201,7 @@ family(
 )
 
 # Replicated on purpose: made from nothing, and too small or not a sum over ranks.
-family(replicated, " ".join(target.removeprefix("aten.") for target in sorted(RANDOM)))
+family(replicated, _RANDOM)
 family(
     replicated,
     "arange.default arange.start arange.start_step linspace.default scalar_tensor.default eye.default eye.m tril_indices.default",

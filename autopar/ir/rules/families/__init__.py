@@ -1,1 +1,1 @@
-"""Families of operators that share one shape of loop nest: functions from a call to its `Nest`, or None where the family has none for it."""
+"""Families of operators that share one shape of loop nest: functions from a call to its `Nest`, or None where there is none for it."""

@@ -34,9 +34,3 @@ def broadcast(shape: tuple[int, ...], result: tuple[int, ...]) -> Term:
     offset = len(result) - len(shape)
     assert offset >= 0, f"{shape} does not broadcast to {result}"
     return tuple((f"d{offset + index}",) if size == result[offset + index] else () for index, size in enumerate(shape))
-
-
-def slots_of(call: Call, position: int, before: int = 0) -> tuple[int, ...]:
-    """Operand indices of a list argument that begins after `before` operands."""
-    arg = call.op.args[position]
-    return tuple(range(before, before + (len(arg) if isinstance(arg, tuple) else 1)))

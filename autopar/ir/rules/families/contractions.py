@@ -25,7 +25,7 @@ def matmul(call: Call) -> Nest | None:
     return Nest(loops, (left, right), (tuple(result),), linear=((0,),), uneven=frozenset({"k", "n"}))
 
 
-def tensordot_free(call: Call) -> Nest | None:
+def outer(call: Call) -> Nest | None:
     """`outer`, `ger`: `m, n -> m n`."""
     return Nest(
         {"m": call.operands[0].shape[0], "n": call.operands[1].shape[0]}, ((("m",),), (("n",),)), ((("m",), ("n",)),), linear=((0,),)

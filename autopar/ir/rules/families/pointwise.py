@@ -7,7 +7,7 @@ from autopar.ir.rules.families.common import broadcast, sizes
 from autopar.ir.rules.nest import FLOATS, Call, Nest
 
 
-def _nest(call: Call, linear: tuple[tuple[int, ...], ...] = (), even: bool = False) -> Nest | None:
+def _nest(call: Call, linear: tuple[tuple[int, ...], ...] = ()) -> Nest | None:
     shape = call.outputs[0].shape
     if any(value.shape != shape for value in call.outputs):
         return None
@@ -17,7 +17,7 @@ def _nest(call: Call, linear: tuple[tuple[int, ...], ...] = (), even: bool = Fal
         operands=tuple(broadcast(value.shape, shape) for value in call.operands),
         outputs=tuple(broadcast(value.shape, shape) for value in call.outputs),
         linear=linear,
-        uneven=frozenset() if even else frozenset(loops),
+        uneven=frozenset(loops),
     )
 
 
@@ -57,17 +57,7 @@ def where(call: Call) -> Nest | None:
 
 def masked_fill(call: Call) -> Nest | None:
     """`masked_fill(x, mask, value)`: linear in x where the value is zero. The result has the shape of x and mask together."""
-    return _nest(call, ((0,),) if call.op.args[2] in (0, 0.0, False) and not isinstance(call.op.args[2], Ref) else ())
-
-
-def lerp(call: Call) -> Nest | None:
-    """`lerp(x, y, weight)`, `addcmul`: linear in x and y together only where no other tensor multiplies; kept nonlinear."""
-    return _nest(call)
-
-
-def creation_like(call: Call) -> Nest | None:
-    """`zeros_like`, `full_like`: the operand only gives the shape."""
-    return _nest(call)
+    return _nest(call, ((0,),) if call.op.args[2] in (0, 0.0, False) else ())
 
 
 def dropout(call: Call) -> Nest | None:
@@ -78,8 +68,3 @@ def dropout(call: Call) -> Nest | None:
 def copied(call: Call) -> Nest | None:
     """`copy(x, source)`: the values of `source`, broadcast to the shape of `x`; x gets no gradient."""
     return _nest(call, ((1,),) if len(call.operands) == 2 else ())
-
-
-def masked(call: Call) -> Nest | None:
-    """Element-wise with two results of one shape."""
-    return _nest(call)

@@ -102,23 +102,22 @@ def native_group_norm(call: Call) -> Nest | None:
 
 
 def batch_norm_inference(call: Call) -> Nest | None:
-    """Batch normalisation with given statistics: every element for itself. Results besides the first are empty."""
+    """Batch normalisation with given statistics: every element for itself. Results besides the first are empty, or the statistics."""
     x = call.operands[0].shape
     loops = {"b": x[0], "c": x[1]} | {f"d{dim}": x[dim] for dim in range(2, len(x))}
     full: Term = (("b",), ("c",), *((f"d{dim}",) for dim in range(2, len(x))))
+    channel: Term = (("c",),)
     rest = call.outputs[1:]
-    if any(value.shape not in ((0,), x[1:2]) for value in rest):
+    empty = all(value.shape == (0,) for value in rest)
+    if not empty and any(value.shape != x[1:2] for value in rest):
         return None
-    # Saved statistics of a whole channel: the channel alone may be split where they are not empty.
-    coupled_ = frozenset(loops) - {"c"} if any(value.shape == x[1:2] for value in rest) else frozenset()
-    if any(value.shape == (0,) for value in rest):
-        return None if any(value.shape != (0,) for value in rest) else _only_first(loops, full, call)
-    return Nest(loops, (full, *((("c",),) for _ in call.operands[1:])), (full, *((("c",),) for _ in rest)), whole=coupled_)
-
-
-def _only_first(loops: dict[str, int], full: Term, call: Call) -> Nest | None:
-    # Empty results are terms of an empty sum; that is right and costs nothing.
-    return Nest(loops, (full, *((("c",),) for _ in call.operands[1:])), (full, *(((),) for _ in call.outputs[1:])))
+    return Nest(
+        loops,
+        (full, *(channel for _ in call.operands[1:])),
+        # An empty result is a term of an empty sum, whatever is split; a statistic is known to whoever holds all of its channel.
+        (full, *(((),) if empty else channel for _ in rest)),
+        whole=frozenset() if empty else frozenset(loops) - {"c"},
+    )
 
 
 def batch_norm_eval(call: Call) -> Nest | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from autopar.ir.rules.families.common import broadcast, positive, sizes
 from autopar.ir.rules.nest import Call, Group, Nest, Term
 
@@ -61,9 +63,9 @@ def _run(
 
     cuts = sorted({1, *ends(before), *ends(after)})
     names: list[str] = []
-    if all(high % low == 0 for low, high in zip(cuts, cuts[1:], strict=False)):
+    if all(high % low == 0 for low, high in pairwise(cuts)):
         inside, outer = 0, 0
-        for low, high in zip(cuts, cuts[1:], strict=False):
+        for low, high in pairwise(cuts):
             # Named after the result dim it is in: `d2`, and `d2.1`, `d2.2` for the loops further inside.
             dim = next((index for index, end in enumerate(ends(after)) if high <= end), 0)
             inside = inside + 1 if dim == outer and names else 0
