@@ -25,13 +25,13 @@ def console(file: TextIO | None = None, width: int | None = None) -> Console:
 
 
 class _Trimmed:
-    """A file without the blanks that tables put at line ends. What is written to it ends with a whole line."""
+    """A file for other programs: no blanks at line ends, no blanks that do not break. What is written to it ends with a whole line."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
     def write(self, text: str) -> int:
-        self._file.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
+        self._file.write("\n".join(line.rstrip(" ") for line in text.replace("\u00a0", " ").split("\n")))
         return len(text)
 
     def flush(self) -> None:
