@@ -152,20 +152,21 @@ def _greedy(
 class Eliminated:
     """What is left: `constant` and the factors in `rest` over variables that were not eliminated, their sum being the minimum.
 
-    `steps` holds the factors met on the way, to choose the eliminated variables again. `exact` is False where `rest` only bounds
-    the minimum from below.
+    `steps` holds the factors met on the way, to choose the eliminated variables again, `messages` what each variable left behind
+    (where its factors were not split). `exact` is False where `rest` only bounds the minimum from below.
     """
 
     rest: tuple[Factor, ...]
     constant: float
     steps: tuple[tuple[int, tuple[Factor, ...]], ...]
+    messages: dict[int, Factor]
     exact: bool
 
     def table(self, keep: Sequence[int], sizes: dict[int, int]) -> Floats:
         """The minimum as one table with an axis per variable in `keep`, which are all that are left."""
         table = np.full(tuple([sizes[v] for v in keep]), self.constant)
         for item in self.rest:
-            table += _aligned(item, keep)
+            table += aligned(item, keep)
         return table
 
     def recover(self, chosen: dict[int, Ints]) -> dict[int, Ints]:
@@ -202,6 +203,7 @@ def eliminate(
     exact = True
     number = 0
     steps: list[tuple[int, tuple[Factor, ...]]] = []
+    messages: dict[int, Factor] = {}
 
     def add(item: Factor) -> None:
         nonlocal number, constant
@@ -222,9 +224,10 @@ def eliminate(
         steps.append((variable, tuple(bucket.values())))
         for group in _groups(variable, list(bucket.values()), sizes, limit_entries):
             exact &= len(group) == len(bucket)
-            add(_minimum(variable, group, sizes))
+            messages[variable] = _minimum(variable, group, sizes)
+            add(messages[variable])
     rest = {key: item for pool in pools.values() for key, item in pool.items()}
-    return Eliminated(tuple(rest[key] for key in sorted(rest)), constant, tuple(steps), exact)
+    return Eliminated(tuple(rest[key] for key in sorted(rest)), constant, tuple(steps), messages, exact)
 
 
 def _groups(variable: int, factors: list[Factor], sizes: dict[int, int], limit_entries: int) -> list[list[Factor]]:
@@ -244,7 +247,7 @@ def _groups(variable: int, factors: list[Factor], sizes: dict[int, int], limit_e
     return [members for _, members in groups]
 
 
-def _aligned(item: Factor, scope: Sequence[int]) -> Floats:
+def aligned(item: Factor, scope: Sequence[int]) -> Floats:
     """The factor's table with an axis for every variable in `scope`, of length 1 where it does not depend on it."""
     position = {v: axis for axis, v in enumerate(item.variables)}
     table = item.table.transpose([position[v] for v in scope if v in position])
@@ -261,7 +264,7 @@ def _minimum(variable: int, factors: list[Factor], sizes: dict[int, int]) -> Fac
         return Factor(item.variables[:axis] + item.variables[axis + 1 :], item.table.min(axis))
     others = tuple(sorted({v for item in factors for v in item.variables if v != variable}))
     scope = (variable, *others)
-    parts = sorted((_aligned(item, scope) for item in factors), key=lambda part: part.size)
+    parts = sorted((aligned(item, scope) for item in factors), key=lambda part: part.size)
     shape = tuple(sizes[v] for v in others)
     entries = prod(shape)
     if entries * sizes[variable] <= _IN_CACHE_ENTRIES:

@@ -38,6 +38,10 @@ def solve(
     feasible = True
     try:
         feasible = constrained(minimiser, incumbent)
+        if effort == "exact" and feasible:
+            from autopar.search.exact import close_gap  # HiGHS takes a while to import
+
+            close_gap(minimiser, incumbent, time_limit_s)
     except KeyboardInterrupt:
         if incumbent.choice is None:
             raise
