@@ -1,0 +1,181 @@
+"""`verify` finds nothing where there is nothing, and finds every kind of thing that is put there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import autopar
+from autopar.errors import PlanMismatchError, RanksFailedError, VerifyError
+from autopar.ir.plan import Plan
+from autopar.runtime import verify as verify_module
+from autopar.runtime.launch import RankPool
+from autopar.runtime.module import ParallelModule
+from autopar.runtime.verify import Job, on_a_rank, verify
+from autopar.runtime.verify_report import Facts, Key, judge
+from tests.zoo import ZOO
+
+pytestmark = pytest.mark.processes
+Found = tuple[Facts | None, dict[Key, float]]
+
+
+def plan_for(name: str, model: nn.Module, baseline: str | None = None, ranks: int = 2, **sizes: Any) -> tuple[Any, Plan]:
+    example = ZOO[name].inputs(model, **sizes)
+    return example, autopar.plan(model, example, f"cpu:{ranks}", baseline=baseline)
+
+
+@pytest.mark.parametrize(("name", "baseline"), [("gpt2", "tp"), ("convnet", "ddp"), ("encoder", "fsdp")])
+def test_agrees(ranks2: RankPool, name: str, baseline: str) -> None:
+    model = ZOO[name].build(layers=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    example, plan = plan_for(name, model, baseline)
+    report = verify(model, example, plan, steps=2, optimizer="adamw", ranks=ranks2)
+    assert report.ok and report.max_relative_error < 1e-10, report
+    assert {row.kind for row in report.rows} >= {"loss", "output", "gradient", "parameter", "between ranks"}
+    assert any(row.kind == "buffer" for row in report.rows) == any(True for _ in model.buffers())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert "ok: no tensor is off by more than 1e-10" in str(report)
+
+
+def test_meta_model_without_loss_in_evaluation_mode(ranks2: RankPool) -> None:
+    model = ZOO["mlp"].build(device="meta", layers=1).eval()
+    example, plan = plan_for("mlp", model, "ddp", device="meta")
+    report = verify(model, example, plan, steps=1, optimizer="sgd", ranks=ranks2)
+    assert report.ok and any("random weights" in note for note in report.notes)
+    assert any(row.kind == "gradient" for row in report.rows) and all(tensor.is_meta for tensor in model.parameters())
+
+
+# ---- it must be able to fail ----------------------------------------------------------------------------------------------------
+
+
+def unreduced(job: Job) -> Found:
+    """Gradients are not added up over the ranks."""
+    original = dist.all_reduce
+    dist.all_reduce = lambda *_, **__: Done()  # type: ignore[assignment]
+    try:
+        return on_a_rank(job)
+    finally:
+        dist.all_reduce = original
+
+
+class Done:
+    def wait(self) -> None: ...
+
+
+def tampered(job: Job, tamper: Callable[[ParallelModule], None]) -> Found:
+    class Tampered(ParallelModule):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            tamper(self)
+
+    verify_module.ParallelModule = Tampered  # type: ignore[misc]
+    try:
+        return on_a_rank(job)
+    finally:
+        verify_module.ParallelModule = ParallelModule  # type: ignore[misc]
+
+
+def _one_rank(module: ParallelModule) -> None:
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            next(iter(module.down.parameters())).to_local().mul_(1 + 1e-8)  # type: ignore[union-attr,operator]
+
+
+def _all_ranks(module: ParallelModule) -> None:
+    with torch.no_grad():
+        next(iter(module.down.parameters())).to_local().mul_(1 + 1e-8)  # type: ignore[union-attr,operator]
+
+
+def _forgotten(module: ParallelModule) -> None:
+    module.down.weight.requires_grad_(False)  # type: ignore[union-attr,operator]
+
+
+def one_rank(job: Job) -> Found:
+    return tampered(job, _one_rank)
+
+
+def all_ranks(job: Job) -> Found:
+    return tampered(job, _all_ranks)
+
+
+def forgotten(job: Job) -> Found:
+    return tampered(job, _forgotten)
+
+
+class Sabotaged:
+    """A pool whose ranks run another function than they are asked to."""
+
+    def __init__(self, pool: RankPool, function: Callable[[Job], Found]) -> None:
+        self.pool, self.function = pool, function
+
+    def run(self, function: object, *args: Any, **kwargs: Any) -> list[Found]:
+        assert function is on_a_rank
+        return self.pool.run(self.function, *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def mlp() -> Iterator[tuple[nn.Module, Any, Plan]]:
+    model = ZOO["mlp"].build(layers=1)
+    yield model, *plan_for("mlp", model, "ddp")
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "name"),
+    [
+        (unreduced, "gradient", "down.weight, step 1"),
+        (one_rank, "between ranks", "parameter down.weight on rank 1"),
+        (all_ranks, "output", "0, step 1"),
+        (forgotten, "gradient", "down.weight, step 1"),
+    ],
+)
+def test_finds_what_is_wrong(ranks2: RankPool, mlp: tuple[nn.Module, Any, Plan], function: Any, kind: str, name: str) -> None:
+    report = verify(*mlp, steps=1, optimizer="sgd", ranks=Sabotaged(ranks2, function))  # type: ignore[arg-type]
+    wrong = {(row.kind, row.name) for row in report.rows if not row.ok}
+    assert not report.ok and (kind, name) in wrong, report
+    assert report.max_relative_error == report.worst.relative_error > 1e-10
+    assert "NOT OK" in str(report) and report.worst.name in str(report)
+
+
+class Broken:
+    def run(self, *_: object, **__: object) -> None:
+        raise RanksFailedError("1 of 2 ranks failed: rank 0: ValueError: broken", {0: ("ValueError: broken", "")})
+
+
+def test_errors(mlp: tuple[nn.Module, Any, Plan]) -> None:
+    model, example, plan = mlp
+    with pytest.raises(PlanMismatchError, match="the plan is for `MLP`"):
+        verify(ZOO["mlp"].build(layers=2), example, plan)
+    with pytest.raises(VerifyError, match="rank 0: ValueError: broken"):
+        verify(model, example, plan, steps=1, optimizer="sgd", ranks=Broken())  # type: ignore[arg-type]
+    with pytest.raises(VerifyError, match=r"not in torch\.float16"):
+        verify(model, example, plan, dtype=torch.float16)
+
+
+def report_on(expected: dict[Key, Tensor], found: dict[Key, Tensor]) -> Any:
+    return judge(expected, [(found, {})], 1e-10, plan_name="p", mesh={"dp": 1}, steps=1, optimizers=("sgd",), dtype="float64")
+
+
+def test_judgement() -> None:
+    big, tiny = ("sgd", "gradient", "big, step 1"), ("sgd", "gradient", "tiny, step 1")
+    count, bad = ("sgd", "buffer", "count"), ("sgd", "output", "0, step 1")
+    expected = {big: torch.ones(4), tiny: torch.full((1,), 1e-17), count: torch.tensor(3), bad: torch.tensor([1.0, torch.nan, torch.inf])}
+    expected = {key: value.double() if value.is_floating_point() else value for key, value in expected.items()}
+    assert report_on(expected, expected).max_relative_error == 0.0
+    noisy = report_on(expected, expected | {tiny: torch.full((1,), 3e-17, dtype=torch.float64)})
+    assert noisy.ok and noisy.max_relative_error == pytest.approx(1e-11)  # relative to 1e-6 of the whole gradient's norm
+    for change in (
+        {count: torch.tensor(4)},
+        {bad: torch.tensor([1.0, 2.0, torch.inf]).double()},
+        {bad: torch.tensor([1.0, torch.nan, -torch.inf]).double()},
+        {big: torch.ones(1, 4).double()},
+        {("sgd", "gradient", "new, step 1"): torch.ones(1)},
+    ):
+        report = report_on(expected, {**expected, **change})
+        assert not report.ok and report.max_relative_error == float("inf") and report.worst.name == next(iter(change))[2]
+    missing = report_on(expected, {key: value for key, value in expected.items() if key != tiny})
+    assert not missing.ok and missing.worst.name == "tiny, step 1"
