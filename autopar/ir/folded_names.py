@@ -80,6 +80,15 @@ def _position(items: list[range], number: int) -> int | None:
     return None
 
 
+_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)|(?<=_)\d+$")
+"""A number that counts repeats: a whole part of a path, or the end of an operation's name. The 1 of `ln_1.weight` does not count."""
+
+
+def pattern(name: str) -> str:
+    """`name` with its counting numbers and its ranges as `#`: what repeats have in common."""
+    return _NUMBER.sub("#", _BRACES.sub("#", name))
+
+
 def fold(names: list[str]) -> str:
     """One name for `names`, which differ in their numbers only; the inverse of `expand`."""
     split = [re.split(r"(?<![A-Za-z0-9])(\d+)(?![A-Za-z0-9])", name) for name in names]

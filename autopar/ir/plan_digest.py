@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autopar.ir import folded_names, units
+from autopar.ir.folded_names import pattern
 from autopar.ir.placement import parse
 from autopar.ir.plan import Axes, CollectivePlan, OpPlan, ParameterPlan, Plan, SegmentPlan
 
@@ -80,10 +81,10 @@ def real_axes(plan: Plan) -> list[str]:
 
 def gap_words(plan: Plan) -> str:
     """What is proven about the plan."""
+    if plan.name != "searched":
+        return f"none: `{plan.name}` is a given plan"
     if not plan.predicted.fits:
         return "no plan was found that fits; this is the one that needs least memory of those found"
-    if plan.name != "searched":
-        return f"a given plan; the best possible is at least {units.seconds(plan.lower_bound_s)}" if plan.gap > 0 else "a given plan"
     if plan.gap < 1e-9:
         return "optimal under the cost model"
     return f"at most {units.percent(plan.gap)} above the optimum (which is at least {units.seconds(plan.lower_bound_s)})"
@@ -96,11 +97,6 @@ def memory_words(plan: Plan) -> str:
         f"fits, {units.size(limit - total)} to spare" if plan.predicted.fits else f"does not fit: {units.size(total - limit)} are missing"
     )
     return f"{units.size(total)} of {units.size(limit)} per rank: {verdict}"
-
-
-def pattern(name: str) -> str:
-    """`name` with every number and range as `#`: what repeats have in common."""
-    return re.sub(r"\{[^{}]*\}|(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "#", name)
 
 
 class Names:

@@ -11,8 +11,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 from autopar.ir import folded_names, units
+from autopar.ir.folded_names import pattern
 from autopar.ir.plan import OpPlan, ParameterPlan, Plan
-from autopar.ir.plan_digest import bytes_moved, is_heavy, operator_words, pattern, placements, traffic
+from autopar.ir.plan_digest import bytes_moved, is_heavy, operator_words, placements, traffic
 from autopar.report.terminal import heading, table
 
 MAX_OPERATIONS = 1_000_000
@@ -119,7 +120,9 @@ def _grouped(what: str, rows: list[tuple[str, str, str]]) -> Iterator[Change]:
 
 def _joined(names: list[str], shared: str) -> str:
     if not any("{" in name for name in names):
-        return folded_names.fold(names)
+        folded = folded_names.fold(names)
+        if folded.count("{") == 1:
+            return folded
     return shared.replace("#", "*")
 
 

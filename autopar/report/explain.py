@@ -14,6 +14,7 @@ from rich.text import Text
 
 from autopar.errors import PlanError
 from autopar.ir import folded_names, units
+from autopar.ir.folded_names import pattern
 from autopar.ir.placement import local_shape, parse
 from autopar.ir.plan import Alternative, Axes, CollectivePlan, OpPlan, ParameterPlan, Plan, SegmentPlan
 from autopar.ir.plan_digest import (
@@ -25,7 +26,6 @@ from autopar.ir.plan_digest import (
     first,
     is_heavy,
     operator_words,
-    pattern,
     placements,
     real_axes,
 )

@@ -49,3 +49,19 @@ def test_braces_vary_together() -> None:
 def test_wrong_ranges_are_refused_in_words(name: str) -> None:
     with pytest.raises(ValueError, match=r"range|numbers"):
         folded_names.expand(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [
+        ("model.layers.3.mlp.w", "model.layers.#.mlp.w"),
+        ("model.layers.{0-31}.mlp.w", "model.layers.#.mlp.w"),
+        ("h.0.ln_1.weight", "h.#.ln_1.weight"),
+        ("layer1.0.conv1.weight", "layer1.#.conv1.weight"),
+        ("linear_13", "linear_#"),
+        ("0.weight", "#.weight"),
+        ("0", "#"),
+    ],
+)
+def test_pattern_is_what_repeats_share(name: str, shared: str) -> None:
+    assert folded_names.pattern(name) == shared
