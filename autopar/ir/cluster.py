@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,14 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One level of links in the alpha-beta model: `latency_s` per message step and `bytes_per_s` per device and direction."""
+    """One level of links in the alpha-beta model: `latency_s` per message step and `bytes_per_s` per device and direction.
+
+    `start_s` is what every collective costs once, however few its steps and bytes."""
 
     name: str
     latency_s: float
     bytes_per_s: float
+    start_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +101,22 @@ class Cluster:
 
     @staticmethod
     def local(world_size: int, device_name: str, memory_bytes: int, devices_per_node: int | None = None) -> Cluster:
-        """The cluster of a running process group: `device_name` is `"cpu"` or what CUDA calls the device, `memory_bytes` what one
-        rank may use. A CUDA device that is in no preset is priced as an A100."""
+        """The cluster of a running process group: `device_name` is `"cpu"` or what CUDA calls the device, `memory_bytes` what it
+        has; of a GPU's some is left to the context. A CUDA device that is in no preset is priced as an A100."""
         per_node = devices_per_node or world_size
         if world_size % per_node:
             per_node = math.gcd(world_size, per_node)
         lowered = device_name.lower()
         key = next((key for key in DEVICES if key in lowered), "a100")
         machine = PRESETS[key]
-        device = replace(machine.device, name=device_name, memory_bytes=memory_bytes)
+        usable = memory_bytes if key == "cpu" else int(_USABLE * memory_bytes)
+        device = replace(machine.device, name=device_name, memory_bytes=usable)
         local = replace(machine, name=f"local-{key}x{world_size}", device=device, devices_per_node=per_node, nodes=world_size // per_node)
         return _checked(local, "the running process group")
 
 
 # Memory is the datasheet's decimal size: the card's few per cent beyond it are left to the context, NCCL and fragmentation.
+_USABLE = 0.935  # 80e9 bytes of the 81559 MiB that an H100 reports
 # Peaks: NVIDIA A100 datasheet (2021), H100 datasheet (2023), H200 datasheet (2024), SXM, dense. float32 is the plain FP32 rate, as
 # PyTorch leaves TF32 off for matrix products; float64 is the tensor core rate.
 # Efficiencies: large cuBLAS bfloat16 products reach 70 to 80% of the dense peak on these parts, streaming kernels 80 to 90% of
@@ -136,12 +141,13 @@ DEVICES = {
 # bytes_per_s is what nccl-tests reports as bus bandwidth of large messages: about 80% of the wire inside a machine (A100 235 GB/s of
 # 300, H100 360 GB/s of 450 per direction), 90% of the network cards (DGX A100: 200 Gb/s a GPU, DGX H100 and H200: 400 Gb/s a GPU).
 # latency_s is one hop of the ring with the LL128 protocol: table `hwLat` of NCCL's src/graph/tuning.cc, NVLink 1.9 us, network 4 us.
+# start_s is its `baseLat` of a ring, 8.4 us (Simple protocol).
 # gloo over loopback: 1.5 GB/s and 50 us a step are typical of TCP through the kernel.
 LINKS = {
-    "nvlink3": Link("NVLink3", 1.9e-6, 0.78 * 300e9),
-    "nvlink4": Link("NVLink4", 1.9e-6, 0.80 * 450e9),
-    "ib200": Link("InfiniBand-200", 4e-6, 0.9 * 25e9),
-    "ib400": Link("InfiniBand-400", 4e-6, 0.9 * 50e9),
+    "nvlink3": Link("NVLink3", 1.9e-6, 0.78 * 300e9, 8.4e-6),
+    "nvlink4": Link("NVLink4", 1.9e-6, 0.80 * 450e9, 8.4e-6),
+    "ib200": Link("InfiniBand-200", 4e-6, 0.9 * 25e9, 8.4e-6),
+    "ib400": Link("InfiniBand-400", 4e-6, 0.9 * 50e9, 8.4e-6),
     "gloo": Link("gloo-loopback", 50e-6, 1.5e9),
 }
 
@@ -192,7 +198,8 @@ def _part(data: dict[str, Any], key: str, known: dict[str, Any], kind: type, whe
     if isinstance(given, str) and given in known:
         return known[given]
     names = {field.name for field in fields(kind)}
-    if not isinstance(given, dict) or set(given) != names:
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if not isinstance(given, dict) or not needed <= set(given) <= names:
         raise ClusterError(f"{where}: `{key}` must be one of {', '.join(known)} or a table with {', '.join(sorted(names))}")
     if kind is Device:
         if not isinstance(given["flops_per_s"], dict):
@@ -211,7 +218,8 @@ def _checked(cluster: Cluster, where: str) -> Cluster:
     rates: dict[str, Any] = {f"device.flops_per_s.{key}": value for key, value in device.flops_per_s}
     rates |= {f"device.{key}": getattr(device, key) for key in ("memory_bytes_per_s", "flops_efficiency", "bandwidth_efficiency")}
     rates |= {f"{level}.bytes_per_s": getattr(cluster, level).bytes_per_s for level in ("intra", "inter")}
-    times = {"device.launch_s": device.launch_s, "intra.latency_s": cluster.intra.latency_s, "inter.latency_s": cluster.inter.latency_s}
+    times: dict[str, Any] = {"device.launch_s": device.launch_s}
+    times |= {f"{level}.{key}": getattr(getattr(cluster, level), key) for level in ("intra", "inter") for key in ("latency_s", "start_s")}
     for key, value in (rates | times).items():
         least = "more than 0" if key in rates else "at least 0"
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,6 +1,7 @@
 """Times of collectives in the alpha-beta model, per mesh axis.
 
-With `n` ranks, `a` seconds a hop and `b` bytes per second and device, for `m` bytes of the whole value on one rank:
+With `n` ranks, `a` seconds a hop and `b` bytes per second and device, for `m` bytes of the whole value on one rank, plus the launch of
+a kernel and the link's `start_s`:
 
 | collective     | algorithm | time                              |
 |----------------|-----------|-----------------------------------|
@@ -33,7 +34,8 @@ class Axis:
     link: str
     latency_s: float
     bytes_per_s: float
-    launch_s: float
+    start_s: float
+    """What every collective costs once: a launch and the link's `start_s`."""
 
     def hops(self, kind: str) -> int:
         return (2 if kind == "all_reduce" else 1) * (self.size - 1)
@@ -42,13 +44,13 @@ class Axis:
         """Time of one collective; see the module's table. 0 on an axis of one rank."""
         if self.size == 1:
             return 0.0
-        return self.launch_s + self.hops(kind) * (self.latency_s + size_bytes / self.size / self.bytes_per_s)
+        return self.start_s + self.hops(kind) * (self.latency_s + size_bytes / self.size / self.bytes_per_s)
 
     def bucketed_s(self, kind: str, size_bytes: float) -> float:
         """The same inside a bucket: the fixed part is shared in proportion to the bytes, up to one bucket."""
         if self.size == 1:
             return 0.0
-        fixed_s = self.launch_s + self.hops(kind) * self.latency_s
+        fixed_s = self.start_s + self.hops(kind) * self.latency_s
         return fixed_s * min(1.0, size_bytes / BUCKET_BYTES) + self.hops(kind) * size_bytes / self.size / self.bytes_per_s
 
 
@@ -68,6 +70,6 @@ def axes(cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...]) -> tup
         else:
             cards = max(1, cluster.devices_per_node // stride)
             link, rate = cluster.inter, min(cluster.intra.bytes_per_s, cards * cluster.inter.bytes_per_s)
-        found.append(Axis(name, size, link.name, link.latency_s, rate, cluster.device.launch_s))
+        found.append(Axis(name, size, link.name, link.latency_s, rate, cluster.device.launch_s + link.start_s))
         stride *= size
     return tuple(reversed(found))

@@ -105,7 +105,7 @@ class _Writer:
             groups.setdefault(key, []).append(item.fqn)
             example.setdefault(key, (item.value, used))
         rows = []
-        for key, names in groups.items():
+        for key, names in ((key, names) for key, group in groups.items() for names in _foldable(group)):
             value, used = self.graph.values[example[key][0]], example[key][1]
             storage = self.assignment.storage[names[0]]
             rows.append(
@@ -196,10 +196,23 @@ def _head(module: str) -> str:
     return module
 
 
+def _foldable(names: list[str]) -> list[list[str]]:
+    """Names that differ in their numbers, in groups that differ in one number only: the one that takes most values."""
+    numbers = [tuple(int(item) for item in _NUMBER.findall(name)) for name in names]
+    varying = [len(set(column)) for column in zip(*numbers, strict=True)]
+    if sum(count > 1 for count in varying) <= 1:
+        return [names]
+    ranged = varying.index(max(varying))
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, row in zip(names, numbers, strict=True):
+        groups.setdefault(row[:ranged] + row[ranged + 1 :], []).append(name)
+    return list(groups.values())
+
+
 def _folded(names: list[str]) -> str:
     """One name for all, or the first with how many more there are."""
     unique = list(dict.fromkeys(names))
-    if len({_NUMBER.sub("#", name) for name in unique}) == 1:
+    if len({_NUMBER.sub("#", name) for name in unique}) == 1 and len(_foldable(unique)) == 1:
         return folded_names.fold(unique)
     common = unique[0]
     return f"{common} (and {len(unique) - 1} more)"

@@ -23,6 +23,7 @@ from autopar.search.baselines import baseline as baseline_of
 from autopar.search.build import FREE, Built, Restriction, build
 from autopar.search.costs import Costs
 from autopar.search.describe import describe
+from autopar.search.follow import batch_splits
 from autopar.search.meshes import AXES, Mesh, candidates
 from autopar.search.pins import Pins, apply_pins, check_options, read_pins
 from autopar.search.problem import Solution
@@ -138,6 +139,8 @@ def plan_graph(
     best, bound_s = _best(search, meshes, apply_pins(read, graph, restriction), read)
     if not best.fits and baseline is None:
         raise _infeasible(search, best, meshes)
+    if mesh is None and baseline is None and not read.given:
+        best = _named_for_what_it_does(search, best)
     return _describe(search, best, bound_s, baseline, read, alternatives)
 
 
@@ -171,6 +174,24 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
 
 def _rank(found: Found) -> tuple[bool, float]:
     return not found.fits, found.account.cost_s if found.fits else float(found.memory_bytes)
+
+
+def _named_for_what_it_does(search: Search, best: Found) -> Found:
+    """A mesh of one axis is searched under the name `dp`; where its plan does not split the batch it is called `tp`.
+
+    Only where both lie on the same links; choices are in the same order on both."""
+    size, inner = best.built.costs.mesh
+    if inner != 1 or size == 1 or (1, size) in candidates(search.cluster, None):
+        return best
+    batch = batch_splits(search.structure.graph)
+    ops = search.structure.graph.ops
+    carrying = sum(best.assignment.choices[op.name][0].name in names for op, names in zip(ops, batch, strict=True))
+    sharding = sum(best.assignment.choices[op.name][0].work == "split" for op in ops)
+    if 2 * carrying >= sharding:
+        return best
+    built = build(search.structure, search.costs((1, size)))
+    assignment = built.assignment(best.choice)
+    return replace(best, built=built, assignment=assignment, account=account(search.structure, built.costs, assignment))
 
 
 def relaxed_bound_s(built: Built) -> float:
