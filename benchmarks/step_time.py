@@ -7,17 +7,18 @@ machine slows all alike. One round times one whole training step of each program
 slowest rank is done; the median over the rounds is reported. Peak memory is measured in separate steps (`memory.py`), on the worst rank.
 A small Llama without dropout, float32, one thread a process. Prints JSON; a ratio below 1.0 is in autopar's favour.
 
-| program          | beside                                              |
-|------------------|-----------------------------------------------------|
-| baseline `ddp`   | `DistributedDataParallel`                           |
-| baseline `fsdp`  | `fully_shard` on every layer and on the model       |
-| baseline `tp`    | `parallelize_module`, Megatron's layout             |
-| searched plan    | the fastest of the three                            |
+| program          | beside                                                    |
+|------------------|-----------------------------------------------------------|
+| baseline `ddp`   | `DistributedDataParallel`                                 |
+| baseline `fsdp`  | `fully_shard` on every layer and on the model             |
+| baseline `tp`    | `parallelize_module`, Megatron's layout, `loss_parallel`  |
+| searched plan    | the fastest of the three                                  |
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -78,16 +79,17 @@ def build_batch(options: argparse.Namespace) -> dict[str, Any]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def training_step(module: Any, batch: dict[str, Any], name: str, **prediction: Any) -> Program:
-    """The same loop for every program."""
+def training_step(module: Any, batch: dict[str, Any], name: str, context: Any = contextlib.nullcontext, **prediction: Any) -> Program:
+    """The same loop for every program; forward and backward pass run in `context()`."""
     import torch
 
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = module(**batch).loss
-        loss.backward()
+        with context():
+            loss = module(**batch).loss
+            loss.backward()
         optimizer.step()
         return float(loss.detach())
 
@@ -129,8 +131,8 @@ def torch_fsdp(options: argparse.Namespace) -> Program:
 
 def torch_tp(options: argparse.Namespace) -> Program:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (options.ranks,))
     columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -138,9 +140,9 @@ def torch_tp(options: argparse.Namespace) -> Program:
     layout = {f"model.layers.*.{name}": ColwiseParallel() for name in columns}
     layout |= {f"model.layers.*.{name}": RowwiseParallel() for name in rows}
     layout["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
-    layout["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+    layout["lm_head"] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)  # logits stay split up to the loss
     model = parallelize_module(build_model(options), mesh, layout)
-    return training_step(model, build_batch(options), "parallelize_module")
+    return training_step(model, build_batch(options), "parallelize_module", context=loss_parallel)
 
 
 def ours(options: argparse.Namespace, name: str) -> Program:

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # from the parent to its ranks
     options = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
     if "LOCAL_RANK" in os.environ:
         train_on_ranks(options)
         return
