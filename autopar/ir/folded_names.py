@@ -62,8 +62,8 @@ def stands_for(name: str, single: str) -> bool:
     if "{" not in name:
         return False
     found = ranges(name)
-    pattern = "".join(re.escape(piece) + (r"(\d{1,9})" if i < len(found) else "") for i, piece in enumerate(_BRACES.split(name)[::2]))
-    match = re.fullmatch(pattern, single)
+    regex = "".join(re.escape(piece) + (r"(\d{1,9})" if i < len(found) else "") for i, piece in enumerate(_BRACES.split(name)[::2]))
+    match = re.fullmatch(regex, single)
     if not match:
         return False
     places = {_position(items, int(number)) for items, number in zip(found, match.groups(), strict=True)}

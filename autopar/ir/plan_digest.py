@@ -170,7 +170,7 @@ class Roles:
             del found["tokens"]
         words = [role for role in _ROLE_ORDER if role in found]
         if sharded := self._sharded_state(axis):
-            words.append(sharded)
+            return f"{', '.join(words)}; {sharded}" if words else sharded
         if not words:
             return "nothing: every rank does the same work" if total == found["whole"] else "see the operations"
         return ", ".join(words)
@@ -189,8 +189,8 @@ class Roles:
                 gathers.add(GATHER_WORDS[item.gather])
         if not split:
             return ""
-        share = "" if split > 0.995 * total else f" for {units.percent(split / total)} of the parameters"
-        return f"sharded parameters, gradients and optimizer state{share} (gathered {' or '.join(sorted(gathers))})"
+        share = "all" if split == total else units.percent(split / total)
+        return f"{share} of the parameters sharded, gathered {' or '.join(sorted(gathers))}"
 
 
 @dataclass(frozen=True, slots=True)

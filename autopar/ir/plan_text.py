@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 
 from autopar.ir import units
 from autopar.ir.plan import Plan, SegmentPlan
 from autopar.ir.plan_digest import (
     GATHER_WORDS,
+    KIND_WORDS,
     OpRow,
     ParameterGroup,
     Roles,
@@ -157,11 +159,18 @@ def names_words(names: tuple[str, ...]) -> str:
 
 
 def collective_words(row: OpRow) -> list[str]:
-    """`all-gather@tp 128 MiB`, `backward reduce-scatter@tp 128 MiB`."""
+    """`all-gather@tp 128 MiB`, `backward reduce-scatter@tp 128 MiB`, `2 all-to-all@tp 8.00 MiB both ways`."""
+    counted = Counter((item.phase, KIND_WORDS[item.kind], item.axis, item.bytes) for item in row.collectives)
     words = []
-    for item in row.collectives:
-        phase = "" if item.phase == "forward" else f"{item.phase} "
-        words.append(f"{phase}{item.kind.replace('_', '-')}@{item.axis} {units.size(item.bytes)}")
+    for (phase, kind, axis, size), count in counted.items():
+        text = f"{kind}@{axis} {units.size(size)}"
+        if counted.get(("forward", kind, axis, size)) == counted.get(("backward", kind, axis, size)):
+            if phase == "backward":
+                continue
+            text += " both ways"
+        elif phase == "backward":
+            text = f"backward {text}"
+        words.append(f"{count} {text}" if count > 1 else text)
     return words
 
 

@@ -25,7 +25,6 @@ from autopar.ir.plan_digest import (
     collectives_by_op,
     first,
     is_heavy,
-    operator_words,
     placements,
     real_axes,
 )
@@ -296,7 +295,7 @@ def _split_words(op: OpPlan, axis: str, roles: Roles) -> Text:
 
 def _op_words(plan: Plan, segment: SegmentPlan, op: OpPlan, roles: Roles) -> RenderableType:
     parts = [f"{axis} {roles.role(op, axis) or op.split[axis]} {op.output[axis]}" for axis in real_axes(plan)]
-    return placed(f"{operator_words(op.target)} {op.name}: {', '.join(parts)}")
+    return placed(f"{op.name}: {', '.join(parts)}")
 
 
 def _collectives(items: list[CollectivePlan], console: Console) -> None:

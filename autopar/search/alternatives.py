@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from autopar.ir import folded_names
+from autopar.ir import folded_names, units
 from autopar.ir.assignment import Storage
 from autopar.ir.conversion import State
 from autopar.ir.plan import Alternative, Plan
@@ -19,7 +19,11 @@ from autopar.search.solve import solve
 
 
 def price_alternatives(plan: Plan, built: Built, limit_bytes: float) -> Plan:
-    """`plan` with the alternatives of every parameter row that differ from it on one axis. `limit_bytes` is for what adds up."""
+    """`plan` with the alternatives of every parameter row that differ from it on one axis.
+
+    `limit_bytes` is for what adds up: what it leaves of the plan's limit is workspace, which counts in the memory of an alternative too.
+    """
+    workspace = plan.predicted.memory_limit_bytes - limit_bytes
     node_of = {item.fqn: built.structure.node_of_parameter[index] for index, item in enumerate(built.structure.graph.parameters)}
     rows = []
     for row in plan.parameters:
@@ -27,7 +31,7 @@ def price_alternatives(plan: Plan, built: Built, limit_bytes: float) -> Plan:
         options = [option for option in built.options[nodes[0]] if isinstance(option, Storage)]
         chosen = tuple(row.stored.values())
         others = dict.fromkeys(option.stored for option in options if _differs_on_one_axis(option.stored, chosen))
-        found = [_price(built, nodes, state, limit_bytes) for state in others]
+        found = [_price(built, nodes, state, limit_bytes, workspace) for state in others]
         rows.append(row.model_copy(update={"alternatives": tuple(found)}))
     return plan.model_copy(update={"parameters": tuple(rows)})
 
@@ -36,7 +40,7 @@ def _differs_on_one_axis(state: State, chosen: tuple[str, ...]) -> bool:
     return sum(str(placement) != text for placement, text in zip(state, chosen, strict=True)) == 1
 
 
-def _price(built: Built, nodes: list[int], state: State, limit_bytes: float) -> Alternative:
+def _price(built: Built, nodes: list[int], state: State, limit_bytes: float, workspace_bytes: float) -> Alternative:
     """The best plan with the parameters at `nodes` stored in `state`."""
     stored = dict(zip(built.costs.names, map(str, state), strict=True))
     tables = list(built.problem.tables)
@@ -55,7 +59,9 @@ def _price(built: Built, nodes: list[int], state: State, limit_bytes: float) -> 
         of_node[node] = changed[old]
     problem = replace(built.problem, nodes=tuple(of_node), tables=tuple(tables), memory_limit_bytes=limit_bytes)
     solution = solve(problem)
-    memory = int(solution.memory_bytes)
+    memory = int(solution.memory_bytes + workspace_bytes)
     if not solution.feasible:
-        return Alternative(stored=stored, memory_bytes=memory, why=f"needs {memory - int(limit_bytes)} bytes more than there are")
+        return Alternative(
+            stored=stored, memory_bytes=memory, why=f"needs {units.size(solution.memory_bytes - limit_bytes)} more than there are"
+        )
     return Alternative(stored=stored, cost_s=solution.cost_s, memory_bytes=memory)
