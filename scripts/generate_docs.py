@@ -38,8 +38,12 @@ def devices() -> str:
 
 
 def links() -> str:
-    head = "| link | latency a hop | bytes per second and direction |\n|---|---|---|\n"
-    return head + "".join(f"| `{key}` | {link.latency_s * 1e6:g} us | {link.bytes_per_s / 1e9:g} GB/s |\n" for key, link in LINKS.items())
+    head = "| link | start | latency a hop | bytes per second and direction |\n|---|---|---|---|\n"
+    rows = (
+        f"| `{key}` | {link.start_s * 1e6:g} us | {link.latency_s * 1e6:g} us | {link.bytes_per_s / 1e9:g} GB/s |\n"
+        for key, link in LINKS.items()
+    )
+    return head + "".join(rows)
 
 
 def errors() -> str:
