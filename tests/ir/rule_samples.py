@@ -149,8 +149,21 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (f(2, 4, 6, 8), f(2, 4, 6, 8), f(2, 4, 6, 8), b(2, 1, 1, 6)),
         (f(2, 12, 4, 8), f(2, 2, 4, 8), f(2, 2, 4, 8), None, 0.0, True, {"enable_gqa": True}),
         (f(2, 6, 4, 8), f(2, 1, 4, 8), f(2, 1, 4, 8), f(2, 6, 4, 4), {"enable_gqa": True}),
+        (f(2, 4, 6, 8), f(2, 1, 6, 8), f(2, 1, 6, 8), None, 0.0, True),
         (f(6, 4, 8), f(6, 4, 8), f(6, 4, 8)),
     ],
+    "_grouped_mm.default": [],
+    "transformers.grouped_mm_fallback.default": [],
+    "fft_fftn.default": [],
+    "fft_ifftn.default": [],
+    "divide.Tensor": [(f(6, 4), f(4))],
+    "histc.default": [(f(6, 4), 4, 0.0, 1.0)],
+    "__and__.Tensor": [(b(6, 4), b(4))],
+    "__and__.Scalar": [(i(6, 4), 1)],
+    "__or__.Tensor": [(b(6, 4), b(4))],
+    "__or__.Scalar": [(i(6, 4), 1)],
+    "__xor__.Tensor": [(b(6, 4), b(4))],
+    "__xor__.Scalar": [(i(6, 4), 1)],
     "where.self": [(b(6, 4), f(6, 4), f(1, 4)), (b(6, 1), f(4), f(6, 4))],
     "where.ScalarOther": [(b(6, 4), f(6, 4), 0.5)],
     "where.ScalarSelf": [(b(6, 4), 0.5, f(6, 4))],
@@ -402,6 +415,8 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
 }
 
 UNTRIED = {
+    "fft_fftn.default": "its result is complex",
+    "fft_ifftn.default": "its result is complex",
     "polar.default": "its result is complex",
     "bucketize.Scalar": "takes no tensor to split",
     "eq.default": "takes numbers in eager mode",
@@ -410,6 +425,8 @@ UNTRIED = {
     "new_empty.default": "its values are arbitrary",
     "cudnn_batch_norm.default": "needs a GPU",
     "_reshape_alias.default": "needs strides",
+    "_grouped_mm.default": "takes bfloat16 only",
+    "transformers.grouped_mm_fallback.default": "is checked on its own, with offsets that fit",
     "expand_as.default": "its second operand only gives a shape",
 }
 """Operators whose rule no sample on a CPU can check, and why."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autopar.errors import RuleError
-from autopar.ir.graph import Graph, Op
+from autopar.ir.graph import Graph, Input, Op, Ref, Value
 from autopar.ir.placement import RP, P, R, S
 from autopar.ir.rules import REPLICATE, REPLICATE_PARTIAL_GRADIENT, has_rule, notation, splits, unruled
 from autopar.ir.rules.check import check_split
@@ -167,6 +167,17 @@ def test_equal_operations_share_their_splits() -> None:
     graph, op = call("aten.linear.default", f(4, 6), f(8, 6), f(8))
     other_graph, other = call("aten.linear.default", f(4, 6), f(8, 6), f(8))
     assert splits(graph, op) is splits(other_graph, other)
+
+
+def test_grouped_products_of_experts_split_their_columns_and_their_sum() -> None:
+    pytest.importorskip("transformers.integrations.moe")
+    names_ = {"x": ((6, 4), "float64"), "w": ((2, 4, 8), "float64"), "offsets": ((2,), "int32"), "y": ((6, 8), "float64")}
+    values = {name: Value(name, *rest) for name, rest in names_.items()}
+    op = Op("op", "transformers.grouped_mm_fallback.default", (Ref("x"), Ref("w"), Ref("offsets")), (), ("y",))
+    graph = Graph("experts", values, tuple(Input(name, name) for name in "xw"), (), (), (), (op,), ())
+    assert set(names(graph, op)) == {REPLICATE, "k", "n", "partial"}
+    for split in splits(graph, op):
+        check(graph, op, split, 2)  # offsets are drawn as in `samples.py`: increasing, the last the number of rows
 
 
 def test_discovery_finds_the_splits_of_an_operator_without_a_rule() -> None:

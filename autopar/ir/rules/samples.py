@@ -54,6 +54,8 @@ def _random(op: Op, name: str, slot: int, shapes: Sequence[Shape], dtype: str, g
         # The fourth and fifth operand of a batch norm are statistics; a variance is positive.
         return x * 0.65 + 0.25 if name in _POSITIVE or "batch_norm" in name else x * 4 - 2
     kind = getattr(torch, dtype)
+    if "grouped_mm" in name:  # where each group of rows ends
+        return torch.linspace(0, shapes[0][0], shape[0] + 1)[1:].to(kind)
     if name in _INDICES:
         low, high, ignored = _INDICES[name](op, slot, shapes)
         if name.startswith("scatter") and slot == 1:

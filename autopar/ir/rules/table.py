@@ -26,7 +26,7 @@ RANDOM: frozenset[str] = frozenset(f"aten.{name}" for name in _RANDOM.split())
 def family(function: Family, targets: str) -> None:
     """All of `targets` (separated by blanks) follow `function`."""
     for name in targets.split():
-        target = name if name.startswith("autopar.") else f"aten.{name}"
+        target = name if name.startswith("autopar.") or name.count(".") == 2 else f"aten.{name}"
         assert target not in RULES, f"{target} has two rules"
         RULES[target] = function
 
@@ -59,6 +59,7 @@ rule("baddbmm.default", "+b m n, b m k, b k n -> b m n", uneven="k n", linear=((
 rule("addbmm.default", "+m n, b m k, b k n -> m n", linear=((0, 1),))
 rule("addmv.default", "+m, m k, k -> m", linear=((0, 1),))
 rule("bilinear.default", "... i, ... j, n i j, +n -> ... n", linear=((0, 3),))
+rule("_grouped_mm.default transformers.grouped_mm_fallback.default", "[m] k, [e] k n, [e] -> [m] n", linear=((0,),))
 family(contractions.matmul, "matmul.default")
 family(contractions.outer, "outer.default ger.default")
 family(contractions.einsum, "einsum.default")
@@ -95,14 +96,15 @@ family(
     "threshold.default trunc.default xlogy.Tensor xlogy.Scalar_Other div.Tensor_mode div.Scalar_mode lerp.Tensor lerp.Scalar "
     "addcmul.default addcdiv.default where.ScalarOther where.ScalarSelf where.Scalar sub.Scalar add.Scalar "
     "rsub.Scalar bitwise_and.Scalar_Tensor eq.default isclose.default float_power.Tensor_Scalar float_power.Tensor_Tensor gcd.default "
-    "masked_fill.Tensor fill.Scalar fill.Tensor detach.default signbit.default",
+    "__and__.Tensor __and__.Scalar __or__.Tensor __or__.Scalar __xor__.Tensor __xor__.Scalar masked_fill.Tensor fill.Scalar "
+    "fill.Tensor detach.default signbit.default",
 )
 family(pointwise.additive, "add.Tensor sub.Tensor rsub.Tensor")
-family(pointwise.multiplicative, "mul.Tensor mul.Scalar")
+family(pointwise.multiplicative, "mul.Tensor mul.Scalar multiply.Tensor multiply.Scalar")
 family(
     pointwise.first_linear,
-    "div.Tensor div.Scalar true_divide.Tensor neg.default positive.default clone.default alias.default contiguous.default "
-    "lift_fresh_copy.default detach_copy.default real.default conj.default conj_physical.default",
+    "div.Tensor div.Scalar divide.Tensor divide.Scalar true_divide.Tensor neg.default positive.default clone.default alias.default "
+    "contiguous.default lift_fresh_copy.default detach_copy.default real.default conj.default conj_physical.default",
 )
 family(pointwise.cast, "_to_copy.default to.dtype to.dtype_layout to.device type_as.default view.dtype")
 family(pointwise.where, "where.self")
@@ -151,6 +153,7 @@ family(cuts.along(2, "dims", default=None, linear=True), "roll.default")
 family(cuts.along(1, "dims", default=None, linear=True), "flip.default")
 family(cuts.along(2, "dim", default=-1), "diff.default")
 family(cuts.along(1, "dim", linear=True), "cumsum.default")
+family(cuts.along(2, "dim", default=None, linear=True), "fft_fftn.default fft_ifftn.default")
 family(cuts.along(1, "dim"), "cumprod.default logcumsumexp.default cummax.default cummin.default")
 family(cuts.along(1, "dim", default=-1), "sort.default argsort.default glu.default")
 family(cuts.along(2, "dim", default=-1), "topk.default sort.stable")

@@ -121,28 +121,29 @@ def attention(call: Call) -> Nest | None:
     if any(len(shape) != rank for shape in (q, k, v)) or rank < 3:
         return None
     loops: dict[str, int] = {}
-    many: list[Group] = []
-    few: list[Group] = []
+    lead: list[list[Group]] = [[], [], []]
     for dim in range(rank - 2):
         name = "h" if dim == rank - 3 and rank > 3 else f"d{dim}"
-        if q[dim] == k[dim] == v[dim]:
-            loops[name] = q[dim]
-            many.append((name,))
-            few.append((name,))
+        sizes = (q[dim], k[dim], v[dim])
+        if all(size in (1, result[dim]) for size in sizes):
+            loops[name] = result[dim]
+            groups: list[Group] = [(name,) if size == result[dim] else () for size in sizes]
         elif dim == rank - 3 and call.op.kwarg("enable_gqa", False) is True and k[dim] == v[dim] and q[dim] % k[dim] == 0:
             loops[name], loops["q"] = k[dim], q[dim] // k[dim]
-            many.append((name, "q") if k[dim] > 1 else ("q",))
-            few.append((name,))
+            groups = [(name, "q"), (name,), (name,)]
         else:
             return None
+        for own, group in zip(lead, groups, strict=True):
+            own.append(group)
     causal = bool(call.op.arg(5, "is_causal", False))
     dropped = call.op.arg(4, "dropout_p", 0.0)
     loops["l"] = q[-2]
     whole = frozenset({"l"}) if causal or dropped else frozenset()
-    operands: list[Term] = [(*many, ("l",), ()), (*few, (), ()), (*few, (), ())]
+    operands: list[Term] = [(*lead[0], ("l",), ()), (*lead[1], (), ()), (*lead[2], (), ())]
+    output: Term = (*((name, "q") if name == "h" and "q" in loops else (name,) for name in loops if name not in "ql"), ("l",), ())
     if len(call.operands) > 3:
         mask = call.operands[3].shape
-        full: Term = (*many, ("l",), ())
-        own = tuple(full[rank - len(mask) + dim] if size == result[rank - len(mask) + dim] else () for dim, size in enumerate(mask[:-1]))
+        start = rank - len(mask)
+        own = tuple(output[start + dim] if size == result[start + dim] else () for dim, size in enumerate(mask[:-1]))
         operands.append((*own, ()))
-    return Nest(loops, tuple(operands), ((*many, ("l",), ()),), whole=whole)
+    return Nest(loops, tuple(operands), (output,), whole=whole)
