@@ -11,21 +11,26 @@ value, and only `autopar.runtime.convert` knows that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 # Private in PyTorch; should it move: any map from a group's name to the group will do.
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from autopar.ir.placement import chunk
 
-resolve: Callable[[str], dist.ProcessGroup] = _resolve_process_group
+resolve: Callable[[str], dist.ProcessGroup] = _resolve_process_group  # type: ignore[assignment]
 
 
 # ---- parts: how a tensor is cut and joined ------------------------------------------------------------------------------------
+
+
+def _split_dim(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """`x.unflatten(dim, sizes)`, which PyTorch does not annotate."""
+    result: Tensor = x.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return result
 
 
 def part(x: Tensor, dim: int, blocks: int, parts: int, index: int) -> Tensor:
@@ -34,7 +39,7 @@ def part(x: Tensor, dim: int, blocks: int, parts: int, index: int) -> Tensor:
     start, length = chunk(size, parts, index)
     if blocks == 1:
         return x.narrow(dim, start, length)
-    return x.unflatten(dim, (blocks, size)).narrow(dim + 1, start, length).flatten(dim, dim + 1)
+    return _split_dim(x, dim, (blocks, size)).narrow(dim + 1, start, length).flatten(dim, dim + 1)
 
 
 def pad_part(x: Tensor, dim: int, blocks: int, size: int, parts: int, index: int) -> Tensor:
@@ -44,8 +49,8 @@ def pad_part(x: Tensor, dim: int, blocks: int, size: int, parts: int, index: int
     if blocks == 1:
         whole.narrow(dim, start, length).copy_(x)
     else:
-        inner = whole.unflatten(dim, (blocks, size // blocks)).narrow(dim + 1, start, length)
-        inner.copy_(x.unflatten(dim, (blocks, length)))
+        inner = _split_dim(whole, dim, (blocks, size // blocks)).narrow(dim + 1, start, length)
+        inner.copy_(_split_dim(x, dim, (blocks, length)))
     return whole
 
 
@@ -62,7 +67,7 @@ def stretch(x: Tensor, dim: int, blocks: int, to: int) -> Tensor:
     shape = (*x.shape[:dim], blocks, to, *x.shape[dim + 1 :])
     out = x.new_zeros(shape)
     if length:
-        out.narrow(dim + 1, 0, length).copy_(x.unflatten(dim, (blocks, length)))
+        out.narrow(dim + 1, 0, length).copy_(_split_dim(x, dim, (blocks, length)))
     return out.flatten(dim, dim + 1)
 
 
@@ -73,7 +78,7 @@ def shrink(x: Tensor, dim: int, blocks: int, length: int) -> Tensor:
         return x
     if blocks == 1:
         return x.narrow(dim, 0, length)
-    return x.unflatten(dim, (blocks, padded)).narrow(dim + 1, 0, length).flatten(dim, dim + 1)
+    return _split_dim(x, dim, (blocks, padded)).narrow(dim + 1, 0, length).flatten(dim, dim + 1)
 
 
 def cut(x: Tensor, dim: int, blocks: int, parts: int) -> Tensor:
@@ -81,8 +86,8 @@ def cut(x: Tensor, dim: int, blocks: int, parts: int) -> Tensor:
     length = largest(x.shape[dim], blocks, parts)
     x = stretch(x, dim, blocks, length * parts)
     if blocks == 1:
-        return x.unflatten(dim, (parts, length)).movedim(dim, 0)
-    return x.unflatten(dim, (blocks, parts, length)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
+        return _split_dim(x, dim, (parts, length)).movedim(dim, 0)
+    return _split_dim(x, dim, (blocks, parts, length)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
 
 
 def join(x: Tensor, dim: int, blocks: int, size: int) -> Tensor:
@@ -90,7 +95,7 @@ def join(x: Tensor, dim: int, blocks: int, size: int) -> Tensor:
     if blocks == 1:
         whole = x.movedim(0, dim).flatten(dim, dim + 1)
     else:
-        whole = x.unflatten(dim + 1, (blocks, -1)).movedim(0, dim + 1).flatten(dim, dim + 2)
+        whole = _split_dim(x, dim + 1, (blocks, -1)).movedim(0, dim + 1).flatten(dim, dim + 2)
     return shrink(whole, dim, blocks, size // blocks)
 
 
@@ -98,7 +103,7 @@ def join_into(out: Tensor, x: Tensor, dim: int, blocks: int) -> None:
     """`join` the stacked parts `x` into the whole `out`, with one copy where the parts are equal."""
     size, parts = out.shape[dim], x.shape[0]
     if blocks == 1 and size == parts * x.shape[dim + 1]:
-        out.unflatten(dim, (parts, -1)).copy_(x.movedim(0, dim))
+        _split_dim(out, dim, (parts, -1)).copy_(x.movedim(0, dim))
     else:
         out.copy_(join(x, dim, blocks, size))
 
@@ -118,7 +123,8 @@ def _wire(x: Tensor) -> Tensor:
 
 def gather_into(out: Tensor, x: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
     """`out (n, ...)` = the `x (...)` of all `n` ranks, both contiguous."""
-    return dist.all_gather_single(out.view(-1), x.view(-1), group=group, async_op=async_op)
+    work: dist.Work | None = dist.all_gather_single(out.view(-1), x.view(-1), group=group, async_op=async_op)
+    return work
 
 
 class _Then:
@@ -138,7 +144,8 @@ def reduce_scatter_into(out: Tensor, x: Tensor, group: dist.ProcessGroup, async_
     Gloo's own reduce-scatter is an all-reduce of everything (PyTorch 2.13); exchanging the rows and adding them here moves half.
     """
     if not _is_gloo(group):
-        return dist.reduce_scatter_single(out.view(-1), x.view(-1), group=group, async_op=async_op)
+        direct: dist.Work | None = dist.reduce_scatter_single(out.view(-1), x.view(-1), group=group, async_op=async_op)
+        return direct
     received = torch.empty_like(x)
     work = dist.all_to_all_single(received.view(-1), x.view(-1), group=group, async_op=async_op)
     flat = out.view(-1)
@@ -165,8 +172,7 @@ def _all_gather(x: Tensor, dim: int, blocks: int, size: int, group: str) -> Tens
     wire = _wire(x)
     out = wire.new_empty((parts, *x.shape))
     gather_into(out, wire, process_group)
-    whole = join(out.view(x.dtype), dim, blocks, size).contiguous()
-    return whole
+    return join(out.view(x.dtype), dim, blocks, size).contiguous()
 
 
 def _reduce_scatter(x: Tensor, dim: int, blocks: int, group: str) -> Tensor:
@@ -191,11 +197,11 @@ def _all_to_all(x: Tensor, dim: int, blocks: int, to_dim: int, to_blocks: int, s
     return shrink(whole, to_dim, to_blocks, length).contiguous()
 
 
-_library = torch.library.Library("autopar", "FRAGMENT")
-_library.define("all_reduce(Tensor x, str group) -> Tensor")
-_library.define("all_gather(Tensor x, int dim, int blocks, int size, str group) -> Tensor")
-_library.define("reduce_scatter(Tensor x, int dim, int blocks, str group) -> Tensor")
-_library.define("all_to_all(Tensor x, int dim, int blocks, int to_dim, int to_blocks, int size, str group) -> Tensor")
+_library = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("all_reduce(Tensor x, str group) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("all_gather(Tensor x, int dim, int blocks, int size, str group) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("reduce_scatter(Tensor x, int dim, int blocks, str group) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("all_to_all(Tensor x, int dim, int blocks, int to_dim, int to_blocks, int size, str group) -> Tensor")  # type: ignore[no-untyped-call]
 for _name, _function in (
     ("all_reduce", _all_reduce),
     ("all_gather", _all_gather),
@@ -203,30 +209,30 @@ for _name, _function in (
     ("all_to_all", _all_to_all),
 ):
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
+        _library.impl(_name, _function, _key)  # type: ignore[no-untyped-call]
 
 
 def _resized(x: Tensor, dim: int, size: int) -> Tensor:
     return x.new_empty((*x.shape[:dim], size, *x.shape[dim + 1 :]))
 
 
-@torch.library.register_fake("autopar::all_reduce", lib=_library)
+@torch.library.register_fake("autopar::all_reduce", lib=_library)  # type: ignore[untyped-decorator]
 def _all_reduce_fake(x: Tensor, group: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("autopar::all_gather", lib=_library)
+@torch.library.register_fake("autopar::all_gather", lib=_library)  # type: ignore[untyped-decorator]
 def _all_gather_fake(x: Tensor, dim: int, blocks: int, size: int, group: str) -> Tensor:
     return _resized(x, dim, size)
 
 
-@torch.library.register_fake("autopar::reduce_scatter", lib=_library)
+@torch.library.register_fake("autopar::reduce_scatter", lib=_library)  # type: ignore[untyped-decorator]
 def _reduce_scatter_fake(x: Tensor, dim: int, blocks: int, group: str) -> Tensor:
     process_group = resolve(group)
     return _resized(x, dim, blocks * chunk(x.shape[dim] // blocks, process_group.size(), process_group.rank())[1])
 
 
-@torch.library.register_fake("autopar::all_to_all", lib=_library)
+@torch.library.register_fake("autopar::all_to_all", lib=_library)  # type: ignore[untyped-decorator]
 def _all_to_all_fake(x: Tensor, dim: int, blocks: int, to_dim: int, to_blocks: int, size: int, group: str) -> Tensor:
     process_group = resolve(group)
     whole = _resized(x, dim, size)

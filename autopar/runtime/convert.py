@@ -117,7 +117,7 @@ def act(action: Action, x: Tensor, source: Part, target: Part, parts: int, index
 
 class _Convert(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, forward: Action, backward: Action, dim: int, blocks: int, size: int,
         to_dim: int, to_blocks: int, to_size: int, parts: int, index: int, group: str,
     ) -> Tensor:  # fmt: skip

@@ -29,30 +29,31 @@ def mix(*numbers: int) -> int:
     return state & _MASK
 
 
-def _keep_mask(like: Tensor, p: float, seed: int, step: int, part: int) -> Tensor:
+def _keep_mask(like: Tensor, p: float, part: int, counter: Tensor) -> Tensor:
     generator = torch.Generator(like.device)
-    generator.manual_seed(mix(seed, step, part))
+    generator.manual_seed(mix(*counter.tolist(), part))
     return torch.empty(like.shape, dtype=torch.bool, device=like.device).bernoulli_(1 - p, generator=generator)
 
 
-# An operator of its own so that `torch.compile` neither traces the generator nor guards on the seed.
-_library = torch.library.Library("autopar", "FRAGMENT")
-_library.define("keep_mask(Tensor like, float p, SymInt seed, SymInt step, SymInt part) -> Tensor")
+# An operator of its own so that `torch.compile` neither traces the generator nor guards on the seed and step, which are a tensor for
+# the same reason.
+_library = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("keep_mask(Tensor like, float p, int part, Tensor counter) -> Tensor")  # type: ignore[no-untyped-call]
 for _key in ("CPU", "CUDA"):
-    _library.impl("keep_mask", _keep_mask, _key)
+    _library.impl("keep_mask", _keep_mask, _key)  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("autopar::keep_mask", lib=_library)
-def _keep_mask_fake(like: Tensor, p: float, seed: int, step: int, part: int) -> Tensor:
+@torch.library.register_fake("autopar::keep_mask", lib=_library)  # type: ignore[untyped-decorator]
+def _keep_mask_fake(like: Tensor, p: float, part: int, counter: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=torch.bool, device=like.device)
 
 
-def dropout(x: Tensor, p: float, part: int, seed: int, step: int) -> Tensor:
-    """`x` with elements zeroed with probability `p` and the others divided by `1 - p`; `part` numbers the operation and the part of
-    the value that this rank holds."""
+def dropout(x: Tensor, p: float, part: int, counter: Tensor) -> Tensor:
+    """`x` with elements zeroed with probability `p` and the others divided by `1 - p`. `part` numbers the operation and the part of
+    the value that this rank holds; `counter`: `(2,)` int64 on CPU, the run's seed and the step."""
     if p >= 1:
         return x * 0
-    mask = torch.ops.autopar.keep_mask(x.detach(), p, seed, step, part)
+    mask: Tensor = torch.ops.autopar.keep_mask(x.detach(), p, part, counter)
     return x * mask * (1 / (1 - p))
 
 
@@ -71,16 +72,17 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         generator.set_state(state)
 
 
-def attention(part: int, seed: int, step: int, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def attention(part: int, counter: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`scaled_dot_product_attention` with dropout, its masks drawn as this module's docstring says."""
     if torch.compiler.is_compiling():
-        return _composed_attention(part, seed, step, query, key, value, *args, **kwargs)
-    with seeded(query.device, mix(seed, step, part)):
-        return torch.ops.aten.scaled_dot_product_attention.default(query, key, value, *args, **kwargs)
+        return _composed_attention(part, counter, query, key, value, *args, **kwargs)
+    with seeded(query.device, mix(*counter.tolist(), part)):
+        result: Tensor = torch.ops.aten.scaled_dot_product_attention.default(query, key, value, *args, **kwargs)
+    return result
 
 
 def _composed_attention(
-    part: int, seed: int, step: int, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    part: int, counter: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention from operations that a compiler can trace, random masks included."""
@@ -93,7 +95,7 @@ def _composed_attention(
         scores = scores.masked_fill(~allowed, float("-inf"))
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return dropout(torch.softmax(scores, -1), dropout_p, part, seed, step) @ value
+    return dropout(torch.softmax(scores, -1), dropout_p, part, counter) @ value
 
 
 class _NoDropout(TorchFunctionMode):

@@ -49,7 +49,9 @@ class _Flat:
 
     def issue(self, locals_: Sequence[Tensor]) -> None:
         packed = [
-            collectives.stretch(local, step.source.dim, step.source.blocks, collectives.largest(step.source.size, step.source.blocks, step.parts))
+            collectives.stretch(
+                local, step.source.dim, step.source.blocks, collectives.largest(step.source.size, step.source.blocks, step.parts)
+            )
             for local, step in zip(locals_, (_gathering(leaf) for leaf in self.leaves), strict=True)
         ]
         self.shapes = [tensor.shape for tensor in packed]
@@ -63,7 +65,7 @@ class _Flat:
         start = 0
         for leaf, shape in zip(self.leaves, self.shapes, strict=True):
             step = _gathering(leaf)
-            stacked = self.received[:, start : start + shape.numel()].unflatten(1, shape)
+            stacked = self.received[:, start : start + shape.numel()].view(-1, *shape)
             collectives.join_into(leaf.data, stacked, step.source.dim, step.source.blocks)
             start += shape.numel()
         del self.message, self.received

@@ -11,6 +11,7 @@ After Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Par
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -135,9 +136,9 @@ class Message:
         return found
 
 
-def _wait(work: object) -> None:
+def _wait(work: Any) -> None:
     if work is not None:
-        work.wait()  # type: ignore[attr-defined]
+        work.wait()
 
 
 def messages(leaves: Sequence[Leaf]) -> list[Message]:
@@ -180,7 +181,7 @@ class Reducer:
         for handle in self._handles:
             handle.remove()
         trainable = [leaf for leaf in self.leaves if leaf.tensor.requires_grad]
-        self._handles = [leaf.tensor.register_post_accumulate_grad_hook(lambda _, leaf=leaf: self._arrived(leaf)) for leaf in trainable]
+        self._handles = [leaf.tensor.register_post_accumulate_grad_hook(lambda _, leaf=leaf: self._arrived(leaf)) for leaf in trainable]  # type: ignore[no-untyped-call]
         # The last used first: that is how the backward pass meets them. Leaves that nobody reads come last, and have no gradient.
         ordered = sorted(trainable, key=lambda leaf: -(leaf.use.readers[0] if leaf.use.readers else -1))
         self._plain = {id(leaf) for leaf in ordered if _talking(leaf) is None}
@@ -200,7 +201,7 @@ class Reducer:
         if not self._running:
             self._running = True
             # Private in PyTorch, and what DDP and FSDP build on.
-            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _arrived(self, leaf: Leaf) -> None:
         self.begin()
@@ -266,6 +267,6 @@ class Reducer:
             (present._local_tensor if isinstance(present, DTensor) else present).add_(gradient)
         elif isinstance(parameter, DTensor):
             # The constructor that DTensor's own operators use; `DTensor.from_local` does the same with checks and an autograd node.
-            parameter.grad = DTensor(gradient, parameter._spec, requires_grad=False)  # type: ignore[call-arg]
+            parameter.grad = DTensor(gradient, parameter._spec, requires_grad=False)  # type: ignore[no-untyped-call]
         else:
             parameter.grad = gradient

@@ -3,7 +3,7 @@
 The program is an `fx.GraphModule` of plain operator calls on local tensors: sizes, parts and groups are constants in it, and
 nothing is looked up while it runs. Conversions stand where a reader first needs them, and are shared by all who need the same.
 
-Its arguments are, in order: the tensors of `graph.inputs`, `parameters`, `buffers` and `constants`, then the dropout seed and step.
+Its arguments are, in order: the tensors of `graph.inputs`, `parameters`, `buffers` and `constants`, then dropout's `counter`.
 It returns the tensors of `graph.outputs`, then the new values of the buffers that are updated.
 """
 
@@ -45,7 +45,7 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """Which of a traced model's behaviours to lower: with or without `dropout`, batch norm by the batch's `statistics` or the running ones."""
+    """Which behaviour of a traced model to lower: with `dropout` or without, batch norm by the batch's `statistics` or the running ones."""
 
     dropout: bool = True
     statistics: bool = True
@@ -93,7 +93,7 @@ class _Lowering:
             self.define(buffer.value, whole, self.fx.placeholder(f"buffer_{index}"))
         for index, constant in enumerate(graph.constants):
             self.define(constant.value, whole, self.fx.placeholder(f"constant_{index}"))
-        self.seed, self.step = self.fx.placeholder("seed"), self.fx.placeholder("step")
+        self.counter = self.fx.placeholder("counter")
         for index, op in enumerate(graph.ops):
             for hook in self.hooks.before.get(index, ()):
                 self.call(hook)
@@ -172,9 +172,9 @@ class _Lowering:
     def invoke(self, index: int, op: Op, wanted: tuple[State, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """The call of `op` on local operands, or of what stands in for it on the ranks of the axes that split it."""
         if op.target == "autopar.dropout":
-            return self.call(dropout.dropout, *args, self.part(index, wanted[0]), self.seed, self.step)
+            return self.call(dropout.dropout, *args, self.part(index, wanted[0]), self.counter)
         if op.target == ATTENTION and _dropout_p(args, kwargs) > 0:
-            return self.call(dropout.attention, self.part(index, wanted[0]), self.seed, self.step, *args, **kwargs)
+            return self.call(dropout.attention, self.part(index, wanted[0]), self.counter, *args, **kwargs)
         special = self.special(op)
         if special is not None:
             return self.call(special, *args, **kwargs)
@@ -255,4 +255,6 @@ def _dropout_p(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
 
 
 def _without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:]), {name: value for name, value in kwargs.items() if name != "dropout_p"}
+    return (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:]), {
+        name: value for name, value in kwargs.items() if name != "dropout_p"
+    }

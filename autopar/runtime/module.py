@@ -74,9 +74,9 @@ class ParallelModule(nn.Module):
         self._reducer = Reducer(self._leaves, self._gatherer.gradient_done, self._gatherer.backward_done)
         self._programs: dict[tuple[Mode, bool], fx.GraphModule] = {}
         self._dropout = True
-        self._step = 0
         # Masks of dropout must agree between ranks that hold the same part.
-        self._seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
+        seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
+        self._counter = torch.tensor([seed, 0])
         states = dict.fromkeys((item.path for item in graph.inputs), whole) | given_states(plan, inputs)
         self._borders = Borders(
             {item.value: states[item.path] for item in graph.inputs}, {use.value: use.leaf for use in self._uses}, self._outputs
@@ -127,7 +127,7 @@ class ParallelModule(nn.Module):
             theirs, ours = parameters.get(parameter.fqn), self._stored[index]
             if theirs is None or theirs is ours:
                 continue
-            torch.utils.swap_tensors(theirs, ours)
+            torch.utils.swap_tensors(theirs, ours)  # type: ignore[no-untyped-call]
             self._stored[index] = self._leaves[index].parameter = theirs
             for fqn in (parameter.fqn, *parameter.aliases):
                 owner, name = self._owner(fqn)
@@ -143,25 +143,25 @@ class ParallelModule(nn.Module):
         else:
             leaves, program = self._begin(), self._program(functional=False)
         buffers = [owner._buffers[name] for owner, name in self._buffer_owners]
-        results = program(*tensors, *leaves, *buffers, *self._constants, self._seed, self._step)
+        results = program(*tensors, *leaves, *buffers, *self._constants, self._counter)
         count = len(self._outputs)
-        if self.training:
-            self._step += 1
-            if self._updated:
-                self._write_back([buffers[index] for index in self._updated], results[count:])
+        if self.training and self._updated:
+            self._write_back([buffers[index] for index in self._updated], results[count:])
         return self._as_model_returns(results[:count])
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # checks and slicing in plain Python: nothing to compile
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         if self.training and not self._traced.graph.training:
             raise RuntimeSetupError(
-                "this module was planned in evaluation mode and is called in training mode; call `.eval()` first, or plan after `model.train()`"
+                "this module was planned in evaluation mode but is called in training mode; call `.eval()`, or plan after `model.train()`"
             )
+        self._counter[1] += 1
         return self._binder.bind(args, kwargs)
 
     def _begin(self) -> list[Tensor]:
         """Leaves for a new forward pass."""
-        if any([leaf.refresh() for leaf in self._leaves]):
+        renewed = [leaf.refresh() for leaf in self._leaves]
+        if any(renewed):
             self._reducer.watch()
             for bucket in self._buckets:
                 bucket.renew()
@@ -181,9 +181,7 @@ class ParallelModule(nn.Module):
         key = (mode, functional)
         if key not in self._programs:
             hooks = Hooks() if functional else hooks_of(self._buckets, self._gatherer, self._reducer.begin)
-            self._programs[key] = lower(
-                self._traced.graph, self._assignment, self._place, self._borders, self._device, mode, hooks
-            )
+            self._programs[key] = lower(self._traced.graph, self._assignment, self._place, self._borders, self._device, mode, hooks)
         return self._programs[key]
 
     @torch.no_grad()
@@ -239,4 +237,4 @@ def sharded(local: Tensor, mesh: DeviceMesh, state: State, shape: tuple[int, ...
     """`local` as this rank's part of a DTensor of global `shape` in `state`, without talking to anyone."""
     meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), local.dtype)
     # The constructor that DTensor's own operators use; `DTensor.from_local` does the same, with checks and an autograd node.
-    return DTensor(local, DTensorSpec(mesh, torch_placements(state), tensor_meta=meta), requires_grad=False)  # type: ignore[call-arg]
+    return DTensor(local, DTensorSpec(mesh, torch_placements(state), tensor_meta=meta), requires_grad=False)  # type: ignore[no-untyped-call]

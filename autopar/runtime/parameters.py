@@ -23,12 +23,12 @@ from autopar.runtime.convert import LocalStep, Place, local_steps
 MAY_SHARE_MEMORY = frozenset(
     {
         "autopar.reshard", "aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.expand.default",
-        "aten.t.default", "aten.transpose.int", "aten.permute.default", "aten.slice.Tensor", "aten.select.int", "aten.unsqueeze.default",
-        "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.split.Tensor", "aten.split_with_sizes.default",
-        "aten.chunk.default", "aten.unbind.int", "aten.narrow.default", "aten.alias.default", "aten.detach.default", "aten.diagonal.default",
-        "aten.unfold.default", "aten.movedim.int", "aten.contiguous.default", "aten.flatten.using_ints", "aten.unflatten.int",
-        "aten.numpy_T.default", "aten.mT.default", "aten.as_strided.default", "aten.real.default", "aten.view_as_real.default",
-        "aten.view_as_complex.default", "aten._to_copy.default",
+        "aten.t.default", "aten.transpose.int", "aten.permute.default", "aten.slice.Tensor", "aten.select.int",
+        "aten.unsqueeze.default", "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.split.Tensor",
+        "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int", "aten.narrow.default", "aten.alias.default",
+        "aten.detach.default", "aten.diagonal.default", "aten.unfold.default", "aten.movedim.int", "aten.contiguous.default",
+        "aten.flatten.using_ints", "aten.unflatten.int", "aten.numpy_T.default", "aten.mT.default", "aten.as_strided.default",
+        "aten.real.default", "aten.view_as_real.default", "aten.view_as_complex.default", "aten._to_copy.default",
     }
 )  # fmt: skip
 """Operators whose result may lie in their operand's memory; a reader of the result then reads the operand."""

@@ -50,9 +50,7 @@ def random_assignment(graph: Graph, mesh: Mesh, seed: int, whole_share: float = 
     for op in graph.ops:
         options = splits(graph, op)
         for _ in range(100):
-            choice = tuple(
-                options[0] if size == 1 or choose.random() < whole_share else choose.choice(options) for size in mesh
-            )
+            choice = tuple(options[0] if size == 1 or choose.random() < whole_share else choose.choice(options) for size in mesh)
             if conflict(graph, op, choice, AXES, mesh) is None:
                 break
         else:
@@ -197,12 +195,8 @@ def widened(traced: TracedModel) -> TracedModel:
         return tuple(map(argument, arg)) if isinstance(arg, tuple) else arg
 
     graph = traced.graph
-    ops = tuple(
-        replace(op, args=argument(op.args), kwargs=tuple((key, argument(arg)) for key, arg in op.kwargs)) for op in graph.ops
-    )
-    values = {
-        name: replace(value, dtype="float64") if value.dtype == "float32" else value for name, value in graph.values.items()
-    }
+    ops = tuple(replace(op, args=argument(op.args), kwargs=tuple((key, argument(arg)) for key, arg in op.kwargs)) for op in graph.ops)
+    values = {name: replace(value, dtype="float64") if value.dtype == "float32" else value for name, value in graph.values.items()}
     constants = {name: tensor.double() if tensor.dtype == torch.float32 else tensor for name, tensor in traced.constants.items()}
     return replace(traced, graph=replace(graph, ops=ops, values=values), constants=constants)
 
@@ -258,7 +252,9 @@ def main() -> None:
             try:
                 error, where = compare(name, (mesh[0], mesh[1]), seed)
             except Exception as failure:
-                print(f"{name} {options.mesh} seed {seed}: {type(failure).__name__}: {failure}\n{traceback.format_exc(limit=-4)}", flush=True)
+                print(
+                    f"{name} {options.mesh} seed {seed}: {type(failure).__name__}: {failure}\n{traceback.format_exc(limit=-4)}", flush=True
+                )
                 continue
             print(f"{name} {options.mesh} seed {seed}: {error:.1e} {where}{'' if error < 1e-10 else '   <----'}", flush=True)
 

@@ -37,7 +37,7 @@ def _spread_axis(x: Tensor, placement: Placement, parts: int, gradient: bool) ->
 
 def summed(pieces: list[Tensor], state: State, mesh: Mesh, kind: Kind) -> list[Tensor]:
     """`pieces` with those of axes in `kind` replaced by their sum, so that what is left can be compared rank by rank."""
-    grid = {index: piece for index, piece in zip(itertools.product(*map(range, mesh)), pieces, strict=True)}
+    grid = dict(zip(itertools.product(*map(range, mesh)), pieces, strict=True))
     for axis, placement in enumerate(state):
         if placement.kind is kind:
             total = {

@@ -16,8 +16,21 @@ from autopar.runtime.dropout import without_dropout
 from autopar.runtime.module import ParallelModule
 from tests.runtime import random_plans
 from tests.runtime.random_plans import (
-    Facts, Mesh, Wide, compare, difference, example, facts, float64, output_states, parallel_module, random_assignment, reference, total,
-    whole, widened,
+    Facts,
+    Mesh,
+    Wide,
+    compare,
+    difference,
+    example,
+    facts,
+    float64,
+    output_states,
+    parallel_module,
+    random_assignment,
+    reference,
+    total,
+    whole,
+    widened,
 )  # fmt: skip
 from tests.runtime.simulated import simulate
 
