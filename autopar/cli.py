@@ -202,7 +202,7 @@ def validate(
         from autopar.report.progress import live_line
 
         with live_line("loading the model") as (enter, _):
-            model, inputs = _load(source, *_sizes(found, batch, seq, dtype))
+            model, inputs = _load(source, *_sizes(found, source, batch, seq, dtype))
             enter("tracing")
 
             from autopar.ir.trace import split_example, trace
@@ -223,7 +223,7 @@ def verify(source: Source, plan: PlanFile, batch: Batch = None, seq: Seq = None,
 
     found = _read(plan)
     with live_line("loading the model") as (enter, _):
-        model, inputs = _load(source, *_sizes(found, batch, seq, dtype))
+        model, inputs = _load(source, *_sizes(found, source, batch, seq, dtype))
         enter(f"training on 1 and on {found.world_size} local processes")
 
         import autopar
@@ -259,24 +259,22 @@ def _read(path: Path) -> Plan:
     return Plan.load(path)
 
 
+_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
 def _load(source: str, batch: int | None, seq: int | None, dtype: str | None) -> tuple[Any, Any]:
-    """The model and its example inputs. Modules in the current directory can be named, as with `python -m`."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    """The model and its example inputs."""
     from autopar.ir.sources import load_model
 
-    given = {"batch": batch, "seq": seq, "dtype": dtype}
-    return load_model(source, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    return load_model(source, batch, seq, None if dtype is None else _DTYPES.get(dtype, dtype))
 
 
-def _sizes(plan: Plan, batch: int | None, seq: int | None, dtype: str | None) -> tuple[int | None, int | None, str | None]:
-    """What was not given, as the plan has it: batch and sequence of its first input."""
-    shape = plan.inputs[0].shape if plan.inputs else ()
-    return (
-        batch if batch is not None or not shape else shape[0],
-        seq if seq is not None or len(shape) < 2 else shape[1],
-        dtype or (plan.parameters[0].dtype if plan.parameters else None),
-    )
+def _sizes(plan: Plan, source: str, batch: int | None, seq: int | None, dtype: str | None) -> tuple[int | None, int | None, str | None]:
+    """For a transformers model, whose inputs are made here, what was not given is as the plan has it."""
+    if not source.startswith("hf:") or not plan.inputs or not plan.parameters:
+        return batch, seq, dtype
+    shape = plan.inputs[0].shape
+    return batch or (shape[0] if shape else None), seq or (shape[1] if len(shape) == 2 else None), dtype or plan.parameters[0].dtype
 
 
 def _mesh(text: str) -> tuple[int, int]:

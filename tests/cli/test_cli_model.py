@@ -1,0 +1,90 @@
+"""The commands that read a model: plan, compare, validate against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autopar.ir.plan import Plan
+from tests.cli.test_cli import run
+
+MODEL = "tests.cli.small:net"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan that the command line made."""
+    path = tmp_path_factory.mktemp("plans") / "plan.json"
+    from autopar.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main(["plan", MODEL, "--cluster", "cpu:4", "--mesh", "2x2", "--alternatives", "-o", str(path)])
+    assert not end.value.code
+    return path
+
+
+def test_the_plan_made_is_a_plan_for_the_model(capsys: pytest.CaptureFixture[str], made: Path) -> None:
+    assert Plan.load(made).mesh == {"dp": 2, "tp": 2}
+    assert run(capsys, "validate", str(made))[:2] == (0, f"{made}: sound\n")
+    assert run(capsys, "validate", str(made), MODEL)[:2] == (0, f"{made}: sound, and a plan for {MODEL}\n")
+    code, out, _ = run(capsys, "explain", str(made), "up.weight")
+    assert code == 0
+    assert "chosen" in out
+
+
+def test_another_model_or_batch_is_refused(capsys: pytest.CaptureFixture[str], made: Path) -> None:
+    for arguments in (["tests.cli.small:wider"], [MODEL, "--batch", "16"]):
+        code, out, err = run(capsys, "validate", str(made), *arguments)
+        assert (code, out) == (2, "")
+        assert "the plan is for `Net`" in err
+
+
+def test_an_edited_plan_is_told_where_it_contradicts_itself(capsys: pytest.CaptureFixture[str], made: Path, tmp_path: Path) -> None:
+    plan = Plan.load(made)
+    first = plan.segments[0].ops[0]
+    wrong = first.model_copy(update={"output": dict.fromkeys(plan.mesh, "P(sum)")})
+    segment = plan.segments[0].model_copy(update={"ops": (wrong, *plan.segments[0].ops[1:])})
+    path = tmp_path / "edited.json"
+    plan.model_copy(update={"segments": (segment, *plan.segments[1:])}).save(path)
+    code, out, _ = run(capsys, "validate", str(path), MODEL)
+    assert code == 1
+    assert f"operation `{first.name}`" in out
+
+
+def test_compare_shows_the_baselines_beside_the_searched_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    code, out, err = run(capsys, "plan", MODEL, "-c", "cpu:2", "--compare", "-o", str(path))
+    assert code == 0
+    assert Plan.load(path).name == "searched"
+    assert err == f"plan written to {path}\n"
+    for name in ("searched", "ddp", "zero1", "fsdp", "tp", "tp-sp"):
+        assert f"\n{name} " in out, name
+
+
+def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    code, out, err = run(capsys, "plan", MODEL, "-c", "cpu:2", "--memory-limit", "100", "-o", str(path))
+    assert (code, out) == (1, "")
+    assert "does not fit" in err
+    assert not path.exists()
+    code, out, _ = run(capsys, "plan", MODEL, "-c", "cpu:2", "--memory-limit", "100", "--baseline", "ddp")
+    assert code == 1
+    assert "are missing" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tests.cli.small:nett", "-c", "cpu:2"], "did you mean `net`"),
+        (["tests.cli.smal:net", "-c", "cpu:2"], "no module `tests.cli.smal`"),
+        ([MODEL, "-c", "tpu"], "`tpu` is no cluster"),
+        ([MODEL, "-c", "cpu:2", "--pin", "*.sideways=S(0)@tp"], "*.sideways"),
+        ([MODEL, "-c", "cpu:2", "--dtype", "int8"], "no dtype of parameters"),
+    ],
+)
+def test_errors_of_use(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    code, out, err = run(capsys, "plan", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
