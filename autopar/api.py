@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autopar.errors import InfeasibleError, PlanError
+from autopar.errors import AutoparError, InfeasibleError, PlanError
 from autopar.ir.cluster import Cluster, resolve
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel, split_example, trace
@@ -22,6 +22,7 @@ from autopar.search.baselines import BASELINES
 from autopar.search.planner import plan_graph
 
 if TYPE_CHECKING:
+    from autopar.runtime.module import ParallelModule
     from autopar.runtime.verify import VerifyReport
     from autopar.search.solve import Progress
 
@@ -75,9 +76,7 @@ def plan(
     )
 
 
-def compare(
-    model: nn.Module, example_inputs: Any, cluster: Cluster | str | Path, **options: Any
-) -> dict[str, Plan | PlanError]:
+def compare(model: nn.Module, example_inputs: Any, cluster: Cluster | str | Path, **options: Any) -> dict[str, Plan | PlanError]:
     """The searched plan and every baseline for the same model and cluster, by name; an error where there is no such plan.
 
     `options` are those of `plan`, but for `baseline`. A baseline that does not fit the memory is a plan whose `predicted.fits` is false.
@@ -118,27 +117,33 @@ def parallelize(
     The result has the call signature and outputs of the model and the original parameter names; its parameters are DTensors.
     Raises `PlanMismatchError` and `RankDisagreementError` on every rank alike, before any training step.
     """
-    from autopar.runtime.build import build
+    from autopar.runtime.build import build, device_for
     from autopar.runtime.deferred import DeferredModule
     from autopar.runtime.handshake import agree
-    from autopar.runtime.process_mesh import ensure_process_group
+    from autopar.runtime.handshake import compare as compare_ranks
+    from autopar.runtime.process_mesh import ensure_process_group, mesh_for
 
     if ensure_process_group(device, timeout_s) == 1 and (plan is None or plan.world_size == 1):
         return _on_one_device(model, device)
 
-    def build_for(args: tuple[Any, ...], kwargs: dict[str, Any], adopt: nn.Module | None) -> nn.Module:
-        traced = trace(model, args, kwargs)
+    def build_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
+        traced, problem = None, None
+        try:
+            traced = trace(model, args, kwargs)
+        except AutoparError as error:
+            problem = error
+        compare_ranks({}, problem, timeout_s)  # what one rank cannot trace, no rank runs
+        assert traced is not None
         chosen = plan
         if chosen is None:
             target = resolve(cluster) if cluster is not None else _running_cluster()
             chosen = agree(lambda: _plan_traced(traced, target, **plan_options), timeout_s=timeout_s)
-        return build(
-            model, traced, chosen, inputs=inputs, device=device, timeout_s=timeout_s, sync_module_states=sync_module_states, adopt=adopt
-        )
+        return build(model, traced, chosen, inputs=inputs, device=device, timeout_s=timeout_s, sync_module_states=sync_module_states)
 
     if example_inputs is None:
-        return DeferredModule(model, build_for)
-    return build_for(*split_example(example_inputs), None)
+        mesh = mesh_for({"dp": dist.get_world_size(), "tp": 1}, device_for(model, device), timeout_s)
+        return DeferredModule(model, mesh, build_for)
+    return build_for(*split_example(example_inputs))
 
 
 def verify(model: nn.Module, example_inputs: Any, plan: Plan, **options: Any) -> VerifyReport:

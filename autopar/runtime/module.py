@@ -96,7 +96,7 @@ class ParallelModule(nn.Module):
         stored: dict[str, nn.Parameter] = {}
         for fqn, local in local_state.items():
             if fqn in buffers:
-                owner, name = self._owner(fqn)
+                owner, name = owner_of(self, fqn)
                 owner.register_buffer(name, local, persistent=buffers[fqn].persistent)
                 continue
             parameter, use = by_fqn[fqn]
@@ -104,21 +104,11 @@ class ParallelModule(nn.Module):
             wrapped = sharded(local, self._mesh, use.stored, value.shape)
             stored[fqn] = nn.Parameter(wrapped, requires_grad=value.requires_grad)
             for name_ in (fqn, *parameter.aliases):
-                owner, name = self._owner(name_)
+                owner, name = owner_of(self, name_)
                 owner.register_parameter(name, stored[fqn])
         self._stored = [stored[parameter.fqn] for parameter in graph.parameters]
-        self._buffer_owners = [self._owner(buffer.fqn) for buffer in graph.buffers]
+        self._buffer_owners = [owner_of(self, buffer.fqn) for buffer in graph.buffers]
         self._updated = [index for index, buffer in enumerate(graph.buffers) if buffer.updated is not None]
-
-    def _owner(self, fqn: str) -> tuple[nn.Module, str]:
-        """The module that holds `fqn`, made on the way if need be, and the last part of the name."""
-        *path, name = fqn.split(".")
-        module: nn.Module = self
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = cast(nn.Module, module._modules[part])
-        return module, name
 
     def adopt(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Let the given parameter objects, by name, take the place of this module's own: they become its DTensors, so that an
@@ -130,7 +120,7 @@ class ParallelModule(nn.Module):
             torch.utils.swap_tensors(theirs, ours)  # type: ignore[no-untyped-call]
             self._stored[index] = self._leaves[index].parameter = theirs
             for fqn in (parameter.fqn, *parameter.aliases):
-                owner, name = self._owner(fqn)
+                owner, name = owner_of(self, fqn)
                 owner._parameters[name] = theirs
 
     # ---- calls ------------------------------------------------------------------------------------------------------------------
@@ -223,6 +213,17 @@ class ParallelModule(nn.Module):
         super().zero_grad(set_to_none)
         for leaf in self._leaves:
             leaf.tensor.grad = None
+
+
+def owner_of(root: nn.Module, fqn: str) -> tuple[nn.Module, str]:
+    """The module below `root` that holds `fqn`, made on the way if need be, and the last part of the name."""
+    *path, name = fqn.split(".")
+    module = root
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = cast(nn.Module, module._modules[part])
+    return module, name
 
 
 def place_on(mesh: DeviceMesh) -> Place:
