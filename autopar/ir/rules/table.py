@@ -207,5 +207,6 @@ family(
 family(replicated, _RANDOM)
 family(
     replicated,
-    "arange.default arange.start arange.start_step linspace.default scalar_tensor.default eye.default eye.m tril_indices.default",
+    "arange.default arange.start arange.start_step linspace.default scalar_tensor.default eye.default eye.m tril_indices.default "
+    "histc.default",
 )
