@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from autopar.runtime.checkpoint import full_state_dict, load_optimizer_state_dict, optimizer_state_dict
     from autopar.runtime.clip import clip_grad_norm_
     from autopar.runtime.module import ParallelModule
-    from autopar.runtime.verify import VerifyReport
+    from autopar.runtime.verify_report import VerifyReport
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,7 @@ _HOME = {
     "Link": "autopar.ir.cluster",
     "Plan": "autopar.ir.plan",
     "ParallelModule": "autopar.runtime.module",
-    "VerifyReport": "autopar.runtime.verify",
+    "VerifyReport": "autopar.runtime.verify_report",
     "clip_grad_norm_": "autopar.runtime.clip",
     "full_state_dict": "autopar.runtime.checkpoint",
     "optimizer_state_dict": "autopar.runtime.checkpoint",

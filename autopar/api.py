@@ -23,7 +23,7 @@ from autopar.search.planner import plan_graph
 
 if TYPE_CHECKING:
     from autopar.runtime.module import ParallelModule
-    from autopar.runtime.verify import VerifyReport
+    from autopar.runtime.verify_report import VerifyReport
     from autopar.search.solve import Progress
 
 Mesh = Mapping[str, int] | tuple[int, int]

@@ -49,7 +49,7 @@ class DeferredModule(nn.Module):
         module = build(args, kwargs)
         module.adopt(mine)
         hooks = {name: value for name, value in self.__dict__.items() if name.endswith("_hooks") and value}
-        self.__class__ = type(module)  # type: ignore[assignment]
+        self.__class__ = type(module)
         self.__dict__ = module.__dict__
         self.__dict__.update(hooks)
         self.train(mode)
