@@ -30,7 +30,10 @@ class Local:
         self._neighbours, self._first = ends[:, 1], np.searchsorted(ends[:, 0], np.arange(len(nodes) + 1))
 
     def splices(self, first: Ints, second: Ints) -> tuple[Floats, Floats]:
-        """Cost and memory of all choices that follow `first` below a node and `second` from it on; by that node, shape `(nodes + 1,)`."""
+        """Cost and memory of all choices that follow `first` below a node and `second` from it on; by that node, shape `(nodes + 1,)`.
+
+        Both choices must be possible (of finite cost).
+        """
         problem, offset = self.minimiser.problem, self.offset
         i, j = self.edges[:, 0], self.edges[:, 1]
         results = []
@@ -39,6 +42,7 @@ class Local:
             (self.node_memory, self._edge_values(problem, memory=True)),
         ):
             a, b = node_values[offset[:-1] + first], node_values[offset[:-1] + second]
+            assert np.isfinite(a).all() and np.isfinite(b).all()
             total = np.concatenate([[0.0], np.cumsum(a)]) + (b.sum() - np.concatenate([[0.0], np.cumsum(b)]))
             # an edge is of `first` once both ends are below the place, of `second` while both are not, between them mixed
             steps = np.zeros(len(total))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.search.eliminate import Eliminated, Factor, aligned, eliminate, factor, find_order
+from autopar.search.eliminate import Eliminated, Factor, aligned, eliminate, factor
 from autopar.search.minimise import Minimiser
 from autopar.search.problem import Floats
 
@@ -26,7 +26,7 @@ def min_marginals(minimiser: Minimiser, price: float) -> list[Floats] | None:
     sizes = {v: int(n) for v, n in enumerate(minimiser.sizes.tolist())}
     factors = [factor((v,), tables[t]) for v, t in enumerate(minimiser.nodes.tolist())]
     factors += [Factor((i, j), tables[t]) for i, j, t in minimiser.edges.tolist()]
-    order = find_order(sizes, [item.variables for item in factors])
+    order = minimiser.unfolded_order()
     if order.largest_entries > minimiser.limit_entries:
         return None
     return _downwards(eliminate(sizes, factors, order, minimiser.limit_entries), sizes)

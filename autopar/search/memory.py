@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from autopar.search.incumbent import Incumbent
 from autopar.search.local import Local
 from autopar.search.minimise import Minimiser, Price
+from autopar.search.reduce import restrict
 
 Ints = NDArray[np.int64]
 
 GOOD_GAP = 1e-4  # below this nothing more is tried
 _HULL_SOLVES = 24
 _HULL_TOLERANCE = 1e-9
+_WIDE_GAP = 2e-3
 _SPREADS = (1.03, 1.3)
 _SPLICES_IMPROVED = 4
 
@@ -64,8 +66,11 @@ def constrained(minimiser: Minimiser, incumbent: Incumbent) -> bool:
     return True
 
 
-def _hull(minimiser: Minimiser, incumbent: Incumbent, corners: list[_Corner]) -> list[_Corner]:
-    """Walk the hull to the two corners about the limit. Returns all corners met, by price."""
+def _hull(minimiser: Minimiser, incumbent: Incumbent, corners: list[_Corner], proves: bool = True) -> list[_Corner]:
+    """Walk the hull to the two corners about the limit. Returns all corners met, by price.
+
+    `proves=False`: `minimiser` is for a part of the choices only, and its bounds are none for all.
+    """
     low, high = corners
     limit = incumbent.limit_bytes
     for _ in range(_HULL_SOLVES):
@@ -74,8 +79,9 @@ def _hull(minimiser: Minimiser, incumbent: Incumbent, corners: list[_Corner]) ->
         price = max(0.0, (high.cost - low.cost) / (low.memory - high.memory))
         minimum = minimiser.minimise(Price(price))
         cost, memory = incumbent.offer(minimum.choice)
-        incumbent.raise_bound(minimum.bound - price * limit, price)
-        incumbent.report("pricing memory")
+        if proves:
+            incumbent.raise_bound(minimum.bound - price * limit, price)
+            incumbent.report("pricing memory")
         corner = _Corner(minimum.choice, cost, memory, price)
         corners.append(corner)
         line = low.cost + price * low.memory
@@ -100,6 +106,25 @@ def _mix(minimiser: Minimiser, incumbent: Incumbent, local: Local, corners: list
         for choice in mixed:
             incumbent.offer(local.improve(choice, limit))
         incumbent.report("mixing")
+    if incumbent.gap > _WIDE_GAP:
+        _mix_worlds(minimiser, incumbent, local, corners)
+        incumbent.report("mixing")
+
+
+def _mix_worlds(minimiser: Minimiser, incumbent: Incumbent, local: Local, corners: list[_Corner]) -> None:
+    """Corners that disagree on nodes that every repeat reads do not mix; so agree with one corner after the other on these first."""
+    shared = sorted({node for chain, _ in minimiser.chains for node in chain.invariants})
+    worlds = dict.fromkeys(tuple(int(corner.choice[node]) for node in shared) for corner in corners)
+    if len(worlds) < 2:
+        return
+    for world in worlds:
+        inside = Minimiser(restrict(minimiser.problem, {node: (s,) for node, s in zip(shared, world, strict=True)}))
+        ends = []
+        for price in (0.0, np.inf):
+            choice = inside.minimise(Price(price)).choice
+            ends.append(_Corner(choice, *incumbent.offer(choice), price))
+        if ends[1].memory <= incumbent.limit_bytes < ends[0].memory:
+            _splice(incumbent, local, [corner.choice for corner in _hull(inside, incumbent, ends, proves=False)])
 
 
 def _splice(incumbent: Incumbent, local: Local, choices: list[Ints]) -> None:

@@ -166,6 +166,25 @@ class Minimiser:
         nodes: list[int] = np.flatnonzero(outside).tolist()
         return nodes
 
+    def unfolded_order(self) -> Order:
+        """An order of elimination for all nodes one by one, repeats included: each as its chain's body goes, then what is left."""
+        variables: list[int] = []
+        scopes: list[tuple[int, ...]] = []
+        parts = [chain for chain, _ in self.chains]
+        largest = total = 0.0
+        for chain, shape in self.chains:
+            entering = chain.entering
+            for row in chain.rows.tolist():
+                variables += [row[p] for p in shape.order.variables]
+                leaving = tuple([row[p] for p in chain.leaving])
+                scopes.append((*entering, *leaving, *chain.invariants))
+                entering = leaving
+            largest, total = max(largest, shape.order.largest_entries), total + chain.count * shape.order.total_entries
+        gone = set(variables)
+        sizes = {v: n for v, n in enumerate(self.sizes.tolist()) if v not in gone}
+        rest = find_order(sizes, [*scopes, *[(i, j) for i, j, _ in self._outer_edges(parts).tolist()]])
+        return Order((*variables, *rest.variables), max(largest, rest.largest_entries), total + rest.total_entries, ())
+
     def _outside(self, chains: list[Chain]) -> NDArray[np.bool_]:
         outside = np.ones(len(self.nodes), np.bool_)
         for chain in chains:

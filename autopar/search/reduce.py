@@ -21,6 +21,8 @@ from autopar.search.problem import Floats, Problem, Table
 Ints = NDArray[np.int64]
 
 _ROUNDS = 3
+_FEW_COLUMNS = 4
+_HUGE = 1e300  # below every difference of costs, yet finite, so that it adds to `inf` as `inf`
 _SIDE_I, _SIDE_J = 0, 1
 
 
@@ -115,7 +117,7 @@ def reduce(problem: Problem) -> Reduced:
 
     Raises `InfeasibleError` when a node is left without a strategy.
     """
-    tables = list(problem.tables)
+    tables = [Table(np.asarray(t.cost_s, np.float64), np.asarray(t.memory_bytes, np.float64)) for t in problem.tables]
     edges = _merged(np.array(problem.edges, np.int64).reshape(-1, 3), tables)
     nodes = np.array(problem.nodes, np.int64)
     work = _Reduction(nodes, edges, tables, _groups(problem))
@@ -253,19 +255,28 @@ class _Reduction:
         """`[a, b]`: whether strategy `a` is at least as good as `b` in this surrounding."""
         own = self.kept[group]
         table = self.tables[self.table_of[group]]
-        cost = worst_difference(table.cost_s[own][:, None])
-        memory = worst_difference(table.memory_bytes[own][:, None])
+        views = []
         for edge, side, other, often in around:
             key = (edge, side, other)
             if key not in known:
-                edge_cost, edge_memory = self._view(edge, side, own, self.kept[other])
-                known[key] = worst_difference(edge_cost), worst_difference(edge_memory)
-            with np.errstate(invalid="ignore"):  # impossible beside impossible is NaN, which dominates nothing
-                cost = cost + often * known[key][0]
-                memory = memory + often * known[key][1]
-            if not ((cost < np.inf) & (memory < np.inf)).any():
+                known[key] = self._view(edge, side, own, self.kept[other])
+            views.append((known[key], often))
+        result = np.zeros((len(own), len(own)), np.bool_)
+        # a few neighbours' choices rule most pairs out; only the rest is compared in full
+        a, b = np.nonzero(~np.eye(len(own), dtype=np.bool_))
+        for columns in (_FEW_COLUMNS, None):
+            better = np.ones(len(a), np.bool_)
+            for which in (0, 1):
+                unary = (table.cost_s, table.memory_bytes)[which][own]
+                more = unary[a] - unary[b]
+                for pair, often in views:
+                    more += often * worst_difference(pair[which], a, b, columns)
+                better &= more <= 0
+            a, b = a[better], b[better]
+            if not len(a):
                 break
-        return (cost <= 0) & (memory <= 0) & ~np.eye(len(own), dtype=np.bool_)
+        result[a, b] = True
+        return result
 
     def result(self, problem: Problem) -> Reduced:
         """The reduced problem; equal tables under equal reductions stay one table."""
@@ -296,23 +307,19 @@ class _Reduction:
         return Reduced(reduced, tuple([self.kept[g] for g in self.group.tolist()]))
 
 
-def worst_difference(table: Floats) -> Floats:
-    """`[a, b]`: max over `j` of `table[a, j] - table[b, j]`, where `inf - inf` counts as no difference to `b`'s disadvantage.
+def worst_difference(table: Floats, a: Ints, b: Ints, columns: int | None = None) -> Floats:
+    """Max over `j` of `table[a, j] - table[b, j]` for pairs `a`, `b`; where `b` is impossible nothing is asked of `a`.
 
-    `table`: `(n, m)`, entries finite or `inf`, no row all `inf`. Returns `(n, n)`, entries finite or `inf`.
+    `table`: `(n, m)`, entries finite or `inf`. Returns `(pairs,)`. Of a wider table only `columns` columns are looked at, if given: a
+    lower bound.
     """
-    n = len(table)
-    finite = table < np.inf
-    if not finite.any() or (table == table[:1]).all():
-        return np.zeros((n, n))
-    worst = np.full((n, n), -np.inf)
-    everywhere = bool(finite.all())
-    for j in range(table.shape[1]):
-        column = table[:, j]
-        if everywhere or finite[:, j].all():
-            np.maximum(worst, column[:, None] - column[None, :], out=worst)
-        elif finite[:, j].any():
-            # where b is impossible nothing is asked of a; the columns of b that stay are finite
-            asked = np.flatnonzero(finite[:, j])
-            worst[:, asked] = np.maximum(worst[:, asked], column[:, None] - column[asked][None, :])
-    return worst
+    if columns is not None and table.shape[1] > columns:
+        table = table[:, np.linspace(0, table.shape[1] - 1, columns).astype(int)]
+    if (table == table[:1]).all():
+        return np.zeros(len(a))
+    with np.errstate(invalid="ignore"):
+        difference = table[a] - table[b]
+    if not (finite := table < np.inf).all():
+        difference[~finite[b]] = -np.inf
+    worst: Floats = difference.max(1)
+    return np.where(worst == -np.inf, -_HUGE, worst)
