@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import autopar
-from autopar.errors import AutoparError, PlanMismatchError
+from autopar.errors import AutoparError, PlanError, PlanMismatchError
 from autopar.ir.assignment import Assignment, expand
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
@@ -46,6 +47,7 @@ def build(
     try:
         check_fits(plan.mesh, world_size)
         assignment = expand(plan, traced.graph)
+        _check_storage(assignment, traced)
         given_states(plan, inputs)
         _check_tensors(model, traced)
     except AutoparError as error:
@@ -92,6 +94,21 @@ def device_for(model: nn.Module, device: torch.device | str | None = None) -> to
         else:
             found = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
+
+
+def _check_storage(assignment: Assignment, traced: TracedModel) -> None:
+    """Refuse storages for which DTensor has no name: parts of parts that have blocks or are not all equal."""
+    shapes = {item.fqn: traced.graph.values[item.value].shape for item in traced.graph.parameters}
+    for fqn, storage in assignment.storage.items():
+        shards = [(item, size) for item, size in zip(storage.stored, assignment.mesh, strict=True) if item.is_shard and size > 1]
+        if len(shards) < 2 or len({item.dim for item, _ in shards}) > 1:
+            continue
+        dim, parts = shards[0][0].dim, math.prod(size for _, size in shards)
+        if any(item.blocks > 1 for item, _ in shards) or shapes[fqn][dim] % parts:
+            raise PlanError(
+                f"parameter `{fqn}` {list(shapes[fqn])} is stored as {', '.join(map(str, storage.stored))}: both axes can split dim {dim} "
+                f"only in {parts} equal parts and without blocks; store it whole on one axis, or split another dim"
+            )
 
 
 def _check_tensors(model: nn.Module, traced: TracedModel) -> None:
