@@ -20,12 +20,13 @@ _BLOCK = re.compile(r"(^```console\n)(.*?)(^```)", re.MULTILINE | re.DOTALL)
 
 
 def run(command: str, folder: str) -> list[str]:
-    """Lines that `command` prints; an exit code other than 0 is shown as a last line."""
+    """Lines that `command` writes to its standard output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    lines = [line.rstrip() for line in (done.stdout + done.stderr).rstrip().splitlines()]
-    return lines + ([f"(exit code {done.returncode})"] if done.returncode else [])
+    if done.returncode != (1 if command.startswith("autopar diff") else 0):
+        raise SystemExit(f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return [line.rstrip() for line in done.stdout.rstrip().splitlines()]
 
 
 def shortened(lines: list[str], before: list[str]) -> list[str]:
