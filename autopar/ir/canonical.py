@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.ir.graph import Arg, Buffer, Graph, Op, Output, Ref, Symbol, Value
+from autopar.ir.graph import Arg, Buffer, Constant, Graph, Input, Op, Output, Parameter, Ref, Symbol, Value
 
 Pass = Callable[[Graph], Graph]
 
@@ -74,7 +74,9 @@ class Rewriter:
         """`op` with replaced values in its arguments."""
         if not self.stands_for or self.stands_for.keys().isdisjoint(op.operands):
             return op
-        return replace(op, args=self.resolved(op.args), kwargs=tuple((key, self.resolved(arg)) for key, arg in op.kwargs))
+        return replace(
+            op, args=tuple([self.resolved(arg) for arg in op.args]), kwargs=tuple((key, self.resolved(arg)) for key, arg in op.kwargs)
+        )
 
     def drop(self, op: Op, instead: str) -> None:
         """Leave `op` out; readers of its only result read `instead`."""
@@ -100,7 +102,7 @@ def _read_names(graph: Graph) -> set[str]:
 
 
 def whole_sizes(graph: Graph) -> Graph:
-    """`view`, `_unsafe_view`, `reshape` become `view` with its result's shape, and `expand` says its result's shape: no -1 left to resolve."""
+    """`view`, `_unsafe_view`, `reshape` become `view` with the result's shape, and `expand` says its whole shape: no -1 left."""
     ops = []
     for op in graph.ops:
         if op.target in VIEWS:
@@ -124,7 +126,7 @@ def known_operators(graph: Graph) -> Graph:
 
 
 def _dropout(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
-    """`autopar.dropout(x, p)`: elements are zeroed with probability `p`, the others divided by `1 - p`; gone if `p` is 0 or in eval mode."""
+    """`autopar.dropout(x, p)`: elements are zeroed with probability `p`, the others divided by `1 - p`. Gone in eval mode."""
     x, p, train = op.args[0], op.arg(1, "p", 0.5), op.arg(2, "train", True)
     assert isinstance(x, Ref)
     if any(name in read for name in op.outputs[1:]):
@@ -290,8 +292,8 @@ def no_dead_code(graph: Graph) -> Graph:
             live.update(op.operands)
     kept.reverse()
     constants = tuple(item for item in graph.constants if item.value in live)
-    sources = [*graph.inputs, *graph.parameters, *graph.buffers, *constants]
-    names = {item.value for item in sources} | {name for op in kept for name in op.outputs}
+    kept_sources: list[Input | Parameter | Buffer | Constant] = [*graph.inputs, *graph.parameters, *graph.buffers, *constants]
+    names = {item.value for item in kept_sources} | {name for op in kept for name in op.outputs}
     values = {name: value for name, value in graph.values.items() if name in names}
     return replace(graph, ops=tuple(kept), constants=constants, values=values)
 
@@ -348,7 +350,7 @@ def renamed(graph: Graph, names: dict[str, str], op_names: dict[str, str]) -> Gr
         return Op(op_names[op.name], op.target, tuple([new(arg) for arg in op.args]), kwargs, outputs, op.module, op.source)
 
     values = {names[old]: Value(names[old], value.shape, value.dtype, value.requires_grad) for old, value in graph.values.items()}
-    sources = (*graph.parameters, *graph.buffers, *graph.inputs, *graph.constants)
+    sources: list[Input | Parameter | Buffer | Constant] = [*graph.parameters, *graph.buffers, *graph.inputs, *graph.constants]
     ops = tuple(op_of(op) for op in graph.ops)
     order = [*(names[item.value] for item in sources), *(name for op in ops for name in op.outputs)]
     return replace(

@@ -39,7 +39,7 @@ PATCHES = (
         "transformers.masking_utils",
         "is_torchdynamo_exporting",
         lambda: False,
-        "exporting with shapes left open needs an explicit causal mask; our shapes are fixed, so `is_causal=True` is right as in eager mode",
+        "exporting with open shapes needs an explicit causal mask; our shapes are fixed, so `is_causal=True` is right as in eager mode",
     ),
 )
 

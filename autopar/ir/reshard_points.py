@@ -69,7 +69,7 @@ def layer_of(graph: Graph) -> list[int]:
     """For each operation the number of the layer it stands in, 0 outside of all layers."""
     ops = graph.ops
     paths = [op.module.split(".") for op in ops]
-    does = [(op.target, *(graph.values[name].shape for name in op.outputs)) for op in ops]
+    does: list[tuple[object, ...]] = [(op.target, *(graph.values[name].shape for name in op.outputs)) for op in ops]
     layer = [0] * len(ops)
     count = 0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from autopar.errors import TraceError
@@ -51,7 +51,7 @@ def state_of(model: nn.Module) -> State:
     buffers = list(model.named_buffers(remove_duplicate=False))
     names_of: dict[int, list[str]] = {}
     for fqn, tensor in [*parameters, *buffers]:
-        if isinstance(tensor, UninitializedTensorMixin):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise TraceError(f"`{fqn}` of a lazy module has no shape yet; call the model once before planning it")
         names_of.setdefault(id(tensor), []).append(fqn)
     first_name = {fqn: names[0] for names in names_of.values() for fqn in names}

@@ -4,56 +4,69 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from autopar.errors import TraceError
 
-_CAUSES: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (
+_OWN = str(Path(__file__).parent)
+
+_REGISTER = "register its type with `torch.utils._pytree.register_pytree_node`"
+
+
+@dataclass(frozen=True, slots=True)
+class _Cause:
+    """If one of `words` is in an exception, `meaning` is what happened and `remedy` what to do."""
+
+    words: tuple[str, ...]
+    meaning: str
+    remedy: str
+
+
+_CAUSES = (
+    _Cause(
         ("GuardOnDataDependentSymNode", "data-dependent", "Could not guard", "DynamicOutputShape", "DataDependentOutput"),
         "the model looks at the values of a tensor (as in `if x.sum() > 0`, `.item()`, `int(x)`, boolean indexing or `nonzero`)",
-        "choose with `torch.where` or a mask of fixed shape, take the decision outside of the model, or make it depend on plain Python numbers",
+        "choose with `torch.where` or a mask of fixed shape, take the decision outside of the model, or make it depend on Python numbers",
     ),
-    (
-        ("Unsupported output type", "unsupported output", "output type"),
+    _Cause(
+        ("nsupported output type", "output type", "It looks like one of the outputs"),
         "the model returns an object that is no tree of tensors",
-        "return tensors, tuples, dicts, dataclasses or a transformers `ModelOutput`, or register the type with "
-        "`torch.utils._pytree.register_pytree_node`",
+        f"return tensors, tuples, dicts, or a transformers `ModelOutput`, or {_REGISTER}",
     ),
-    (
-        ("Unsupported input type", "input type"),
+    _Cause(
+        ("nsupported input type", "input type", "It looks like one of the inputs"),
         "an input is an object that is no tree of tensors",
-        "pass tensors, numbers, strings and None in lists, tuples and dicts, or register the type with `torch.utils._pytree.register_pytree_node`",
+        f"pass tensors, numbers, strings and None in lists, tuples and dicts, or {_REGISTER}",
     ),
-    (
-        ("required positional argument", "unexpected keyword argument", "positional arguments but"),
-        "the example inputs do not fit the model's forward",
+    _Cause(
+        ("required positional argument", "unexpected keyword argument", "positional arguments but", "multiple values for argument"),
+        "the example inputs do not fit a forward",
         "give a tuple for positional arguments or a dict for keywords, as the model is called in training",
     ),
-    (
+    _Cause(
         ("Unhandled FakeTensor Device Propagation", "found two different devices"),
         "tensors of different devices meet",
         "create tensors inside of forward on the device of an input (`torch.arange(n, device=x.device)`)",
     ),
 )
-"""Words in an exception, what they mean, and what to do; the first row that fits is used."""
+"""The first row that fits is used."""
 
-_OTHER_REMEDY = "try `torch.export.export(model, args, kwargs, strict=False)` alone: the model must pass it"
+_OTHER_REMEDY = "`torch.export.export(model, args, kwargs, strict=False)` must work on the model alone"
 
 
 def as_trace_error(error: BaseException, model: nn.Module) -> TraceError:
     """The `TraceError` that says what `error`, raised while `model` was traced, means."""
     chain = list(chain_of(error))
     text = " ".join(f"{type(item).__name__} {item}" for item in chain)
-    for words, cause, remedy in _CAUSES:
-        if any(word in text for word in words):
-            break
-    else:
-        first_line = next((line for line in str(error).splitlines() if line.strip()), "no message")
-        cause, remedy = f"{type(error).__name__}: {first_line}", _OTHER_REMEDY
-    return TraceError(f"{_user_line(chain) or type(model).__name__}: {type(model).__name__} cannot be traced: {cause}; {remedy}")
+    said = next((line for line in str(error).splitlines() if line.strip()), "no message").strip()
+    cause = next((cause for cause in _CAUSES if any(word in text for word in cause.words)), None)
+    meaning = f"{type(error).__name__}: {said}" if cause is None else f"{cause.meaning}: {said}"
+    where = _user_line(chain)
+    remedy = _OTHER_REMEDY if cause is None else cause.remedy
+    return TraceError(f"{where + ': ' if where else ''}{type(model).__name__} cannot be traced: {meaning}\n  Remedy: {remedy}")
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:
@@ -66,25 +79,28 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
 
 
 def _user_line(chain: list[BaseException]) -> str:
-    """`file.py:line: code` of the user's innermost frame, and where inside a library it led, if it did."""
-    own = str(Path(__file__).parent)
+    """The user's innermost line inside of a forward, and the library's line it led to, if it did."""
     for error in chain:
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if "/torch/" not in frame.filename and not frame.filename.startswith(("<", own)) and "/contextlib.py" not in frame.filename
-        ]
-        mine = [frame for frame in frames if "site-packages" not in frame.filename and "dist-packages" not in frame.filename]
-        mine = [frame for frame in mine if frame.name == "forward" or mine[-1] is frame]
-        library = [frame for frame in frames if frame not in mine and "/transformers/utils/" not in frame.filename]
-        in_forward = [frame for frame in mine if frame.name not in ("<module>",)]
-        if in_forward and (not library or frames.index(in_forward[-1]) >= 0):
-            place = _say(in_forward[-1])
-            after = [frame for frame in library if frames.index(frame) > frames.index(in_forward[-1])]
-            return f"{_say(after[-1])} (called from {place})" if after else place
-        if library:
-            return _say(library[-1])
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_model(frame)]
+        if not frames:
+            continue
+        mine = [index for index, frame in enumerate(frames) if not _is_installed(frame)]
+        if mine and mine[-1] == len(frames) - 1:
+            return _say(frames[-1])
+        # a call of the model from a script is no line of the model: only a forward of the user's own is worth naming
+        forwards = [index for index in mine if frames[index].name == "forward"]
+        inner = next(frame for frame in reversed(frames) if "/transformers/utils/" not in frame.filename)
+        return f"{_say(inner)} (called from {_say(frames[forwards[-1]])})" if forwards else _say(inner)
     return ""
+
+
+def _is_model(frame: traceback.FrameSummary) -> bool:
+    """Whether `frame` may be a line of a model: not torch's, not autopar's, and inside of the call that is traced."""
+    return "/torch/" not in frame.filename and _OWN not in frame.filename and not frame.filename.startswith("<")
+
+
+def _is_installed(frame: traceback.FrameSummary) -> bool:
+    return "site-packages" in frame.filename or "dist-packages" in frame.filename or "/lib/python" in frame.filename
 
 
 def _say(frame: traceback.FrameSummary) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
-from autopar.ir.graph import Arg, Graph, Op, Output, Ref, Value
+from autopar.ir.graph import Arg, Buffer, Graph, Op, Output, Parameter, Ref, Value
 from autopar.ir.trace_lower import bare_path
 from autopar.ir.trace_repeats import ENTER, LEAVE, REPEAT, Call, Recording, Uncertain
 
@@ -51,7 +51,7 @@ class _Body:
     """What one module does: from the values `given` to the values `results`, changing the `updates` of its buffers."""
 
     path: str
-    ops: list[Op]
+    ops: tuple[Op, ...]
     given: tuple[str, ...]
     results: tuple[str, ...]
     owned: dict[str, str]
@@ -64,7 +64,7 @@ class _Expansion:
         self.values = dict(graph.values)
         self.ops: list[Op] = []
         self.stands_for: dict[str, str] = {}
-        state = [*graph.parameters, *graph.buffers]
+        state: list[Parameter | Buffer] = [*graph.parameters, *graph.buffers]
         self.fqn_of = {item.value: item.fqn for item in state}
         self.state_value = {item.fqn: item.value for item in state}
         self.updated = {item.fqn: item.updated for item in graph.buffers if item.updated is not None}
@@ -89,7 +89,8 @@ class _Expansion:
             values=self.values,
             ops=tuple(self.ops),
             buffers=tuple(
-                replace(item, updated=new.get(updated[item.fqn], updated[item.fqn])) if item.fqn in updated else item for item in graph.buffers
+                replace(item, updated=new.get(updated[item.fqn], updated[item.fqn])) if item.fqn in updated else item
+                for item in graph.buffers
             ),
             outputs=tuple(Output(new.get(item.value, item.value), item.path) for item in graph.outputs),
         )
@@ -150,8 +151,8 @@ class _Expansion:
     def copy(self, body: _Body, call: Call, operands: list[str], suffix: str) -> dict[str, str]:
         """Append a copy of `body` on `operands` with the state of the module called; returns new names of its values."""
         names = dict(zip(body.given, operands, strict=True))
-        for value, below in body.owned.items():
-            names[value] = self.state_value[call.path + below]
+        for owned, below in body.owned.items():
+            names[owned] = self.state_value[call.path + below]
         paths: dict[str, str] = {}
         for op in body.ops:
             if op.module not in paths:

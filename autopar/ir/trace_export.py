@@ -43,7 +43,8 @@ def export_program(
         program = torch.export.export(model, fake_args, fake_kwargs, strict=False)
         inline_grad_regions(program.graph_module)
         check(program.graph_module)
-        return program.run_decompositions({})
+        functional: ExportedProgram = program.run_decompositions({})
+        return functional
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def _faked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
             fakes[id(tensor)] = made
         return fakes[id(tensor)]
 
-    undo: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    undo: list[tuple[Any, str, Tensor]] = []
     try:
         for module in model.modules():
             for owned in (module._parameters, module._buffers):

@@ -112,7 +112,7 @@ class _Lowering:
         if not isinstance(node.target, torch._ops.OpOverload):
             raise TraceError(
                 f"{_where(node)}: `{getattr(node.target, '__name__', target)}` is control flow or arithmetic that depends on data; "
-                "autopar needs a program whose operations and shapes are fixed. Take the decision outside of the model, or on plain Python numbers"
+                "autopar needs fixed operations and shapes. Take the decision outside of the model, or on plain Python numbers"
             )
         self.env[node] = outputs = self.outputs_of(node)
         self.result.ops.append(
@@ -151,7 +151,7 @@ class _Lowering:
         dtype = str(tensor.dtype).removeprefix("torch.")
         if not all(type(size) is int for size in shape):
             raise TraceError(
-                f"{_where(node)}: the shape of `{node.target}` depends on the values of a tensor: {list(shape)}; autopar needs fixed shapes. "
+                f"{_where(node)}: the shape of `{node.target}` depends on the values of a tensor: {list(shape)}; autopar needs fixed ones. "
                 "Use a mask of fixed shape instead of `nonzero`, boolean indexing or `unique`"
             )
         if dtype not in DTYPE_BYTES:

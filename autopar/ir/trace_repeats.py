@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,9 +31,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-_LIBRARY = torch.library.Library("autopar_trace", "DEF")
+_LIBRARY = torch.library.Library("autopar_trace", "DEF")  # type: ignore[no-untyped-call]
 for _marker in ("enter", "leave", "repeat"):
-    _LIBRARY.define(f"{_marker}(Tensor[] tensors, int call) -> Tensor[]")
+    _LIBRARY.define(f"{_marker}(Tensor[] tensors, int call) -> Tensor[]")  # type: ignore[no-untyped-call]
 
 ENTER, LEAVE, REPEAT = (f"autopar_trace.{marker}.default" for marker in ("enter", "leave", "repeat"))
 
@@ -85,9 +86,24 @@ class _Unseen:
         object.__getattribute__(self, "_looked").add(name)
         raise Looked(name)
 
+    @property
+    def __class__(self) -> type:  # type: ignore[misc]
+        """What `isinstance` asks for. `torch.export` asks it of every attribute of every module, which is no look of forward's."""
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch._export."):
+            return _Unseen
+        return self._look()
 
-for _operation in ["add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "neg", "pos", "abs", "lt", "le", "gt", "ge", "eq", "ne", "hash", "bool", "int", "float", "index", "and", "rand", "or", "ror", "xor", "rxor", "invert", "lshift", "rlshift", "rshift", "rrshift", "divmod", "rdivmod", "round", "trunc", "str", "repr", "format", "len", "iter", "getattr"]:
-    setattr(_Unseen, f"__{_operation}__", _Unseen._look)
+
+_WAYS_TO_LOOK = (
+    "abs", "add", "and", "bool", "divmod", "eq", "float", "floordiv", "format", "ge", "getattr", "gt", "hash", "index", "int",
+    "invert", "iter", "le", "len", "lshift", "lt", "mod", "mul", "ne", "neg", "or", "pos", "pow", "radd", "rand", "rdivmod",
+    "repr", "rfloordiv", "rlshift", "rmod", "rmul", "ror", "round", "rpow", "rrshift", "rshift", "rsub", "rtruediv", "rxor",
+    "str", "sub", "truediv", "trunc", "xor",
+)  # fmt: skip
+"""Every special method by which something about a number can be learned."""
+
+for _way in _WAYS_TO_LOOK:
+    setattr(_Unseen, f"__{_way}__", _Unseen._look)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +230,8 @@ def _state(
     counts: Counter[int] = Counter()
     for path, module in modules:
         state = module.__dict__
-        if (module is not root and parents[id(module)] > 1) or any(state.get(name) for name in _HOOKS):
-            return None
+        if module is not root and (parents[id(module)] > 1 or any(state.get(name) for name in _HOOKS)):
+            return None  # shared with others, or watched; hooks of the root itself run around what stands in place of its forward
         tensors: list[Any] = []
         for owned in (module._parameters, module._buffers):
             for name, tensor in owned.items():
@@ -234,7 +250,9 @@ def _state(
             else:
                 attributes.append((name, _comparable(value, inside)))
         attributes.sort(key=lambda item: item if isinstance(item, str) else item[0])
-        key.append((path, type(module), module.training, tuple(tensors), tuple(attributes), tuple(sorted(module._non_persistent_buffers_set))))
+        key.append(
+            (path, type(module), module.training, tuple(tensors), tuple(attributes), tuple(sorted(module._non_persistent_buffers_set)))
+        )
     if any(owners[tensor] != count or count > 1 for tensor, count in counts.items()):
         return None  # tied to a weight elsewhere
     return tuple(key), numbers
