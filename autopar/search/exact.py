@@ -147,10 +147,10 @@ class _Program:
     def _add_edge(self, edge: _Edge) -> None:
         """Keep the edge if it joins two nodes with a choice; its rows that depend on one of them only become part of that node."""
         i, j = edge.i, edge.j
-        if self.sizes[j] == 1 or np.array_equal(edge.cost, edge.cost[:, :1].repeat(self.sizes[j], 1)) and not edge.memory.any():
+        if self.sizes[j] == 1 or (np.array_equal(edge.cost, edge.cost[:, :1].repeat(self.sizes[j], 1)) and not edge.memory.any()):
             self.cost[i] = self.cost[i] + edge.cost[:, 0]
             self.memory[i] = self.memory[i] + edge.memory[:, 0]
-        elif self.sizes[i] == 1 or np.array_equal(edge.cost, edge.cost[:1].repeat(self.sizes[i], 0)) and not edge.memory.any():
+        elif self.sizes[i] == 1 or (np.array_equal(edge.cost, edge.cost[:1].repeat(self.sizes[i], 0)) and not edge.memory.any()):
             self.cost[j] = self.cost[j] + edge.cost[0]
             self.memory[j] = self.memory[j] + edge.memory[0]
         else:

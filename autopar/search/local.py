@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.search.minimise import Minimiser
-from autopar.search.problem import Floats, Problem
+from autopar.search.problem import Floats
 
 Ints = NDArray[np.int64]
 
@@ -34,41 +34,35 @@ class Local:
 
         Both choices must be possible (of finite cost).
         """
-        problem, offset = self.minimiser.problem, self.offset
+        return (
+            self._spliced(self.node_cost, [table.cost_s for table in self.minimiser.problem.tables], first, second),
+            self._spliced(self.node_memory, [table.memory_bytes for table in self.minimiser.problem.tables], first, second),
+        )
+
+    def _spliced(self, node_values: Floats, tables: list[Floats], first: Ints, second: Ints) -> Floats:
         i, j = self.edges[:, 0], self.edges[:, 1]
-        results = []
-        for node_values, edge_values in (
-            (self.node_cost, self._edge_values(problem, memory=False)),
-            (self.node_memory, self._edge_values(problem, memory=True)),
-        ):
-            a, b = node_values[offset[:-1] + first], node_values[offset[:-1] + second]
-            assert np.isfinite(a).all() and np.isfinite(b).all()
-            total = np.concatenate([[0.0], np.cumsum(a)]) + (b.sum() - np.concatenate([[0.0], np.cumsum(b)]))
-            # an edge is of `first` once both ends are below the place, of `second` while both are not, between them mixed
-            steps = np.zeros(len(total))
-            pure_first, pure_second, mixed = edge_values(first, first), edge_values(second, second), edge_values(first, second)
-            infinite = np.zeros(len(total))
-            mixed_infinite = mixed == np.inf
-            np.add.at(infinite, i[mixed_infinite] + 1, 1.0)
-            np.add.at(infinite, j[mixed_infinite] + 1, -1.0)
-            mixed = np.where(mixed_infinite, 0.0, mixed)
-            steps[0] = pure_second.sum()
-            np.add.at(steps, i + 1, mixed - pure_second)
-            np.add.at(steps, j + 1, pure_first - mixed)
-            total = total + np.cumsum(steps)
-            total[np.cumsum(infinite) > 0.5] = np.inf
-            results.append(total)
-        return results[0], results[1]
+        a, b = node_values[self.offset[:-1] + first], node_values[self.offset[:-1] + second]
+        total: Floats = np.concatenate([[0.0], np.cumsum(a)]) + (b.sum() - np.concatenate([[0.0], np.cumsum(b)]))
+        # an edge is of `first` once both ends are below the place, of `second` while both are not, between them mixed
+        pure_first, pure_second, mixed = (self._edge_values(tables, x, y) for x, y in ((first, first), (second, second), (first, second)))
+        impossible = mixed == np.inf
+        steps, breaks = np.zeros(len(total)), np.zeros(len(total))
+        np.add.at(breaks, i[impossible] + 1, 1.0)
+        np.add.at(breaks, j[impossible] + 1, -1.0)
+        mixed[impossible] = 0.0
+        steps[0] = pure_second.sum()
+        np.add.at(steps, i + 1, mixed - pure_second)
+        np.add.at(steps, j + 1, pure_first - mixed)
+        total += np.cumsum(steps)
+        total[np.cumsum(breaks) > 0.5] = np.inf
+        return total
 
-    def _edge_values(self, problem: Problem, memory: bool):  # type: ignore[no-untyped-def]
-        def values(left: Ints, right: Ints) -> Floats:
-            result = np.empty(len(self.edges))
-            for t, rows in self._by_table:
-                table = problem.tables[t].memory_bytes if memory else problem.tables[t].cost_s
-                result[rows] = table[left[self.edges[rows, 0]], right[self.edges[rows, 1]]]
-            return result
-
-        return values
+    def _edge_values(self, tables: list[Floats], left: Ints, right: Ints) -> Floats:
+        """The entry of each edge when its lower node chooses as in `left`, its higher as in `right`."""
+        result = np.empty(len(self.edges))
+        for t, rows in self._by_table:
+            result[rows] = tables[t][left[self.edges[rows, 0]], right[self.edges[rows, 1]]]
+        return result
 
     def alternatives(self, choice: Ints) -> tuple[Floats, Floats]:
         """Cost and memory that depend on each node, for each of its strategies, the others as in `choice`. Flat, see `offset`."""
@@ -87,7 +81,9 @@ class Local:
             memory.append(table.memory_bytes[choice[i]].ravel())
         where = np.concatenate(at)
         size = len(self.node_cost)
-        return np.bincount(where, np.concatenate(cost), size), np.bincount(where, np.concatenate(memory), size)
+        costs: Floats = np.bincount(where, np.concatenate(cost), size).astype(np.float64)
+        memories: Floats = np.bincount(where, np.concatenate(memory), size).astype(np.float64)
+        return costs, memories
 
     def improve(self, choice: Ints, limit_bytes: float) -> Ints:
         """Change single nodes while that makes the choice cheaper within the limit, or smaller while it is over the limit."""

@@ -134,11 +134,12 @@ class Minimiser:
     def _joint(
         self, sizes: dict[int, int], rest: tuple[Factor, ...], chains: list[ChainCost], order: Order
     ) -> tuple[Eliminated, dict[int, Ints]]:
-        """The minimum over the ends of chains. Solves chains only where the minimum by their bounds lies, until it lies where they are solved."""
+        """The minimum over the ends of chains. Chains are solved where the minimum by their bounds lies, until it lies where they are."""
         while True:
             joint = eliminate(sizes, [*rest, *[cost.factor() for cost in chains]], order, self.limit_entries)
             chosen = joint.recover({})
-            if not any([cost.solve(chosen) for cost in chains]):
+            solved = [cost.solve(chosen) for cost in chains]
+            if not any(solved):
                 return joint, chosen
             known = eliminate(sizes, [*rest, *[cost.factor(known=True) for cost in chains]], order, self.limit_entries)
             if known.constant <= joint.constant + _TIE * abs(joint.constant):

@@ -171,7 +171,10 @@ class _Reduction:
         self.table_of = np.zeros(count, np.int64)
         self.table_of[group] = nodes
         self.kept: list[Ints] = [np.arange(len(tables[t].cost_s)) for t in self.table_of]
-        self.contexts = self._contexts()
+        self.contexts: dict[int, list[list[tuple[int, int, int, int]]]] = {}
+        for number, around in self._contexts():
+            self.contexts.setdefault(number, []).append(around)
+        self.stale = set(self.contexts)
 
     def _contexts(self) -> list[tuple[int, list[tuple[int, int, int, int]]]]:
         """Per group, every distinct surrounding of its nodes: `(edge table, side, neighbour's group, how often)`."""
@@ -207,28 +210,29 @@ class _Reduction:
         return (cost, memory) if side == _SIDE_I else (cost.T, memory.T)
 
     def round(self) -> bool:
-        """One round over all groups. Returns whether any strategy was dropped."""
-        changed = False
-        by_group: dict[int, list[list[tuple[int, int, int, int]]]] = {}
-        for group, around in self.contexts:
-            by_group.setdefault(group, []).append(around)
-        for group, surroundings in by_group.items():
+        """One round over the groups whose surroundings may have changed. Returns whether any strategy was dropped."""
+        stale, self.stale = self.stale, set()
+        for group in sorted(stale):
+            surroundings = self.contexts[group]
             while self._drop_impossible(group, surroundings):
-                changed = True
-            if len(self.kept[group]) > 1:
-                dominated = np.ones((len(self.kept[group]),) * 2, np.bool_)
-                known: dict[tuple[int, int, int], tuple[Floats, Floats]] = {}
-                for around in surroundings:
-                    dominated &= self._dominated(group, around, known)
-                    if not dominated.any():
-                        break
-                # a dominates b; of strategies that dominate each other the first stays
-                later = np.triu(np.ones_like(dominated), 1)
-                lost = (dominated & (later | ~dominated.T)).any(0)
-                if lost.any():
-                    self.kept[group] = self.kept[group][~lost]
-                    changed = True
-        return changed
+                self._changed(group)
+            count = len(self.kept[group])
+            a, b = np.nonzero(~np.eye(count, dtype=np.bool_))
+            known: dict[tuple[int, int, int], tuple[Floats, Floats]] = {}
+            for around in surroundings:
+                if len(a):
+                    a, b = self._dominating(group, around, known, a, b)
+            if len(a):
+                # of strategies that dominate each other the first stays
+                pairs = set(zip(a.tolist(), b.tolist(), strict=True))
+                lost = {y for x, y in pairs if x < y or (y, x) not in pairs}
+                self.kept[group] = self.kept[group][[s for s in range(count) if s not in lost]]
+                self._changed(group)
+        return bool(self.stale)
+
+    def _changed(self, group: int) -> None:
+        """Neighbours of `group` are worth another look."""
+        self.stale |= {other for around in self.contexts[group] for _, _, other, _ in around}
 
     def _drop_impossible(self, group: int, surroundings: list[list[tuple[int, int, int, int]]]) -> bool:
         """Drop strategies that cost `inf`, alone or beside all that a neighbour may choose."""
@@ -249,10 +253,15 @@ class _Reduction:
         self.kept[group] = own[anywhere]
         return True
 
-    def _dominated(
-        self, group: int, around: list[tuple[int, int, int, int]], known: dict[tuple[int, int, int], tuple[Floats, Floats]]
-    ) -> NDArray[np.bool_]:
-        """`[a, b]`: whether strategy `a` is at least as good as `b` in this surrounding."""
+    def _dominating(
+        self,
+        group: int,
+        around: list[tuple[int, int, int, int]],
+        known: dict[tuple[int, int, int], tuple[Floats, Floats]],
+        a: Ints,
+        b: Ints,
+    ) -> tuple[Ints, Ints]:
+        """Those of the pairs `a`, `b` of strategies where `a` is at least as good as `b` in this surrounding."""
         own = self.kept[group]
         table = self.tables[self.table_of[group]]
         views = []
@@ -261,22 +270,17 @@ class _Reduction:
             if key not in known:
                 known[key] = self._view(edge, side, own, self.kept[other])
             views.append((known[key], often))
-        result = np.zeros((len(own), len(own)), np.bool_)
-        # a few neighbours' choices rule most pairs out; only the rest is compared in full
-        a, b = np.nonzero(~np.eye(len(own), dtype=np.bool_))
+        # a few of the neighbours' choices rule most pairs out; only the rest is compared in full
         for columns in (_FEW_COLUMNS, None):
-            better = np.ones(len(a), np.bool_)
             for which in (0, 1):
                 unary = (table.cost_s, table.memory_bytes)[which][own]
                 more = unary[a] - unary[b]
                 for pair, often in views:
                     more += often * worst_difference(pair[which], a, b, columns)
-                better &= more <= 0
-            a, b = a[better], b[better]
-            if not len(a):
-                break
-        result[a, b] = True
-        return result
+                a, b = a[more <= 0], b[more <= 0]
+                if not len(a):
+                    return a, b
+        return a, b
 
     def result(self, problem: Problem) -> Reduced:
         """The reduced problem; equal tables under equal reductions stay one table."""
@@ -310,11 +314,10 @@ class _Reduction:
 def worst_difference(table: Floats, a: Ints, b: Ints, columns: int | None = None) -> Floats:
     """Max over `j` of `table[a, j] - table[b, j]` for pairs `a`, `b`; where `b` is impossible nothing is asked of `a`.
 
-    `table`: `(n, m)`, entries finite or `inf`. Returns `(pairs,)`. Of a wider table only `columns` columns are looked at, if given: a
-    lower bound.
+    `table`: `(n, m)`, entries finite or `inf`. Returns `(pairs,)`. Given `columns`, only about so many are looked at: a lower bound.
     """
     if columns is not None and table.shape[1] > columns:
-        table = table[:, np.linspace(0, table.shape[1] - 1, columns).astype(int)]
+        table = table[:, :: table.shape[1] // columns]
     if (table == table[:1]).all():
         return np.zeros(len(a))
     with np.errstate(invalid="ignore"):
