@@ -19,7 +19,7 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.LayerNorm(256), nn.Linear(256, 10))
 
 model = autopar.parallelize(model)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 centres = torch.randn(10, 64)
 for step in range(20):
@@ -29,8 +29,8 @@ for step in range(20):
     loss = F.cross_entropy(model(inputs), labels)
     loss.backward()
     optimizer.step()
-    if rank == 0 and step % 5 == 4:
-        print(f"step {step + 1:2}: loss {loss.item():.4f}")
+    if rank == 0 and step % 5 == 0:
+        print(f"step {step:2}: loss {loss.item():.4f}")
 
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()

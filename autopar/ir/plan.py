@@ -13,6 +13,7 @@ import contextlib
 import os
 import stat
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -281,6 +282,14 @@ class Plan(_Data):
         if problems:
             raise PlanFileError(_lines([(problem.path, problem.message) for problem in problems], text, source))
         return plan
+
+    def sampler(self, dataset: Any, **options: Any) -> Any:
+        """A `DistributedSampler` that gives this rank its part of every batch of `dataset`, for `parallelize(..., inputs="per-rank")`.
+
+        `options`: `shuffle`, `seed`, `drop_last`, `rank`; see `autopar.runtime.sampler`.
+        """
+        # By name, because `runtime` stands above `ir`, and a plan must be read without torch.
+        return import_module("autopar.runtime.sampler").sampler(self, dataset, **options)
 
     def __str__(self) -> str:
         """What a person reads in a minute; see `autopar.ir.plan_text`."""
