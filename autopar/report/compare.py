@@ -21,7 +21,7 @@ def compare(plans: Mapping[str, Plan | PlanError], console: Console) -> None:
         console.print(heading("plans compared", f"{first.model.name} on {first.cluster.name}"))
     searched = plans.get("searched")
     reference = searched.cost_s if isinstance(searched, Plan) and searched.predicted.fits else 0.0
-    columns = ("plan", "mesh", "step", "", "computing", "communication", "memory", "bytes moved")
+    columns = ("plan", "mesh", "step", "ratio", "computing", "communication", "memory", "bytes moved")
     made = table(*columns, "verdict", right=columns[2:], fold=("verdict",))
     for name, plan in plans.items():
         style = "bold" if name == "searched" else ""

@@ -130,14 +130,14 @@ def _operations(a: Plan, b: Plan) -> Iterator[Change]:
     if a.model.fingerprint != b.model.fingerprint or max(a.model.operations, b.model.operations) > MAX_OPERATIONS:
         ours, theirs = ({op.name: op for segment in plan.segments for op in segment.ops} for plan in (a, b))
         pairs = [(ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])]
-        yield from _splits([(left, right, 1) for left, right in pairs])
+        yield from _splits(a, b, [(left, right, 1) for left, right in pairs])
         return
     counted: Counter[tuple[int, int]] = Counter()
     rows: dict[int, OpPlan] = {}
     left, right = (_positions(plan, rows) for plan in (a, b))
     for pair in zip(left, right, strict=False):
         counted[pair] += 1
-    yield from _splits([(rows[one], rows[other], count) for (one, other), count in counted.items()])
+    yield from _splits(a, b, [(rows[one], rows[other], count) for (one, other), count in counted.items()])
 
 
 def _positions(plan: Plan, rows: dict[int, OpPlan]) -> Iterator[int]:
@@ -149,11 +149,11 @@ def _positions(plan: Plan, rows: dict[int, OpPlan]) -> Iterator[int]:
             yield from keys
 
 
-def _splits(pairs: list[tuple[OpPlan | None, OpPlan | None, int]]) -> Iterator[Change]:
+def _splits(a: Plan, b: Plan, pairs: list[tuple[OpPlan | None, OpPlan | None, int]]) -> Iterator[Change]:
     """Changed splits; operations of one module pattern and operator that change alike are told once."""
     groups: dict[tuple[str, str, str, bool], list[tuple[str, int]]] = {}
     for left, right, count in _comparable(pairs):
-        before, after = (_split_words(op) for op in (left, right))
+        before, after = _split_words(a, left), _split_words(b, right)
         op = left or right
         if before != after and op is not None:
             where = f"{operator_words(op.target)} in {op.module or 'the model'}"
@@ -175,14 +175,19 @@ def _comparable(pairs: list[tuple[OpPlan | None, OpPlan | None, int]]) -> Iterat
             yield left, right, count
 
 
-def _split_words(op: OpPlan | None) -> str:
-    return "" if op is None else " ".join(f"{split}@{axis}" for axis, split in op.split.items())
+def _split_words(plan: Plan, op: OpPlan | None) -> str:
+    """`d0@dp n@tp`: axes of one rank split nothing, whatever their split is called."""
+    if op is None:
+        return ""
+    return " ".join(f"{split}@{axis}" for axis, split in op.split.items() if plan.mesh[axis] > 1) or "on one rank"
 
 
 def _distinct(before: float, after: float, words: Callable[[float], str]) -> tuple[str, str]:
-    """Both quantities in words, or exactly where the words would not differ."""
-    texts = words(before), words(after)
-    return texts if texts[0] != texts[1] else (repr(before), repr(after))
+    """Both quantities in words, or in as many digits as it takes to tell them apart."""
+    for text in (words, *(f"{{:.{digits}g}}".format for digits in range(4, 17))):
+        if text(before) != text(after):
+            return text(before), text(after)
+    return repr(before), repr(after)
 
 
 def _change(before: float, after: float) -> str:

@@ -67,5 +67,6 @@ class _Line:
 
     def __rich__(self) -> Spinner:
         seconds = time.monotonic() - self._began
-        self._spinner.update(text=Text.assemble((self._phase, "bold"), f"  {self._facts}  ", (f"{seconds:.1f} s", "dim")))
+        facts = f"  {self._facts}" if self._facts else ""
+        self._spinner.update(text=Text.assemble((self._phase, "bold"), facts, (f"  {seconds:.1f} s", "dim")))
         return self._spinner

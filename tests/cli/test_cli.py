@@ -136,3 +136,19 @@ def test_the_module_runs() -> None:
     done = subprocess.run([sys.executable, "-m", "autopar", "clusters"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "h100x8" in done.stdout
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_verify_exits_with_the_verdict(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, plan: str, ok: bool) -> None:
+    """The comparison itself is tested with the runtime; here only what the command makes of it."""
+
+    class Report:
+        def __init__(self) -> None:
+            self.ok = ok
+
+        def __str__(self) -> str:
+            return "the table"
+
+    monkeypatch.setattr("autopar.cli._load", lambda *_: (None, None))
+    monkeypatch.setattr("autopar.verify", lambda *_: Report(), raising=False)
+    assert run(capsys, "verify", "m:f", plan) == (0 if ok else 1, "the table\n", "")

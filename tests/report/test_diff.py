@@ -76,6 +76,15 @@ def test_a_difference_too_small_for_the_units_is_told_exactly() -> None:
     assert "0.8000000001" in told
 
 
+def test_differences_in_the_last_digit_of_large_numbers_are_told() -> None:
+    plan = sample_plan()
+    sizes = [2**62 + 1, 2**62 + 2]
+    pair = [edited(cluster=plan.cluster.model_copy(update={"memory_bytes": size})) for size in sizes]
+    limits = [edited(predicted=plan.predicted.model_copy(update={"memory_limit_bytes": size})) for size in sizes]
+    assert str(2**62 + 1) in text(*pair)
+    assert str(2**62 + 2) in text(*limits)
+
+
 def test_other_depth_is_another_model() -> None:
     told = text(sample_plan(4), sample_plan(8))
     assert told.startswith("these are plans for different things")
