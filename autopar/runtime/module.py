@@ -166,6 +166,7 @@ class ParallelModule(nn.Module):
             x = convert(x, *step.arguments())
         return x
 
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]  # lowering happens once: the program is what is worth compiling
     def _program(self, functional: bool) -> fx.GraphModule:
         mode = Mode(dropout=self.training and self._dropout, statistics=self.training)
         key = (mode, functional)
@@ -180,6 +181,8 @@ class ParallelModule(nn.Module):
             assert buffer is not None
             buffer.copy_(value)
 
+    # Outside what is compiled: a compiler takes a DTensor that nobody differentiates for one with a DTensor gradient, and fails.
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _as_model_returns(self, results: Sequence[Tensor]) -> Any:
         graph = self._traced.graph
         wrapped = []
