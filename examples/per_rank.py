@@ -30,7 +30,7 @@ dataset = TensorDataset(torch.randn(10, 64)[labels] + 0.5 * torch.randn(256, 64)
 example = dataset[:GLOBAL_BATCH]  # a global batch: only its shapes count
 plan = autopar.plan(model, example, "cpu:4")
 model = autopar.parallelize(model, example, plan=plan, inputs="per-rank")
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 sampler = plan.sampler(dataset)
 loader = DataLoader(dataset, batch_size=GLOBAL_BATCH // sampler.num_replicas, sampler=sampler)
