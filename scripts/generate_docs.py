@@ -57,8 +57,8 @@ PROCESSING_ORDER = {
     "autopar": "api cli errors",
     "autopar/ir": (
         "graph placement text trace trace_export trace_repeats trace_lower trace_expand trace_assemble canonical reshard_points "
-        "trace_errors library_patches sources fold conversion cluster plan plan_json plan_check assignment folded_names plan_digest "
-        "plan_text units"
+        "trace_errors library_patches sources fold conversion cluster plan plan_json plan_check assignment folded_names plan_roles "
+        "plan_digest plan_text units"
     ),
     "autopar/ir/rules": "split notation nest table neighbours local_args local_context operators samples pieces check discover",
     "autopar/ir/rules/families": "common pointwise views cuts reductions contractions indexing",

@@ -7,6 +7,7 @@ name vary together, so that they must hold equally many numbers.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from itertools import zip_longest
 
 MAX_COUNT = 1_000_000
@@ -120,3 +121,25 @@ def _range_text(numbers: list[int]) -> str:
         items.append(str(numbers[start]))
         start += 1
     return ",".join(items)
+
+
+def first(name: str) -> str:
+    """The first of the names that a folded name stands for."""
+    return re.sub(r"\{(\d+)[^{}]*\}", r"\1", name)
+
+
+class Names:
+    """Finds what stands under a folded name."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._by_pattern: dict[str, list[str]] = {}
+        for name in names:
+            self._by_pattern.setdefault(pattern(name), []).append(name)
+
+    def find(self, single: str) -> str | None:
+        """The name that is `single` or stands for it."""
+        return next(iter(self.find_all(single)), None)
+
+    def find_all(self, single: str) -> list[str]:
+        """The names that are `single` or stand for it."""
+        return [name for name in self._by_pattern.get(pattern(single), []) if stands_for(name, single)]

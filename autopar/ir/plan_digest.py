@@ -1,4 +1,4 @@
-"""What a plan says, gathered for reading: roles of the axes, groups of parameters, the operations that matter, collectives by kind.
+"""What a plan says, gathered for reading: groups of parameters, the operations that matter, collectives by kind.
 
 Plain data for the plain text (`plan_text`) and for the terminal (`autopar.report`), so that both say the same. No torch.
 """
@@ -7,66 +7,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autopar.ir import folded_names, units
-from autopar.ir.folded_names import pattern
-from autopar.ir.placement import parse
+from autopar.ir.folded_names import Names, first, pattern
 from autopar.ir.plan import Axes, CollectivePlan, OpPlan, ParameterPlan, Plan, SegmentPlan
+from autopar.ir.plan_roles import Roles, is_heavy, operator_words
 
 KIND_WORDS = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all"}
 PHASES = ("forward", "backward", "gradient")
-GATHER_WORDS = {"never": "", "step": "per step", "use": "per use"}
-_ROLE_ORDER = (
-    "batch", "sequence", "tokens", "attention heads", "queries", "out features", "in features", "channels", "kernel", "image rows",
-    "image columns", "hidden", "vocabulary",
-)  # fmt: skip
-
-# What a split of an operator's first output means, by dim. Operators that hold a weight are told by the weight instead (see `role`).
-_DIM_ROLES = {
-    "scaled_dot_product_attention": ("batch", "attention heads", "queries"),
-    "conv": ("batch", "channels", "image rows", "image columns"),
-    "batch_norm": ("batch", "channels", "image rows", "image columns"),
-    "native_batch_norm": ("batch", "channels", "image rows", "image columns"),
-    "embedding": ("batch", "sequence", "hidden"),
-}
-_TOKEN_DIMS = ("batch", "sequence")
-_HEAVY = (
-    "linear",
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "matmul",
-    "conv",
-    "scaled_dot_product_attention",
-    "embedding",
-    "cross_entropy",
-    "batch_norm",
-)
-
-
-def operator(target: str) -> str:
-    """The short name of an operator: `aten.linear.default` is `linear`, `aten.conv2d.default` is `conv2d`."""
-    parts = target.split(".")
-    return parts[1] if len(parts) > 1 else target
-
-
-def operator_words(target: str) -> str:
-    """`operator`, with `attention` for its long name."""
-    return operator(target).replace("scaled_dot_product_attention", "attention")
-
-
-def family(target: str) -> str:
-    """The operator's short name without dimension or underscore: `conv2d` and `convolution` are `conv`."""
-    name = operator(target).removeprefix("_")
-    return "conv" if name.startswith("conv") else name
-
-
-def is_heavy(op: OpPlan) -> bool:
-    """Whether the operation multiplies, looks up or ends the model: the ones by which a person knows a model's parts."""
-    return family(op.target) in _HEAVY
 
 
 def placements(axes: Axes, mesh: dict[str, int]) -> str:
@@ -97,100 +46,6 @@ def memory_words(plan: Plan) -> str:
         f"fits, {units.size(limit - total)} to spare" if plan.predicted.fits else f"does not fit: {units.size(total - limit)} are missing"
     )
     return f"{units.size(total)} of {units.size(limit)} per rank: {verdict}"
-
-
-class Names:
-    """Finds what stands under a folded name."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._by_pattern: dict[str, list[str]] = {}
-        for name in names:
-            self._by_pattern.setdefault(pattern(name), []).append(name)
-
-    def find(self, single: str) -> str | None:
-        """The name that is `single` or stands for it."""
-        return next(iter(self.find_all(single)), None)
-
-    def find_all(self, single: str) -> list[str]:
-        """The names that are `single` or stand for it."""
-        return [name for name in self._by_pattern.get(pattern(single), []) if folded_names.stands_for(name, single)]
-
-
-def first(name: str) -> str:
-    """The first of the names that a folded name stands for."""
-    return re.sub(r"\{(\d+)[^{}]*\}", r"\1", name)
-
-
-@dataclass(frozen=True, slots=True)
-class Roles:
-    """What the axes are used for: looks at operations together with the weights of their modules."""
-
-    plan: Plan
-    weights: dict[str, ParameterPlan]
-    names: Names
-
-    @classmethod
-    def of(cls, plan: Plan) -> Roles:
-        weights = {item.name.removesuffix(".weight"): item for item in plan.parameters if item.name.endswith(".weight")}
-        return cls(plan, weights, Names(weights))
-
-    def role(self, op: OpPlan, axis: str) -> str:
-        """What `op` splits over `axis`, in words; empty where the words are not known; `"whole"` where every rank does all of it."""
-        if op.split[axis] == "replicate":
-            return "whole"
-        kind = family(op.target)
-        output = parse(op.output[axis])
-        if kind == "cross_entropy":
-            return "tokens" if output.is_partial else "vocabulary"
-        if kind == "embedding" and output.is_partial:
-            return "vocabulary"
-        weight = self._weight(op)
-        if weight is not None and (used := parse(weight.used[axis])).is_shard and kind != "embedding":
-            transposed = kind in ("mm", "addmm", "matmul")
-            return "out features" if (used.dim == 0) != transposed else "in features" if used.dim < 2 else "kernel"
-        if output.is_shard:
-            words = _DIM_ROLES.get(kind, _TOKEN_DIMS)
-            return words[output.dim] if output.dim < len(words) else ""
-        return ""
-
-    def _weight(self, op: OpPlan) -> ParameterPlan | None:
-        name = self.names.find(op.module) if op.module else None
-        return None if name is None else self.weights[name]
-
-    def axis(self, axis: str) -> str:
-        """The roles of one axis: `batch`; `sequence, attention heads, out features, in features, vocabulary`."""
-        found: Counter[str] = Counter()
-        for segment in self.plan.segments:
-            for op in segment.ops:
-                norm = "norm" in op.module.rsplit(".", 1)[-1].lower() and parse(op.output[axis]).is_shard
-                if is_heavy(op) or norm:
-                    found[self.role(op, axis)] += segment.count
-        total = sum(found.values())
-        if found["batch"] or found["sequence"]:
-            del found["tokens"]
-        words = [role for role in _ROLE_ORDER if role in found]
-        if sharded := self._sharded_state(axis):
-            return f"{', '.join(words)}; {sharded}" if words else sharded
-        if not words:
-            return "nothing: every rank does the same work" if total == found["whole"] else "see the operations"
-        return ", ".join(words)
-
-    def _sharded_state(self, axis: str) -> str:
-        """How much of the parameters is stored split but used whole over `axis`."""
-        split = total = 0
-        gathers: set[str] = set()
-        for item in self.plan.parameters:
-            numel = folded_names.count(item.name)
-            for length in item.shape:
-                numel *= length
-            total += numel
-            if parse(item.stored[axis]).is_shard and parse(item.used[axis]).is_replicated:
-                split += numel
-                gathers.add(GATHER_WORDS[item.gather])
-        if not split:
-            return ""
-        share = "all" if split == total else units.percent(split / total)
-        return f"{share} of the parameters sharded, gathered {' or '.join(sorted(gathers))}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,9 @@ from collections import Counter
 from autopar.ir import units
 from autopar.ir.plan import Plan, SegmentPlan
 from autopar.ir.plan_digest import (
-    GATHER_WORDS,
     KIND_WORDS,
     OpRow,
     ParameterGroup,
-    Roles,
     gap_words,
     memory_words,
     parameter_groups,
@@ -20,6 +18,7 @@ from autopar.ir.plan_digest import (
     segment_rows,
     traffic,
 )
+from autopar.ir.plan_roles import GATHER_WORDS, Roles
 
 WIDTH = 120
 LEGEND = (

@@ -13,7 +13,8 @@ from rich.text import Text
 from autopar.ir import folded_names, units
 from autopar.ir.folded_names import pattern
 from autopar.ir.plan import OpPlan, ParameterPlan, Plan
-from autopar.ir.plan_digest import bytes_moved, is_heavy, operator_words, placements, traffic
+from autopar.ir.plan_digest import bytes_moved, placements, traffic
+from autopar.ir.plan_roles import is_heavy, operator_words
 from autopar.report.terminal import heading, table
 
 MAX_OPERATIONS = 1_000_000

@@ -14,20 +14,11 @@ from rich.text import Text
 
 from autopar.errors import PlanError
 from autopar.ir import folded_names, units
-from autopar.ir.folded_names import pattern
+from autopar.ir.folded_names import Names, first, pattern
 from autopar.ir.placement import local_shape, parse
 from autopar.ir.plan import Alternative, Axes, CollectivePlan, OpPlan, ParameterPlan, Plan, SegmentPlan
-from autopar.ir.plan_digest import (
-    KIND_WORDS,
-    PHASES,
-    Names,
-    Roles,
-    collectives_by_op,
-    first,
-    is_heavy,
-    placements,
-    real_axes,
-)
+from autopar.ir.plan_digest import KIND_WORDS, PHASES, collectives_by_op, placements, real_axes
+from autopar.ir.plan_roles import Roles, is_heavy
 from autopar.report.terminal import heading, placed, table
 
 MAX_SHOWN = 12

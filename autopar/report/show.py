@@ -9,18 +9,8 @@ from rich.text import Text
 
 from autopar.ir import plan_text, units
 from autopar.ir.plan import Plan, SegmentPlan
-from autopar.ir.plan_digest import (
-    GATHER_WORDS,
-    OpRow,
-    Roles,
-    gap_words,
-    memory_words,
-    parameter_groups,
-    placements,
-    real_axes,
-    segment_rows,
-    traffic,
-)
+from autopar.ir.plan_digest import OpRow, gap_words, memory_words, parameter_groups, placements, real_axes, segment_rows, traffic
+from autopar.ir.plan_roles import GATHER_WORDS, Roles
 from autopar.report.terminal import heading, hold, placed, table
 
 MEMORY_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red")
