@@ -1,21 +1,18 @@
 """What every parameter's other storages would have cost: the best plan in which its row of the plan is stored so.
 
-Each is a search of its own on the same mesh, with one table changed; that is why they are made on request only.
+Each is a search of its own on the same mesh, with one row restricted; that is why they are made on request only.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from autopar.ir import folded_names, units
 from autopar.ir.assignment import Storage
 from autopar.ir.conversion import State
 from autopar.ir.plan import Alternative, Plan
 from autopar.search.build import Built
-from autopar.search.problem import Table
-from autopar.search.solve import solve
+from autopar.search.solve import restrict, solve, solve_with
 
 
 def price_alternatives(plan: Plan, built: Built, limit_bytes: float) -> Plan:
@@ -43,22 +40,17 @@ def _differs_on_one_axis(state: State, chosen: tuple[str, ...]) -> bool:
 def _price(built: Built, nodes: list[int], state: State, limit_bytes: float, workspace_bytes: float) -> Alternative:
     """The best plan with the parameters at `nodes` stored in `state`."""
     stored = dict(zip(built.costs.names, map(str, state), strict=True))
-    tables = list(built.problem.tables)
-    of_node = list(built.problem.nodes)
-    changed: dict[int, int] = {}
+    allowed: dict[int, tuple[int, ...]] = {}
     for node in nodes:
-        old = of_node[node]
-        if old not in changed:
-            other = [not (isinstance(option, Storage) and option.stored == state) for option in built.options[node]]
-            if all(other):
-                return Alternative(stored=stored, why="no operation of one of the repeats can use it so")
-            cost_s = tables[old].cost_s.copy()
-            cost_s[np.array(other)] = np.inf
-            changed[old] = len(tables)
-            tables.append(Table(cost_s, tables[old].memory_bytes))
-        of_node[node] = changed[old]
-    problem = replace(built.problem, nodes=tuple(of_node), tables=tuple(tables), memory_limit_bytes=limit_bytes)
-    solution = solve(problem)
+        options = enumerate(built.options[node])
+        allowed[node] = tuple(number for number, option in options if isinstance(option, Storage) and option.stored == state)
+        if not allowed[node]:
+            return Alternative(stored=stored, why="no operation of one of the repeats can use it so")
+    problem = replace(built.problem, memory_limit_bytes=limit_bytes)
+    solution = solve_with(problem, allowed)
+    if not solution.feasible:
+        # The cheapest is too large: the limit has a say.
+        solution = solve(restrict(problem, allowed))
     memory = int(solution.memory_bytes + workspace_bytes)
     if not solution.feasible:
         return Alternative(

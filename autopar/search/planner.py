@@ -220,7 +220,9 @@ def _infeasible(search: Search, best: Found, meshes: tuple[Mesh, ...]) -> Infeas
     def needs_bytes(cluster: Cluster, optimizer: str) -> int:
         """The least memory found on any mesh of another cluster or for another optimizer."""
         other = replace(search, cluster=cluster, optimizer=optimizer, limit_bytes=1, effort="fast", progress=None)
-        mine = meshes if cluster.world_size == search.cluster.world_size else candidates(cluster, None)
+        times = cluster.world_size // search.cluster.world_size
+        dp, tp = best.built.costs.mesh
+        mine = meshes if times == 1 else tuple(dict.fromkeys(((dp * times, tp), (cluster.world_size, 1))))
         return min(other.on(build(search.structure, other.costs(mesh))).memory_bytes for mesh in mine)
 
     found = remedies(search.structure, search.cluster, search.limit_bytes, search.optimizer, best.account, needs_bytes)

@@ -11,7 +11,7 @@ from autopar.search.costs import OPTIMIZER_STATES
 from autopar.search.follow import batch_size
 from autopar.search.structure import Structure
 
-_MOST_NODES = 64
+_MOST_TIMES_NODES = 16
 
 
 def remedies(
@@ -29,8 +29,7 @@ def remedies(
     if text := _smaller_batch(structure, limit_bytes, least):
         found.append(text)
     nodes = cluster.nodes * 2
-    while nodes <= _MOST_NODES:
-        # Devices join a machine while it has room (half a machine stays one machine), then machines.
+    while nodes <= cluster.nodes * _MOST_TIMES_NODES:
         larger = replace(cluster, nodes=nodes, name=f"{cluster.name} with {nodes} nodes")
         needed = needs_bytes(larger, optimizer)
         if needed <= limit_bytes:
