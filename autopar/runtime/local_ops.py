@@ -61,6 +61,18 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+# ---- views ----------------------------------------------------------------------------------------------------------------------
+
+
+def squeeze_part(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> Tensor:
+    """`squeeze(x, dims)`: drops the dims that are of size 1 in the whole; a part of a longer dim stays, even of size 1."""
+    x, dims = _named(args, kwargs, ("x", "dim"), (None,))
+    whole = context.operand_shapes[0]
+    chosen = range(len(whole)) if dims is None else {dim % len(whole) for dim in ([dims] if isinstance(dims, int) else dims)}
+    result: Tensor = x.reshape([size for dim, size in enumerate(x.shape) if dim not in chosen or whole[dim] != 1])
+    return result
+
+
 # ---- the mean over a part -------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +241,7 @@ def _named(args: Sequence[Any], kwargs: Kwargs, names: tuple[str, ...], defaults
 
 
 LOCAL_OPS: dict[str, Callable[[Sequence[Any], Kwargs, LocalContext], Any]] = {
+    "squeeze_part": squeeze_part,
     "mean_of_part": mean_of_part,
     "mean_loss_of_part": mean_loss_of_part,
     "vocab_embedding": vocab_embedding,

@@ -20,9 +20,11 @@ from tests.ir.rule_samples import UNTRIED, b, call, f, i, samples
 
 
 def check_all(graph: Graph, op: Op) -> None:
+    """Every split on 2 and 3 ranks, on as many as there are elements (parts of size 1 must not be taken for dims to broadcast or drop),
+    and where parts may be unequal on more than that (they are right even where they are empty)."""
     for split in splits(graph, op):
-        for parts in (2, 3):
-            if split.fits(parts):
+        for parts in dict.fromkeys((2, 3, split.size or 2, split.size + 1)):
+            if split.fits(parts) or split.uneven:
                 check(graph, op, split, parts)
     if any(graph.values[name].requires_grad for name in op.operands):
         prepared = replace(graph, inputs=())  # as if it read parameters only

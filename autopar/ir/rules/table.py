@@ -119,9 +119,10 @@ family(pointwise.dropout, "autopar.dropout")
 # Views.
 family(
     views.view,
-    "view.default _unsafe_view.default reshape.default view_copy.default flatten.using_ints unflatten.int squeeze.default squeeze.dim "
-    "squeeze.dims unsqueeze.default _reshape_alias.default",
+    "view.default _unsafe_view.default reshape.default view_copy.default flatten.using_ints unflatten.int "
+    "unsqueeze.default _reshape_alias.default",
 )
+family(views.squeeze, "squeeze.default squeeze.dim squeeze.dims")
 family(views.expand, "expand.default expand_copy.default broadcast_to.default expand_as.default")
 family(views.permute, "permute.default permute_copy.default")
 family(views.transpose, "transpose.int swapaxes.default swapdims.default transpose_copy.int")

@@ -133,8 +133,8 @@ def attention(call: Call) -> Nest | None:
             groups = [(name, "q"), (name,), (name,)]
         else:
             return None
-        for own, group in zip(lead, groups, strict=True):
-            own.append(group)
+        for term, group in zip(lead, groups, strict=True):
+            term.append(group)
     causal = bool(call.op.arg(5, "is_causal", False))
     dropped = call.op.arg(4, "dropout_p", 0.0)
     loops["l"] = q[-2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 from autopar.ir.rules.families.common import broadcast, positive, sizes
@@ -113,6 +114,12 @@ def view(call: Call) -> Nest | None:
             if blocks > FUSED_AT_MOST:
                 inner.add(last)
     return Nest(loops, (left,), (right,), whole=whole, linear=_linear(call), uneven=frozenset(loops), inner=frozenset(inner))
+
+
+def squeeze(call: Call) -> Nest | None:
+    """`squeeze`: as `view`, but a part of size 1 of a longer dim must stay."""
+    nest = view(call)
+    return None if nest is None else replace(nest, implementations=dict.fromkeys(nest.loops, "squeeze_part"))
 
 
 def expand(call: Call) -> Nest | None:
