@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from autopar.search.incumbent import Incumbent
 from autopar.search.local import Local
-from autopar.search.minimise import Minimiser, Price
+from autopar.search.minimise import Minimiser, Minimum, Price
 from autopar.search.reduce import restrict
 
 Ints = NDArray[np.int64]
@@ -37,10 +37,10 @@ class _Corner:
         self.choice, self.cost, self.memory, self.price = choice, cost, memory, price
 
 
-def constrained(minimiser: Minimiser, incumbent: Incumbent) -> bool:
+def constrained(minimiser: Minimiser, incumbent: Incumbent) -> Minimum | None:
     """Fill `incumbent` with a cheap choice within its limit and a good bound.
 
-    Returns False when nothing fits; then the incumbent holds a choice of least memory all the same.
+    Returns None, or when nothing was found that fits the choice of least memory: a proof that nothing does where it is `exact`.
     """
     limit = incumbent.limit_bytes
     free = minimiser.minimise(Price(0.0))
@@ -48,7 +48,7 @@ def constrained(minimiser: Minimiser, incumbent: Incumbent) -> bool:
     incumbent.raise_bound(free.bound, 0.0)
     incumbent.report("without a memory limit")
     if memory <= limit and free.exact:
-        return True
+        return None
     low = _Corner(free.choice, cost, memory, 0.0)
     least = minimiser.minimise(Price(np.inf))
     cost, memory = incumbent.offer(least.choice)
@@ -56,14 +56,13 @@ def constrained(minimiser: Minimiser, incumbent: Incumbent) -> bool:
     local = Local(minimiser)
     if memory > limit and not least.exact:
         incumbent.offer(local.improve(least.choice, limit))
-    if incumbent.choice is None and memory > limit:
-        incumbent.choice, incumbent.cost_s, incumbent.memory_bytes = least.choice, cost, memory
-        return False
+    if incumbent.choice is None:
+        return least
     corners = [low, _Corner(least.choice, cost, memory, np.inf)]
     if low.memory > limit:
         corners = _hull(minimiser, incumbent, corners)
     _mix(minimiser, incumbent, local, corners)
-    return True
+    return None
 
 
 def _hull(minimiser: Minimiser, incumbent: Incumbent, corners: list[_Corner], proves: bool = True) -> list[_Corner]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.search.chain import Body, Chain, ChainCost, Shape, find_chains, shape_of
+from autopar.search.chain import Chain, find_chains
 from autopar.search.eliminate import LIMIT_ENTRIES, Eliminated, Factor, Order, eliminate, factor, find_order
+from autopar.search.powers import Body, ChainCost, Shape, shape_of
 from autopar.search.problem import Floats, Problem
 from autopar.search.reduce import domain_sizes
 

@@ -13,7 +13,9 @@ from autopar.search.minimise import Minimiser, Price
 from autopar.search.problem import Problem, Solution
 from autopar.search.reduce import Reduced, check, reduce, restrict
 
-__all__ = ["Progress", "restrict", "solve", "solve_with"]
+_UNKNOWN_S = 60.0  # how long the fast search looks for anything that fits where no table of elimination does
+
+__all__ = ["Progress", "restrict", "search", "solve", "solve_with"]
 
 
 def solve(
@@ -33,19 +35,31 @@ def solve(
     """
     check(problem)
     reduced = reduce(problem)
-    minimiser = Minimiser(reduced.problem)
-    incumbent = Incumbent(minimiser, problem.memory_limit_bytes, progress)
+    incumbent = Incumbent(Minimiser(reduced.problem), problem.memory_limit_bytes, progress)
     feasible = True
     try:
-        feasible = constrained(minimiser, incumbent)
-        if effort == "exact" and feasible:
-            from autopar.search.exact import close_gap  # HiGHS takes a while to import
-
-            close_gap(minimiser, incumbent, time_limit_s)
+        feasible = search(incumbent, effort, time_limit_s)
     except KeyboardInterrupt:
         if incumbent.choice is None:
             raise
     return _solution(reduced, incumbent, feasible)
+
+
+def search(incumbent: Incumbent, effort: Literal["fast", "exact"], time_limit_s: float | None) -> bool:
+    """Improve `incumbent` as far as `effort` goes. Returns whether anything fits; if not it holds a choice of least memory."""
+    minimiser = incumbent.minimiser
+    least = constrained(minimiser, incumbent)
+    unknown = least is not None and not least.exact
+    if unknown or (effort == "exact" and least is None):
+        from autopar.search.exact import close_gap  # HiGHS takes a while to import
+
+        close_gap(minimiser, incumbent, time_limit_s if effort == "exact" else min(time_limit_s or _UNKNOWN_S, _UNKNOWN_S))
+    if incumbent.choice is None:
+        assert least is not None
+        incumbent.choice = least.choice
+        incumbent.cost_s, incumbent.memory_bytes = minimiser.evaluate(least.choice)
+        return False
+    return True
 
 
 def solve_with(problem: Problem, allowed: Mapping[int, tuple[int, ...]], multiplier_s_per_byte: float = 0.0) -> Solution:
