@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autopar.ir import folded_names
@@ -30,6 +30,7 @@ def test_fold_and_expand(names: list[str], folded: str) -> None:
     assert all(folded_names.stands_for(folded, name) for name in names)
 
 
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=8, unique=True))
 def test_any_numbers_fold_and_expand(numbers: list[int]) -> None:
     names = [f"model.layers.{number}.w" for number in numbers]

@@ -217,7 +217,7 @@ def test_a_plan_damaged_everywhere_is_told_in_a_few_lines() -> None:
     assert "more such places" in str(error.value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, len(TEXT)), st.integers(0, 40), st.text(max_size=8))
 @example(0, 10_000, "")
 def test_random_damage_never_raises_anything_else(start: int, length: int, new: str) -> None:
@@ -249,7 +249,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(LEAVES), JSON)
 def test_random_values_in_random_fields_never_raise_anything_else(path: tuple[Any, ...], value: Any) -> None:
     data = json.loads(TEXT)
