@@ -155,6 +155,9 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "_grouped_mm.default": [],
     "transformers.grouped_mm_fallback.default": [],
     "fft_fftn.default": [],
+    "view_as_real.default": [],
+    "view_as_complex.default": [],
+    "im2col.default": [(f(4, 6, 5, 5), (3, 3), (1, 1), (1, 1), (1, 1))],
     "fft_ifftn.default": [],
     "divide.Tensor": [(f(6, 4), f(4))],
     "histc.default": [(f(6, 4), 4, 0.0, 1.0)],
@@ -415,6 +418,8 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
 }
 
 UNTRIED = {
+    "view_as_real.default": "its operand is complex",
+    "view_as_complex.default": "its result is complex",
     "fft_fftn.default": "its result is complex",
     "fft_ifftn.default": "its result is complex",
     "polar.default": "its result is complex",

@@ -123,6 +123,8 @@ family(
     "unsqueeze.default _reshape_alias.default",
 )
 family(views.squeeze, "squeeze.default squeeze.dim squeeze.dims")
+rule("view_as_real.default", "... -> ... [z]")
+rule("view_as_complex.default", "... [z] -> ...")
 family(views.expand, "expand.default expand_copy.default broadcast_to.default expand_as.default")
 family(views.permute, "permute.default permute_copy.default")
 family(views.transpose, "transpose.int swapaxes.default swapdims.default transpose_copy.int")
@@ -159,6 +161,7 @@ family(cuts.along(1, "dim"), "cumprod.default logcumsumexp.default cummax.defaul
 family(cuts.along(1, "dim", default=-1), "sort.default argsort.default glu.default")
 family(cuts.along(2, "dim", default=-1), "topk.default sort.stable")
 family(cuts.last(2, linear=True), "tril.default triu.default")
+rule("im2col.default", "b c [h w] -> b (c [k]) [l]", linear=((0,),))
 family(cuts.slice_scatter, "slice_scatter.default")
 family(cuts.select_scatter, "select_scatter.default")
 family(
