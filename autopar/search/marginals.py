@@ -7,10 +7,12 @@ there are.
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.search.eliminate import Eliminated, Factor, aligned, eliminate, factor
+from autopar.search.eliminate import Eliminated, Factor, eliminate, factor, find_order
 from autopar.search.minimise import Minimiser
 from autopar.search.problem import Floats
 
@@ -56,8 +58,6 @@ def _downwards(done: Eliminated, sizes: dict[int, int]) -> list[Floats]:
 
 def _least(factors: list[Factor], keep: tuple[int, ...], sizes: dict[int, int]) -> Floats:
     """The sum of `factors`, minimised over all variables but `keep`."""
-    scope = (*keep, *sorted({v for item in factors for v in item.variables} - set(keep)))
-    total: Floats = np.zeros([sizes[v] if v in keep else 1 for v in scope])
-    for item in sorted(factors, key=lambda item: item.table.size):
-        total = total + aligned(item, scope)
-    return total.min(tuple(range(len(keep), len(scope)))) if len(scope) > len(keep) else total
+    scopes = [item.variables for item in factors]
+    here = {v: sizes[v] for v in sorted(set(keep).union(*scopes))}
+    return eliminate(here, factors, find_order(here, scopes, keep), sys.maxsize).table(keep, here)
