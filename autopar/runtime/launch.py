@@ -35,7 +35,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch.distributed as dist
 
 from autopar.errors import RanksFailedError, RuntimeSetupError
-from autopar.runtime.rank_process import RANK_PROCESS, Answer, Call, Start
+from autopar.runtime.rank_process import RANK_PROCESS, Answer, Call, Main, Start
 
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
@@ -102,6 +102,14 @@ def _environment(threads: int) -> dict[str, str]:
     return environment
 
 
+def _main() -> Main:
+    main = sys.modules.get("__main__")
+    spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if spec is not None:
+        return Main(name=spec.name)
+    return Main(path=os.path.abspath(path)) if path else Main()
+
+
 def _end(ranks: list[_Rank], folder: str) -> None:
     for rank in ranks:
         rank.end()
@@ -158,8 +166,6 @@ class RankPool:
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout
         )
-        main = sys.modules.get("__main__")
-        main_path = None if main is None or getattr(main, "__spec__", None) else getattr(main, "__file__", None)
         for rank in range(self.world_size):
             self._ranks.append(
                 _Rank(
@@ -170,7 +176,7 @@ class RankPool:
                         collective_timeout_s=self.collective_timeout_s,
                         threads=self.threads,
                         sys_path=tuple(os.path.abspath(entry) for entry in sys.path),
-                        main_path=os.path.abspath(main_path) if main_path else None,
+                        main=_main(),
                         stack_path=str(Path(self._folder, f"stack-{rank}.txt")),
                     )
                 )

@@ -26,6 +26,22 @@ RANK_PROCESS = "AUTOPAR_RANK_PROCESS"
 
 
 @dataclass(frozen=True, slots=True)
+class Main:
+    """Where the parent's `__main__` came from: a module by `name` (`python -m`), or a script by `path`; neither in a notebook."""
+
+    name: str | None = None
+    path: str | None = None
+
+    def load(self) -> None:
+        """Import it as `__mp_main__`, so that its `if __name__ == "__main__":` does not run, and let it stand for `__main__`."""
+        # What multiprocessing's own spawn does; should these go, `runpy.run_path` and `runpy.run_module` replace them.
+        if self.name is not None:
+            spawn._fixup_main_from_name(self.name)  # type: ignore[attr-defined]
+        elif self.path is not None:
+            spawn._fixup_main_from_path(self.path)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """What a rank must know to join: its place, the parent's store, where to find code, and where to write its stack when asked."""
 
@@ -35,7 +51,7 @@ class Start:
     collective_timeout_s: float
     threads: int
     sys_path: tuple[str, ...]
-    main_path: str | None
+    main: Main
     stack_path: str
 
 
@@ -59,20 +75,19 @@ class Answer:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds `__main__` by importing the parent's script under another name, and only when something of it is really sent."""
+    """Imports the parent's `__main__` only when something of it is really sent."""
 
-    main_path: str | None = None
+    main = Main()
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "__main__" and self.main_path is not None:
-            # `_fixup_main_from_path` is what multiprocessing's own spawn does; if it goes, `runpy.run_path` replaces it.
-            spawn._fixup_main_from_path(self.main_path)  # type: ignore[attr-defined]
+        if module == "__main__":
+            self.main.load()
         return super().find_class(module, name)
 
 
-def _load(path: str, main_path: str | None) -> Any:
+def _load(path: str, main: Main) -> Any:
     unpickler = _Unpickler(io.BytesIO(Path(path).read_bytes()))
-    unpickler.main_path = main_path
+    unpickler.main = main
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own trees warn about themselves
         return unpickler.load()
@@ -101,9 +116,9 @@ def _join(start: Start) -> None:
     dist.init_process_group("gloo", store=store, rank=start.rank, world_size=start.world_size, timeout=timeout)
 
 
-def _answer(call: Call, main_path: str | None) -> Answer:
+def _answer(call: Call, main: Main) -> Answer:
     try:
-        function, args, kwargs = _load(call.request_path, main_path)
+        function, args, kwargs = _load(call.request_path, main)
         result = function(*args, **kwargs)
         Path(call.answer_path).write_bytes(pickle.dumps(result))
     except BaseException as error:  # a SystemExit in the user's function must reach the parent, not end the rank in silence
@@ -133,7 +148,7 @@ def main() -> None:
                 break
             if call is None:
                 break
-            connection.send(_answer(call, start.main_path))
+            connection.send(_answer(call, start.main))
     os._exit(0)  # tearing a gloo group down waits for peers that may be gone
 
 

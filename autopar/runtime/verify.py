@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -213,7 +213,7 @@ def on_one_device(job: Job, model: nn.Module, traced: TracedModel) -> Facts:
     """All numbers of `job` from the eager `model`, which has `job.state`. Raises `VerifyError` where the model itself fails."""
     literals = traced.literals
 
-    def call(batch: tuple[Tensor, ...]) -> list[Tensor]:
+    def call(model: nn.Module, batch: tuple[Tensor, ...]) -> list[Tensor]:
         tensors = dict(zip((item.path for item in traced.graph.inputs), batch, strict=True))
         leaves = [literals[path] if path in literals else tensors[path] for path in traced.input_paths]
         args, kwargs = pytree.tree_unflatten(leaves, traced.in_spec)
@@ -229,10 +229,7 @@ def on_one_device(job: Job, model: nn.Module, traced: TracedModel) -> Facts:
     try:
         with computing_in(job.dtype), without_dropout(model):
             for kind in job.optimizers:
-                with torch.no_grad():
-                    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                        tensor.copy_(job.state[name])
-                found |= _train(job, kind, model, call)
+                found |= _train(job, kind, copy.deepcopy(model), call)
     except VerifyError:
         raise
     except Exception as error:
@@ -259,7 +256,7 @@ def on_a_rank(job: Job) -> tuple[Facts | None, dict[Key, float]]:
             module = ParallelModule(job.traced, job.plan, mesh, local, assignment=job.assignment)
             module.train(job.training)
             with without_dropout(module):
-                found |= _train(job, kind, module, lambda batch, module=module: list(module(*batch)))
+                found |= _train(job, kind, module, lambda module, batch: list(module(*batch)))
     distances = {}
     for key, tensor in found.items():
         theirs = tensor.clone()
@@ -279,7 +276,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _train(job: Job, kind: Optimizer, module: nn.Module, call: Any) -> Facts:
+def _train(job: Job, kind: Optimizer, module: nn.Module, call: Callable[[Any, tuple[Tensor, ...]], list[Tensor]]) -> Facts:
     """Train `module` and note every number, whole, under `(optimizer, kind of tensor, name)`."""
     found: Facts = {}
 
@@ -289,7 +286,7 @@ def _train(job: Job, kind: Optimizer, module: nn.Module, call: Any) -> Facts:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = _optimizer(kind, trained)
     for step, batch in enumerate(job.batches):
-        results = call(batch)
+        results = call(module, batch)
         for item, result in zip(job.traced.graph.outputs, results, strict=True):
             note("output", f"{item.path}, step {step + 1}", result)
         loss = loss_of(results)

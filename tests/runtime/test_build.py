@@ -206,6 +206,32 @@ def test_what_does_not_fit_ends_every_rank(ranks4: RankPool, llama: Made) -> Non
     assert time.monotonic() - started < 4 * TIMEOUT_S
 
 
+def compiled(plan: Plan) -> tuple[list[float], list[float], bool]:
+    model = ZOO["convnet"].build(layers=1)
+    example = ZOO["convnet"].inputs(model)
+    found = []
+    for compile_it in (False, True):
+        module = build(model, traced(model, example), plan, timeout_s=TIMEOUT_S)
+        called = torch.compile(module, backend="aot_eager") if compile_it else module
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        found.append([])
+        for _ in range(2):
+            result = called(**example)
+            optimizer.zero_grad()
+            result["loss"].backward()
+            optimizer.step()
+            found[-1].append(result["loss"].item())
+    return found[0], found[1], isinstance(result["scores"], DTensor)
+
+
+@pytest.mark.processes
+def test_compiled_on_processes(ranks2: RankPool) -> None:
+    model = ZOO["convnet"].build(layers=1)
+    plan = autopar.plan(model, ZOO["convnet"].inputs(model), "cpu:2", baseline="fsdp")
+    for eager, fast, sharded in ranks2.run(compiled, plan):
+        assert fast == pytest.approx(eager, rel=1e-5) and fast[0] != fast[1] and sharded
+
+
 def absent(llama: Made) -> str:
     model = ZOO["llama"].build(layers=1)
     made, plan = llama.traced, llama.plans["other mesh"]

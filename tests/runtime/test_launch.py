@@ -77,10 +77,6 @@ def test_every_kind_of_failure_ends_all_ranks() -> None:
         with pytest.raises(RanksFailedError, match=r"(?s)rank 1: did not answer within 0.5 s.*in sleep"):
             pool.run(sleep, 60.0, timeout_s=0.5)
 
-        with pytest.raises(RanksFailedError) as caught:
-            pool.run(fail_everywhere)
-        assert sorted(caught.value.failures) == [0, 1]
-
         with pytest.raises(RuntimeSetupError, match="top level of a module"):
             pool.run(lambda: None)
 
@@ -92,6 +88,8 @@ def test_a_dropped_pool_leaves_nothing() -> None:
     del pool
     gc.collect()
     assert not alive(pids) and not folder.exists()
+    with pytest.raises(RanksFailedError, match="rank 0: SystemExit: rank 0 leaves"):
+        run_ranks(1, fail_everywhere)
 
 
 def test_functions_of_a_script_and_the_missing_guard(tmp_path: Path) -> None:
@@ -103,12 +101,9 @@ def test_functions_of_a_script_and_the_missing_guard(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, guarded], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[41]", done.stderr
+    done = subprocess.run([sys.executable, "-m", "guarded"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.stdout.strip() == "[41]", done.stderr
     bare = tmp_path / "bare.py"
     bare.write_text(guarded.read_text().replace("if __name__ == '__main__':\n    ", ""))
     done = subprocess.run([sys.executable, bare], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and 'if __name__ == "__main__"' in done.stderr
-
-
-def test_one_shot() -> None:
-    [(pid, value)] = run_ranks(1, summed, torch.ones(1))
-    assert value.item() == 1.0 and not alive([pid])
