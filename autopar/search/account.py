@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autopar.ir.assignment import Assignment, Choice
+from autopar.ir.assignment import Assignment, Choice, Storage
 from autopar.search.build import target_states
 from autopar.search.collectives import BUCKET_BYTES
 from autopar.search.costs import Costs, Move, Term
@@ -55,7 +55,6 @@ def account(structure: Structure, costs: Costs, assignment: Assignment) -> Accou
     graph = structure.graph
     values = graph.values
     terms: dict[object, Term] = {}
-    times: dict[object, tuple[float, float]] = {}
     compute: list[float] = []
     exposed: list[float] = []
     summed: dict[str, float] = dict.fromkeys(KINDS, 0.0)
@@ -74,31 +73,32 @@ def account(structure: Structure, costs: Costs, assignment: Assignment) -> Accou
 
     def edges(position: int, row: OpClass, choice: Choice) -> None:
         for edge in structure.edges_into[position]:
-            value = values[edge.value]
-            targets = target_states(choice, edge.slots)
             if edge.slot >= 0:
-                source = states[edge.value]
-                key: object = ("edge", value.shape, value.dtype, value.requires_grad, source, targets, edge.keeps)
+                source = chosen[structure.order[edge.source][1]]
+                # Choices are kept alive by the assignment, so an id means one of them; hashing them takes longer than pricing them.
+                key: object = (edge.kind, id(source), id(choice))
                 if key not in terms:
-                    terms[key] = costs.edge_term(value, source, targets, edge.keeps)
+                    state = tuple(split.outputs[edge.slot] for split in source)
+                    terms[key] = costs.edge_term(values[edge.value], state, target_states(choice, edge.slots), edge.keeps)
                 add(terms[key], position, -1, edge.value)
                 continue
+            value = values[edge.value]
             index = owner[edge.value]
-            storage = assignment.storage[graph.parameters[index].fqn]
+            storage = storages.setdefault(assignment.storage[graph.parameters[index].fqn], assignment.storage[graph.parameters[index].fqn])
+            targets = target_states(choice, edge.slots)
             regather = edge.keeps == "target"
-            key = ("use", value.shape, value.dtype, value.requires_grad, storage, targets, regather, structure.class_of[position], choice)
+            key = ("use", edge.kind, id(storage), structure.class_of[position], id(choice))
             if key not in terms:
-                time_key = (structure.class_of[position], choice)
-                if time_key not in times:
-                    times[time_key] = costs.op_times(row.work, row.operands, row.outputs, choice)
-                terms[key] = costs.use_term(value, storage, targets, times[time_key], regather)
+                times_s = costs.op_times(row.work, row.operands, row.outputs, choice)
+                terms[key] = costs.use_term(value, storage, targets, times_s, regather)
             add(terms[key], position, index, edge.value)
             if storage.gather == "use":
                 # The gathered parameter and, before it is scattered, its whole gradient.
                 whole = sum(costs.of(value, target) for target in targets) * (2 if value.requires_grad and graph.training else 1)
                 gathered[position] = gathered.get(position, 0.0) + whole
 
-    states = assignment.states(graph)
+    chosen = [assignment.choices[op.name] for op in graph.ops]
+    storages: dict[Storage, Storage] = {}
     key: object
     for index, parameter in enumerate(graph.parameters):
         value = values[parameter.value]
@@ -110,8 +110,8 @@ def account(structure: Structure, costs: Costs, assignment: Assignment) -> Accou
     workspace = 0.0
     for position, op in enumerate(graph.ops):
         row = structure.classes[structure.class_of[position]]
-        choice = assignment.choices[op.name]
-        key = ("op", structure.class_of[position], choice)
+        choice = chosen[position]
+        key = ("op", structure.class_of[position], id(choice))
         if key not in terms:
             terms[key] = costs.op_term(row.work, row.operands, row.outputs, choice, row.kept, row.returned)
             workspaces[key] = costs.workspace_bytes(row.work, row.operands, row.outputs, choice)

@@ -109,6 +109,7 @@ class _Builder:
         self.tables: list[Table] = []
         self._table_of: dict[object, int] = {}
         self._options_of: dict[object, tuple[int, Options]] = {}
+        self._edge_tables: dict[tuple[int, int, int], int] = {}
         self._states: dict[State, int] = {}
         self._prices: dict[object, dict[int, tuple[float, bool]]] = {}
         self._times: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -129,12 +130,14 @@ class _Builder:
         for index, node in enumerate(structure.node_of_parameter):
             keys[node], options[node] = self._storages(index, readers[node], keys, options)
             nodes[node] = self._parameter_table(index, keys[node], options[node])
-        edges = tuple(
-            (edge.source, edge.target, self._edge_table(edge, keys[source], options[source], keys[target], options[target]))
-            for edge in structure.edges
-            for source, target in [(edge.source, edge.target)]
-        )
-        problem = Problem(tuple(nodes), edges, tuple(self.tables), _equal_runs(structure.segments, nodes))
+        edges = []
+        for edge in structure.edges:
+            ends = keys[edge.source], keys[edge.target], edge.kind
+            table = self._edge_tables.get(ends)
+            if table is None:
+                table = self._edge_tables[ends] = self._edge_table(edge, options[edge.source], options[edge.target], ends[1])
+            edges.append((edge.source, edge.target, table))
+        problem = Problem(tuple(nodes), tuple(edges), tuple(self.tables), _equal_runs(structure.segments, nodes))
         return Built(problem, tuple(options), structure, self.costs)
 
     def _intern(self, key: object, options: Options) -> tuple[int, Options]:
@@ -203,15 +206,11 @@ class _Builder:
 
     # ---- edges ------------------------------------------------------------------------------------------------------------------
 
-    def _edge_table(self, edge: Edge, source_key: int, source: Options, target_key: int, target: Options) -> int:
+    def _edge_table(self, edge: Edge, source: Options, target: Options, target_key: int) -> int:
         value = self.structure.graph.values[edge.value]
-        key = (source_key, edge.slot, target_key, edge.slots, _kind(value), edge.keeps)
-        found = self._table_of.get(key)
-        if found is None:
-            wanted = [target_states(choice, edge.slots) for choice in target if not isinstance(choice, Storage)]
-            make = self._use_table if edge.slot < 0 else self._value_table
-            found = self._table_of[key] = make(value, edge, source, wanted, target_key)
-        return found
+        wanted = [target_states(choice, edge.slots) for choice in target if not isinstance(choice, Storage)]
+        make = self._use_table if edge.slot < 0 else self._value_table
+        return make(value, edge, source, wanted, target_key)
 
     def _value_table(self, value: Value, edge: Edge, source: Options, wanted: list[tuple[State, ...]], target_key: int) -> int:
         made = [tuple(split.outputs[edge.slot] for split in choice) for choice in source if not isinstance(choice, Storage)]

@@ -38,7 +38,8 @@ class OpClass:
 @dataclass(frozen=True, slots=True)
 class Edge:
     """From node `source` (result `slot` of an operation, or a parameter) to the operation at node `target`, which reads the value at
-    positions `slots`. `keeps` as in `Costs.edge_term`; for parameters `"target"` says that the backward pass reads it."""
+    positions `slots`. `keeps` as in `Costs.edge_term`; for parameters `"target"` says that the backward pass reads it. `kind` is equal for
+    edges that differ in nothing but their ends and the value's name."""
 
     source: int
     target: int
@@ -46,6 +47,7 @@ class Edge:
     slots: tuple[int, ...]
     value: str
     keeps: str
+    kind: int
 
 
 class Structure:
@@ -183,6 +185,7 @@ class Structure:
         }  # fmt: skip
         views = {name for at, op in enumerate(graph.ops) if self.work_of(at).view for name in op.outputs}
         self.edges: list[Edge] = []
+        kinds: dict[object, int] = {}
         for at, op in enumerate(graph.ops):
             target = self.node_of_op[at]
             slots: dict[str, list[int]] = {}
@@ -195,7 +198,10 @@ class Structure:
                 needed = any((at, slot) in self._needs.get(name, ()) for slot in where)
                 copy = name in counted_at_node or name in views
                 keeps = "" if not needed else "copy" if copy and name not in parameters else "target"
-                self.edges.append(Edge(origin[0], target, origin[1], tuple(where), name, keeps))
+                value = graph.values[name]
+                key = (origin[1], tuple(where), value.shape, value.dtype, value.requires_grad, keeps)
+                kind = kinds.setdefault(key, len(kinds))
+                self.edges.append(Edge(origin[0], target, origin[1], key[1], name, keeps, kind))
 
     def whole(self, value: str) -> bool:
         """Whether a returned value is brought home whole; inputs and parameters that are returned are."""
