@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import autopar
+from autopar.runtime.launch import RankPool
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,7 +38,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def case(name: str, plan_name: str, ranks: int) -> dict[str, Any]:
+def case(name: str, plan_name: str, ranks: int, pool: RankPool) -> dict[str, Any]:
+    """Plan and verify one model; `pool` has as many `ranks`."""
     entry = ZOO[name]
     model = entry.build().double()
     example = entry.inputs(model)
@@ -44,27 +47,32 @@ def case(name: str, plan_name: str, ranks: int) -> dict[str, Any]:
     found: dict[str, Any] = {"model": name, "plan": plan_name, "ranks": ranks}
     try:
         plan = autopar.plan(model, example, f"cpu:{ranks}", baseline=None if plan_name == "searched" else plan_name)
-        report = autopar.verify(model, example, plan)
+        report = autopar.verify(model, example, plan, ranks=pool)
         found |= {"ok": report.ok, "max_relative_error": report.max_relative_error, "mesh": dict(plan.mesh)}
     except autopar.AutoparError as error:
         found |= {"ok": False, "error": f"{type(error).__name__}: {error}"}
     return found | {"seconds": round(time.perf_counter() - start, 2)}
 
 
+def line(row: dict[str, Any]) -> str:
+    error = row.get("max_relative_error")
+    detail = f"{error:.1e}" if error is not None else str(row["error"]).splitlines()[0]
+    outcome = "ok" if row["ok"] else "NOT OK"
+    return f"{row['model']:8} {row['plan']:9} {row['ranks']} ranks  {outcome:6} {detail}  ({row['seconds']} s)"
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
     models = list(ZOO) if options.all else options.models
     rows = []
     for ranks in options.ranks:
-        for name in models:
-            for plan_name in options.plans:
-                row = case(name, plan_name, ranks)
-                rows.append(row)
-                error = row.get("max_relative_error")
-                outcome = "ok" if row["ok"] else "NOT OK"
-                detail = f"{error:.1e}" if error is not None else str(row.get("error")).splitlines()[0]
-                print(f"{name:8} {plan_name:9} {ranks} ranks  {outcome:6} {detail}  ({row['seconds']} s)", file=sys.stderr, flush=True)
+        with RankPool(ranks) as pool:
+            for name in models:
+                for plan_name in options.plans:
+                    rows.append(case(name, plan_name, ranks, pool))
+                    print(line(rows[-1]), file=sys.stderr, flush=True)
     failed = sum(not row["ok"] for row in rows)
     print(json.dumps({"benchmark": "verify_zoo", "cases": len(rows), "failed": failed, "results": rows}, indent=2))
     sys.exit(1 if failed else 0)
