@@ -349,6 +349,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (f(4, 6, 5), f(6), f(6), 4, 6, 5, 1, 1e-5),
     ],
     "_native_batch_norm_legit_no_training.default": [(f(4, 6, 5), f(6), f(6), f(6), f(6), 0.1, 1e-5)],
+    "_native_batch_norm_legit.no_stats": [(f(4, 6, 5), f(6), f(6), True, 0.1, 1e-5)],
     "batch_norm.default": [
         (f(4, 6, 5, 5), f(6), f(6), f(6), f(6), False, 0.1, 1e-5, False),
         (f(4, 6), None, None, f(6), f(6), False, 0.1, 1e-5, False),

@@ -187,7 +187,7 @@ family(
 )
 family(reductions.group_norm, "group_norm.default instance_norm.default")
 family(reductions.native_group_norm, "native_group_norm.default")
-family(reductions.batch_norm_inference, "_native_batch_norm_legit_no_training.default")
+family(reductions.batch_norm_inference, "_native_batch_norm_legit_no_training.default _native_batch_norm_legit.no_stats")
 family(reductions.batch_norm_eval, "batch_norm.default native_batch_norm.default cudnn_batch_norm.default")
 family(indexing.batch_norm, "autopar.batch_norm")
 
