@@ -21,6 +21,7 @@ from autopar.errors import PlanMismatchError
 from autopar.ir.placement import R
 from autopar.runtime import strided_shards
 from autopar.runtime.convert import local_steps
+from autopar.runtime.handshake import exchange
 from autopar.runtime.module import place_on
 from autopar.runtime.shards import distribute, state_of
 
@@ -66,8 +67,7 @@ def load_optimizer_state_dict(module: nn.Module, optimizer: torch.optim.Optimize
     Whole tensors must be given on every rank, or on rank 0 alone (then pass an empty mapping on the others). A collective call.
     """
     target: dict[str, Any] = dict(get_optimizer_state_dict(module, optimizer))
-    alone = dist.is_initialized() and dist.get_world_size() > 1 and not all(_everywhere(bool(state)))
-    if alone:
+    if not all(exchange(bool(state), "loading the state of an optimizer", timeout_s=600.0)):
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_optimizer_state_dict(module, optimizer, dict(state), options=options)
         return
@@ -129,9 +129,3 @@ def _to_rank_0(tree: Any) -> Any:
         return item if first else None
 
     return walk(tree)
-
-
-def _everywhere(flag: bool) -> list[bool]:
-    flags: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(flags, flag)
-    return flags

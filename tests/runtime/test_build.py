@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 import autopar
@@ -204,6 +205,49 @@ def test_what_does_not_fit_ends_every_rank(ranks4: RankPool, llama: Made) -> Non
         assert ("rank 2" in found["shape"]) != odd
         assert found["later shape"].startswith("InputError")
     assert time.monotonic() - started < 4 * TIMEOUT_S
+
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def move_blocks_and_tied_weights(made: TracedModel, there: Plan, here: Plan, path: str) -> tuple[list[float], list[float], bool]:
+    """Train, save with PyTorch's own tools, load under another plan; the losses of going on here and there."""
+    model = ZOO["gpt2"].build(layers=1, **NO_DROPOUT)
+    example = ZOO["gpt2"].inputs(model)
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+        optimizer.zero_grad()
+        loss = module(**example).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    one = build(model, made, there, timeout_s=TIMEOUT_S)
+    optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+    step(one, optimizer)
+    model_state, optimizer_state = get_state_dict(one, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    other = build(ZOO["gpt2"].build(layers=1, device="meta", **NO_DROPOUT), made, here, timeout_s=TIMEOUT_S)
+    theirs = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    model_state, optimizer_state = get_state_dict(other, theirs)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    set_state_dict(other, theirs, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    model.load_state_dict(autopar.full_state_dict(other) or model.state_dict())
+    return (
+        [step(one, optimizer) for _ in range(2)],
+        [step(other, theirs) for _ in range(2)],
+        other.lm_head.weight is other.transformer.wte.weight,
+    )
+
+
+@pytest.mark.processes
+def test_blocks_and_tied_weights_move(ranks2: RankPool, tmp_path: Path) -> None:
+    model = ZOO["gpt2"].build(layers=1, **NO_DROPOUT)
+    made = traced(model, ZOO["gpt2"].inputs(model))
+    there, here = (plan_graph(made.graph, resolve("cpu:2"), baseline=name) for name in ("tp", "fsdp"))
+    assert any("S(1, 3)" in item.stored.values() for item in there.parameters)  # a fused query-key-value weight, by heads
+    for stayed, moved, tied in ranks2.run(move_blocks_and_tied_weights, made, there, here, str(tmp_path / "checkpoint")):
+        assert moved == pytest.approx(stayed, rel=1e-5) and tied
 
 
 def compiled(plan: Plan) -> tuple[list[float], list[float], bool]:
