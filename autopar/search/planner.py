@@ -7,7 +7,9 @@ What is claimed is what `account` adds up from the expanded decisions, not what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal
@@ -121,6 +123,29 @@ def plan_graph(
     Raises `PinError`, `InfeasibleError` (nothing fits; a baseline that does not fit is a plan with `predicted.fits` false), and
     `PlanError` for options that do not go together.
     """
+    with _collector_paused():
+        return _plan(
+            graph, cluster, mesh, baseline, pins, effort, optimizer, memory_limit_bytes, time_limit_s, alternatives, progress
+        )  # fmt: skip
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Planning makes many small objects and no cycles; the collector would walk the whole graph of a deep model again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _plan(
+    graph: Graph, cluster: Cluster, mesh: Mapping[str, int] | tuple[int, ...] | None, baseline: str | None, pins: Mapping[str, str] | None,
+    effort: Effort, optimizer: str, memory_limit_bytes: int | None, time_limit_s: float | None, alternatives: bool,
+    progress: Callable[[Progress], None] | None,
+) -> Plan:  # fmt: skip
     if effort not in ("fast", "exact"):
         raise PlanError(f"effort `{effort}` is not known; it is `fast` or `exact`")
     if memory_limit_bytes is not None and memory_limit_bytes < 1:
