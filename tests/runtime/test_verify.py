@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import autopar
 from autopar.errors import PlanMismatchError, RanksFailedError, VerifyError
 from autopar.ir.plan import Plan
-from autopar.runtime import verify as verify_module
+from autopar.runtime import verify_runs
 from autopar.runtime.launch import RankPool
 from autopar.runtime.module import ParallelModule
-from autopar.runtime.verify import Job, on_a_rank, verify
+from autopar.runtime.verify import verify
 from autopar.runtime.verify_report import Facts, Key, judge
+from autopar.runtime.verify_runs import Job, on_a_rank
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.processes
@@ -73,11 +74,11 @@ def tampered(job: Job, tamper: Callable[[ParallelModule], None]) -> Found:
             super().__init__(*args, **kwargs)
             tamper(self)
 
-    verify_module.ParallelModule = Tampered  # type: ignore[misc]
+    verify_runs.ParallelModule = Tampered  # type: ignore[misc]
     try:
         return on_a_rank(job)
     finally:
-        verify_module.ParallelModule = ParallelModule  # type: ignore[misc]
+        verify_runs.ParallelModule = ParallelModule  # type: ignore[misc]
 
 
 def _one_rank(module: ParallelModule) -> None:
