@@ -18,6 +18,7 @@ from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
 from autopar.runtime import handshake
 from autopar.runtime.checkpoint import accept_whole_tensors
+from autopar.runtime.evaluation import EvaluationCheck
 from autopar.runtime.inputs import Mode, given_states
 from autopar.runtime.materialize import local_state
 from autopar.runtime.module import ParallelModule
@@ -75,6 +76,7 @@ def build(
         signature=_signature(model),
         device=target,
         assignment=assignment,
+        evaluation=EvaluationCheck(model, traced),
         timeout_s=timeout_s,
     )
     module.register_load_state_dict_pre_hook(accept_whole_tensors)  # type: ignore[no-untyped-call]

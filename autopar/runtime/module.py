@@ -21,6 +21,7 @@ from autopar.ir.placement import R, parse
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
 from autopar.runtime.convert import Place, convert
+from autopar.runtime.evaluation import EvaluationCheck
 from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
 from autopar.runtime.gradients import Reducer
 from autopar.runtime.handshake import agree
@@ -36,6 +37,7 @@ class ParallelModule(nn.Module):
     `local_state`: this rank's stored part of every parameter, and every buffer whole, by fully-qualified name; taken over, not copied.
     `inputs`: `"global"` where every rank passes the whole batch, `"per-rank"` where each passes its part.
     `signature`: that of the model's `forward`, so that arguments may come by position or by name.
+    `evaluation`: asked once, before the first call in evaluation mode.
     `assignment`, `outputs`: what `plan` expands to, where the caller has it already.
 
     Parameters are DTensors under the names they have in the model, gradients too; between `forward` and the end of `backward` nothing
@@ -55,10 +57,12 @@ class ParallelModule(nn.Module):
         device: torch.device | None = None,
         assignment: Assignment | None = None,
         outputs: Sequence[State] | None = None,
+        evaluation: EvaluationCheck | None = None,
         timeout_s: float = 600.0,
     ) -> None:
         super().__init__()
         graph = traced.graph
+        self._evaluation = evaluation
         self._traced, self._plan, self._mesh = traced, plan, mesh
         self._assignment = assignment or expand(plan, graph)
         self._place = place_on(mesh)
@@ -145,6 +149,13 @@ class ParallelModule(nn.Module):
             raise RuntimeSetupError(
                 "this module was planned in evaluation mode but is called in training mode; call `.eval()`, or plan after `model.train()`"
             )
+        if not self.training and self._evaluation is not None:
+            if why := self._evaluation.problem():
+                raise RuntimeSetupError(
+                    f"this module was planned in training mode, and the model does something else in evaluation mode: {why}. "
+                    "Plan a second module after `model.eval()` for evaluation"
+                )
+            self._evaluation = None
         self._counter[1] += 1
         return self._binder.bind(args, kwargs)
 
