@@ -1,6 +1,8 @@
 """The whole flow on one page: trace, plan, parallelize, verify.
 
     nn.Module + example inputs ──trace──► Graph ──plan_graph──► Plan ──build──► ParallelModule
+
+Each arrow is a function of the layers below; nothing is decided here.
 """
 
 from __future__ import annotations
