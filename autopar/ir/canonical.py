@@ -184,11 +184,23 @@ def _batch_norm(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
     return True
 
 
+def _batch_norm_evaluated(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
+    """`aten.batch_norm(x, weight, bias, mean, var, False, momentum, eps, False) -> y`: one result instead of one and two empty ones."""
+    if any(name in read for name in op.outputs[1:]):
+        return False
+    for name in op.outputs[1:]:
+        del rewriter.values[name]
+    args = (*op.args[:5], False, *op.args[5:7], False)
+    rewriter.ops.append(replace(op, target="aten.batch_norm.default", args=args, kwargs=(), outputs=op.outputs[:1]))
+    return True
+
+
 _FORMS: dict[str, Callable[[Rewriter, Op, set[str]], bool]] = {
     "aten.native_dropout.default": _dropout,
     "aten.dropout.default": _dropout,
     "aten.cross_entropy_loss.default": _cross_entropy,
     "aten._native_batch_norm_legit_functional.default": _batch_norm,
+    "aten._native_batch_norm_legit_no_training.default": _batch_norm_evaluated,
 }
 
 

@@ -27,7 +27,7 @@ from autopar.ir.graph import Graph
 from autopar.ir.reshard_points import add_reshard_points
 from autopar.ir.trace_assemble import Assembled, OutputSlot, State, assemble, leaf_paths, state_of
 from autopar.ir.trace_errors import as_trace_error, chain_of
-from autopar.ir.trace_expand import expand, refuse_aliasing
+from autopar.ir.trace_expand import expand, refuse_unsafe
 from autopar.ir.trace_export import export_program
 
 __all__ = ["OutputSlot", "TracedModel", "leaf_paths", "split_example", "trace"]
@@ -123,9 +123,8 @@ class _Call:
                 return None
             try:
                 with repeats.once_per_repeat(self.model, groups, traced, chained=chained) as recording:
-                    program = export_program(self.model, self.args, self.kwargs, refuse_aliasing)
+                    program = export_program(self.model, self.args, self.kwargs, refuse_unsafe)
                 found = self._assembled(program)
-                repeats.refuse_unseen(found.constants)
                 with _garbage_collection_paused():
                     return replace(found, graph=expand(found.graph, recording))
             except Exception as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch.fx import GraphModule, Node
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
+from torch.fx import Node
 
 from autopar.ir.graph import Arg, Buffer, Graph, Op, Output, Parameter, Ref, Value
 from autopar.ir.trace_lower import bare_path
@@ -13,11 +15,19 @@ from autopar.ir.trace_repeats import ENTER, LEAVE, REPEAT, Call, Recording, Unce
 MARKERS = frozenset({ENTER, LEAVE, REPEAT})
 
 
-def refuse_aliasing(module: GraphModule) -> None:
-    """Raise `Uncertain` where something is changed in place that went through a marker: the marker has hidden who else sees the change.
+def refuse_unsafe(program: ExportedProgram) -> None:
+    """Raise `Uncertain` where `program`, not yet made functional, shows that markers stand between things that belong together.
 
-    `module` is the program before it is made functional.
+    That is: a tensor between two chained repeats, which the tracer has not seen made, is read elsewhere (it then is a constant, and torch
+    must not get to compute with it); or something is changed in place that went through a marker, which has hidden who else sees it.
     """
+    for name in program.graph_signature.inputs_to_lifted_tensor_constants.values():
+        if isinstance(program.constants[name], FakeTensor):
+            raise Uncertain("a tensor between two repeats is read elsewhere")
+    module = program.graph_module
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), FakeTensor):
+            raise Uncertain("a tensor between two repeats is read elsewhere")
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)

@@ -27,7 +27,7 @@ SET_GRAD = "wrap_with_set_grad_enabled"
 
 
 def export_program(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Callable[[GraphModule], None] = lambda module: None
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], check: Callable[[ExportedProgram], None] = lambda program: None
 ) -> ExportedProgram:
     """The functional ATen program of `model(*args, **kwargs)` with every shape fixed; nothing is computed and nothing is allocated.
 
@@ -42,7 +42,7 @@ def export_program(
         fake_args, fake_kwargs = stack.enter_context(_faked(model, args, kwargs))
         program = torch.export.export(model, fake_args, fake_kwargs, strict=False)
         inline_grad_regions(program.graph_module)
-        check(program.graph_module)
+        check(program)
         functional: ExportedProgram = program.run_decompositions({})
         return functional
 

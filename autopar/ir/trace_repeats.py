@@ -86,8 +86,8 @@ class _Unseen:
         object.__getattribute__(self, "_looked").add(name)
         raise Looked(name)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """What `isinstance` asks for. `torch.export` asks it of every attribute of every module, which is no look of forward's."""
         if sys._getframe(1).f_globals.get("__name__", "").startswith("torch._export."):
             return _Unseen
@@ -163,12 +163,6 @@ class Recording:
         for tensor, gradient in zip(results, template.gradients, strict=True):
             self.gradients[id(tensor)] = (gradient, tensor)
         return pytree.tree_unflatten(_filled(template.slots, results), template.out_spec)
-
-
-def refuse_unseen(constants: dict[str, Tensor]) -> None:
-    """Raise `Uncertain` if a tensor between two chained repeats, which the tracer has not seen made, is read elsewhere."""
-    if any(isinstance(tensor, FakeTensor) for tensor in constants.values()):
-        raise Uncertain("a tensor between two repeats is read elsewhere")
 
 
 # ---- which modules repeat ----------------------------------------------------------------------------------------------------------
