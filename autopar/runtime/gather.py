@@ -16,11 +16,11 @@ from torch import Tensor
 from autopar.ir.plan import SegmentPlan
 from autopar.runtime import collectives
 from autopar.runtime.convert import LocalStep
-from autopar.runtime.gradients import MESSAGE_BYTES
+from autopar.runtime.gradients import ALONE_BYTES, MESSAGE_BYTES
 from autopar.runtime.lower import Hook, Hooks
 from autopar.runtime.parameters import Leaf
 
-DIRECT_BYTES = 256 * 1024
+DIRECT_BYTES = ALONE_BYTES
 """Leaves at least this large travel alone, straight into their own memory, where their shards lie one behind the other there."""
 
 

@@ -155,7 +155,8 @@ class _Lowering:
         if op.target == "autopar.dropout" and not self.mode.dropout:
             self.define(op.outputs[0], made[0], self.read(op.operands[0], wanted[0]))
             return
-        if op.target == "autopar.batch_norm" and not self.mode.statistics:
+        # Without running statistics the batch's serve in evaluation too.
+        if op.target == "autopar.batch_norm" and not self.mode.statistics and op.args[3] is not None:
             self.evaluate_batch_norm(op, wanted, made)
             return
         operands = [self.read(name, state) for name, state in zip(op.operands, wanted, strict=True)]

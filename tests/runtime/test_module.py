@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.ir.trace import trace
@@ -192,7 +192,7 @@ def test_gathered_parameters_are_freed() -> None:
         simulate((2, 2), rank)
 
 
-def test_compiled() -> None:
+def test_compiled_on_one_rank() -> None:
     model, args, kwargs = example("llama")
     expected = reference(model, args, kwargs)
     with float64():
@@ -211,7 +211,3 @@ def test_compiled() -> None:
         (found,) = simulate((1, 1), rank)
     error, where = difference(expected, found)
     assert error < 1e-10, where
-
-
-def _dropped(x: Tensor) -> Tensor:
-    return (x == 0).to(torch.int64)
