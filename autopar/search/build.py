@@ -27,7 +27,7 @@ class Restriction:
 
     `splits[position]`: names per axis that operation `position` may use. `pins[index]`: placement per axis that parameter `index` is
     stored in, `stored[index]` the placements to choose from. `gathers`: times of gathering to choose from. `gather`: whether
-    parameters may be gathered at all.
+    parameters may be used in another split than they are stored in.
     """
 
     splits: Mapping[int, Allowed] = field(default_factory=dict)
@@ -258,10 +258,14 @@ class _Builder:
             memory[i] = gathered
             if not self.restriction.gather:
                 gathers = [
-                    any(self.costs.conversion(*_kind(value), storage.stored, state).gathers for state in targets) for targets in columns
+                    any(move[0] in ("all_gather", "all_to_all") for state in targets for move in self._moves(value, storage, state))
+                    for targets in columns
                 ]
                 cost[i][np.array(gathers)[column_of]] = np.inf
         return self._add(cost, memory)
+
+    def _moves(self, value: Value, storage: Storage, state: State) -> tuple[tuple[str, int, str, int], ...]:
+        return self.costs.conversion(*_kind(value), storage.stored, state).moves
 
 
 def _kind(value: Value) -> tuple[tuple[int, ...], str, bool]:

@@ -86,10 +86,11 @@ class _Writer:
 
     def outputs(self) -> tuple[OutputPlan, ...]:
         rows = []
-        states = self.assignment.states(self.graph)
         for item in self.graph.outputs:
             value = self.graph.values[item.value]
-            state = home(states[item.value], self.structure.whole(item.value))
+            op = self.graph.producers.get(item.value)
+            made = self.assignment.output_states(op)[op.outputs.index(item.value)] if op else (R,) * len(self.assignment.mesh)
+            state = home(made, self.structure.whole(item.value))
             rows.append(OutputPlan(path=item.path, shape=value.shape, dtype=value.dtype, placement=self._axes(state)))
         return tuple(rows)
 

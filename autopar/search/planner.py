@@ -161,7 +161,14 @@ def _plan(
         if mesh is not None and meshes != (own,):
             raise PlanError(f"baseline `{baseline}` lies on mesh {own[0]} x {own[1]}; leave `mesh` out")
         meshes = (own,)
-    best, bound_s = _best(search, meshes, apply_pins(read, graph, restriction), read)
+    pinned = apply_pins(read, graph, restriction)
+    try:
+        best, bound_s = _best(search, meshes, pinned, read)
+    except InfeasibleError:
+        if pinned.gather:
+            raise
+        # A weight that two operations can only use in different splits must move for one of them.
+        best, bound_s = _best(search, meshes, replace(pinned, gather=True), read)
     if not best.fits and baseline is None:
         raise _infeasible(search, best, meshes)
     if mesh is None and baseline is None and not read.given:
