@@ -32,7 +32,7 @@ _CAUSES = (
         "choose with `torch.where` or a mask of fixed shape, take the decision outside of the model, or make it depend on Python numbers",
     ),
     _Cause(
-        ("nsupported output type", "output type", "It looks like one of the outputs"),
+        ("nsupported output type", "output type", "It looks like one of the outputs", "in output, which is not a known type"),
         "the model returns an object that is no tree of tensors",
         f"return tensors, tuples, dicts, or a transformers `ModelOutput`, or {_REGISTER}",
     ),
@@ -54,6 +54,9 @@ _CAUSES = (
 )
 """The first row that fits is used."""
 
+_LONGEST_QUOTE = 200
+"""Characters of torch's message that are repeated in ours; the whole is in `__cause__`."""
+
 _OTHER_REMEDY = "`torch.export.export(model, args, kwargs, strict=False)` must work on the model alone"
 
 
@@ -62,6 +65,7 @@ def as_trace_error(error: BaseException, model: nn.Module) -> TraceError:
     chain = list(chain_of(error))
     text = " ".join(f"{type(item).__name__} {item}" for item in chain)
     said = next((line for line in str(error).splitlines() if line.strip()), "no message").strip()
+    said = said if len(said) <= _LONGEST_QUOTE else said[:_LONGEST_QUOTE] + "..."
     cause = next((cause for cause in _CAUSES if any(word in text for word in cause.words)), None)
     meaning = f"{type(error).__name__}: {said}" if cause is None else f"{cause.meaning}: {said}"
     where = _user_line(chain)

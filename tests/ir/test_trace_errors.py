@@ -1,0 +1,117 @@
+"""What cannot be traced is an error that names the user's line and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopar.errors import TraceError
+from autopar.ir.trace import trace
+from tests.zoo import ZOO
+
+
+class Opaque:
+    pass
+
+
+class Model(nn.Module):
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.run = run
+
+    def forward(self, x: Tensor, *, mode: Any = None) -> Any:
+        return self.run(self, x)
+
+
+def branches(model: Any, x: Tensor) -> Tensor:
+    if model.linear(x).sum() > 0:  # branches
+        return x
+    return -x
+
+
+def takes_item(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x) * (x.sum().item() > 1)  # takes_item
+
+
+def item_as_number(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x) * x.sum().item()  # item_as_number
+
+
+def selects(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x)[x > 0].sum()  # selects
+
+
+def opaque(model: Any, x: Tensor) -> Any:
+    return Opaque()  # opaque
+
+
+def changes_input(model: Any, x: Tensor) -> Tensor:
+    x.mul_(2)  # changes_input
+    return model.linear(x)
+
+
+def wrong_shape(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x.reshape(2, -1))  # wrong_shape
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "has_line"),
+    [
+        (branches, ("looks at the values of a tensor", "torch.where"), True),
+        (takes_item, (".item()",), True),
+        (item_as_number, ("depends on data", ".item()"), True),
+        (selects, ("test_trace_errors.py",), True),
+        (opaque, ("no tree of tensors", "register"), False),
+        (changes_input, (" in place", "return the new value"), False),
+        (wrong_shape, ("RuntimeError",), True),
+    ],
+)
+@pytest.mark.parametrize("repeats", [False, True])
+def test_names_line_and_remedy(run: Callable[..., Any], words: tuple[str, ...], has_line: bool, repeats: bool) -> None:
+    model: nn.Module = Model(run)
+    if repeats and run not in (opaque, changes_input):
+        model = nn.Sequential(Model(lambda model, x: model.linear(x)), Model(run), Model(run))
+    with pytest.raises(TraceError) as caught:
+        trace(model, (torch.randn(3, 4),))
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    if has_line:
+        lines = Path(__file__).read_text().splitlines()
+        number = next(number for number, line in enumerate(lines, 1) if line.endswith(f"# {run.__name__}"))
+        forward = next(number for number, line in enumerate(lines, 1) if "return self.run(" in line)
+        # torch keeps the lines of forwards only for what it refuses late, when the traced program is looked through
+        assert f"test_trace_errors.py:{number}" in message or f"test_trace_errors.py:{forward}" in message, message
+    assert "E1" not in message and len(message) < 1500
+
+
+def test_cause_is_kept() -> None:
+    with pytest.raises(TraceError) as caught:
+        trace(Model(branches), (torch.randn(3, 4),))
+    assert caught.value.__cause__ is not None
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(TraceError, match="example inputs do not fit"):
+        trace(Model(branches), (torch.randn(3, 4),), {"nonsense": torch.zeros(1)})
+
+
+def test_opaque_input() -> None:
+    with pytest.raises(TraceError, match=r"`mode` is a Opaque.*\n?.*register"):
+        trace(Model(branches), (torch.randn(3, 4),), {"mode": Opaque()})
+
+
+def test_lazy_module() -> None:
+    with pytest.raises(TraceError, match=r"`0\.weight` of a lazy module has no shape yet"):
+        trace(nn.Sequential(nn.LazyLinear(3)), (torch.randn(3, 4),))
+
+
+def test_line_of_a_library_model() -> None:
+    model = ZOO["llama"].build(device="meta")
+    with pytest.raises(TraceError, match=r"transformers.*\.py:\d+"):
+        trace(model, (), {"input_ids": torch.zeros(2, 3, 4, 5, dtype=torch.int64)})
