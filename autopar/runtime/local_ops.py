@@ -101,12 +101,18 @@ def mean_loss_of_part(args: Sequence[Any], kwargs: Kwargs, context: LocalContext
 # ---- vocabulary -----------------------------------------------------------------------------------------------------------------
 
 
+def _refuse_outside(index: Tensor, size: int, message: str) -> None:
+    """Raise where one device would: no rank owns an index outside `[0, size)`, and all of them would quietly take zeros for it."""
+    torch.ops.aten._assert_async.msg(((index >= 0) & (index < size)).all(), message)
+
+
 def vocab_embedding(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> Tensor:
     """`embedding(weight (v_local, h), ids (...), padding_idx)`: rows of this rank's range, zero for all others (Megatron-LM, section 3)."""
     weight, ids = args[0], args[1]
     padding = args[2] if len(args) > 2 else kwargs.get("padding_idx", -1)
     start, length = context.part(context.operand_shapes[0][0])
     assert weight.shape[0] == length
+    _refuse_outside(ids, context.operand_shapes[0][0], "embedding: an id is outside the vocabulary")
     if not length:  # fewer rows than ranks: nothing to look up, and a gradient of no elements
         nothing: Tensor = weight.sum().expand((*ids.shape, weight.shape[1]))
         return nothing
@@ -129,6 +135,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x = _wide(logits)
         valid = target != ignore_index
+        _refuse_outside(target.masked_fill(~valid, 0), classes, "cross entropy: a target is outside the classes")
         local = target - start
         inside = (local >= 0) & (local < x.shape[1]) & valid
         local = local.masked_fill(~inside, 0).unsqueeze(1)

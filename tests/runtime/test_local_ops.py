@@ -201,3 +201,9 @@ def test_they_compile_without_a_break(alone: str) -> None:
     compiled = step(torch.compile(forward, backend="aot_eager", fullgraph=True))
     assert len(eager) == 5
     torch.testing.assert_close(compiled, eager)
+
+
+def test_index_outside_the_vocabulary_is_refused():
+    context = LocalContext("aten.embedding.default", ((8, 2), (3,)), (AxisContext("", 2, 0),))
+    with pytest.raises(RuntimeError, match="outside the vocabulary"):
+        LOCAL_OPS["vocab_embedding"]((torch.randn(4, 2), torch.tensor([0, 7, 8])), {}, context)
