@@ -203,6 +203,11 @@ class Reducer:
         for message in self.messages:
             message.clear()
 
+    def start(self) -> None:
+        """A new forward pass: a backward pass that raised half-way is over. (Not so where a checkpoint recomputes within one.)"""
+        if self._running and torch._C._current_graph_task_id() == -1:
+            self.reset()
+
     def begin(self) -> None:
         """Have the end of the running backward pass reported. Called from inside of it; once is enough."""
         if not self._running:

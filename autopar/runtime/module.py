@@ -166,6 +166,7 @@ class ParallelModule(nn.Module):
             self._reducer.watch()
             for bucket in self._buckets:
                 bucket.renew()
+        self._reducer.start()
         self._gatherer.start()
         return [leaf.tensor for leaf in self._leaves]
 

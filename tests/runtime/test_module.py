@@ -192,6 +192,29 @@ def test_gathered_parameters_are_freed() -> None:
         simulate((2, 2), rank)
 
 
+def test_a_backward_pass_that_raised_leaves_nothing_behind() -> None:
+    def story(module: nn.Module, call: Callable[[], Any]) -> Facts:
+        if isinstance(module, ParallelModule):
+            taken, count = module._reducer._take, iter(range(100))
+
+            def take(leaf: Any, gradient: Tensor) -> None:
+                if next(count) == 2:
+                    raise KeyboardInterrupt
+                taken(leaf, gradient)
+
+            module._reducer._take = take  # type: ignore[method-assign]
+            with pytest.raises(KeyboardInterrupt):
+                total(call()).backward()
+            module._reducer._take = taken  # type: ignore[method-assign]
+            module.zero_grad()
+        result = call()
+        loss = total(result)
+        loss.backward()
+        return facts(module, result, whole(loss))
+
+    agrees(story, "mlp")
+
+
 def test_compiled_on_one_rank() -> None:
     model, args, kwargs = example("llama")
     expected = reference(model, args, kwargs)
