@@ -110,7 +110,7 @@ def losses_of(module: torch.nn.Module, steps: int) -> Any:
 def train(options: argparse.Namespace) -> None:
     heading(f"2. Train a small GPT-2 on {options.ranks} local processes under the searched plan")
     plan = autopar.plan(build_gpt2(), batch_of_step(0), f"cpu:{options.ranks}")
-    print(plan)
+    print(str(plan).split("\n\n")[0])  # what it is, what it costs; parameters, operations and collectives as above
     plan.save(options.folder / "plan.json")
     alone = list(losses_of(build_gpt2(), options.steps))
     (options.folder / "alone.json").write_text(json.dumps(alone))
