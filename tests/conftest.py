@@ -12,12 +12,12 @@ from autopar.runtime.launch import RankPool
 @pytest.fixture(scope="session")
 def ranks2() -> Iterator[RankPool]:
     """Two gloo ranks; tests that use them are marked `processes`."""
-    with RankPool(2, threads=1) as pool:
+    with RankPool(2, threads=1, collective_timeout_s=180) as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
 def ranks4() -> Iterator[RankPool]:
     """Four gloo ranks; tests that use them are marked `processes`."""
-    with RankPool(4, threads=1) as pool:
+    with RankPool(4, threads=1, collective_timeout_s=180) as pool:
         yield pool

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,13 +26,13 @@ def scenarios() -> dict[str, str]:
     compare, batch = handshake.compare, handshake.compare_first_batch
     same = torch.arange(6.0).view(2, 3)
     mine = PlanMismatchError("this model is another") if odd else None
-    found = {"alike": raised(PlanError, compare, {"plan": "a", "model": "m"}, None, 20)}
-    found["plan"] = raised(RankDisagreementError, compare, {"plan": "b" if odd else "a", "model": "m"}, None, 20)
-    found["problem"] = raised(PlanMismatchError if odd else RankDisagreementError, compare, {"plan": "a"}, mine, 20)
-    found["batch alike"] = raised(InputError, batch, {"x": same}, None, True, 20)
-    found["batch"] = raised(RankDisagreementError, batch, {"x": same + odd, "y": same}, None, True, 20)
-    found["own parts"] = raised(RankDisagreementError, batch, {"x": same + odd}, None, False, 20)
-    found["shape"] = raised(InputError, batch, {}, InputError("`x` has shape [3]") if odd else None, True, 20)
+    found = {"alike": raised(PlanError, compare, {"plan": "a", "model": "m"}, None, 120)}
+    found["plan"] = raised(RankDisagreementError, compare, {"plan": "b" if odd else "a", "model": "m"}, None, 120)
+    found["problem"] = raised(PlanMismatchError if odd else RankDisagreementError, compare, {"plan": "a"}, mine, 120)
+    found["batch alike"] = raised(InputError, batch, {"x": same}, None, True, 120)
+    found["batch"] = raised(RankDisagreementError, batch, {"x": same + odd, "y": same}, None, True, 120)
+    found["own parts"] = raised(RankDisagreementError, batch, {"x": same + odd}, None, False, 120)
+    found["shape"] = raised(InputError, batch, {}, InputError("`x` has shape [3]") if odd else None, True, 120)
     found["agree"] = str(handshake.agree(lambda: ["made on", dist.get_rank()]))
     found["agree on an error"] = raised(PlanError, handshake.agree, broken)
     return found
@@ -44,18 +42,14 @@ def broken() -> None:
     raise PlanError("nothing fits") if dist.get_rank() == 0 else AssertionError("rank 0 alone makes it")
 
 
-def absent(rank: int) -> tuple[str, float]:
-    started = time.monotonic()
-    if dist.get_rank() == rank:
-        time.sleep(2)
-        return "", 0.0
-    return raised(RankDisagreementError, handshake.compare, {"plan": "a"}, None, 0.5), time.monotonic() - started
+def absent(rank: int) -> str:
+    return "" if dist.get_rank() == rank else raised(RankDisagreementError, handshake.compare, {"plan": "a"}, None, 0.5)
 
 
 def out_of_step() -> str:
     if dist.get_rank() == 0:
         return raised(RankDisagreementError, handshake.agree, lambda: 1)
-    return raised(RankDisagreementError, handshake.compare, {"plan": "a"}, None, 5)
+    return raised(RankDisagreementError, handshake.compare, {"plan": "a"}, None, 120)
 
 
 @pytest.mark.processes
@@ -71,8 +65,8 @@ def test_every_rank_raises_or_none(ranks4: RankPool) -> None:
 
 @pytest.mark.processes
 def test_absent_ranks_are_named(ranks2: RankPool) -> None:
-    (message, seconds), _ = ranks2.run(absent, 1)
-    assert "rank 1 did not come to the comparison of plans and models within 0.5 s" in message and seconds < 2
+    message, _ = ranks2.run(absent, 1)
+    assert "rank 1 did not come to the comparison of plans and models within 0.5 s" in message
     ranks2.close()  # the ranks are out of step now
     one, two = ranks2.run(out_of_step)
     assert "rank 0 came to making a plan, but rank 1 to the comparison" in one and "rank 1 came to" in two

@@ -60,12 +60,10 @@ def test_results_by_rank_from_persistent_processes(ranks2: RankPool) -> None:
 
 
 def test_every_kind_of_failure_ends_all_ranks() -> None:
-    with RankPool(2, threads=1, collective_timeout_s=30) as pool:
+    with RankPool(2, threads=1, collective_timeout_s=3600) as pool:  # nobody may wait for a collective to time out
         pids = [pid for pid, _ in pool.run(summed, torch.ones(1))]
-        started = time.monotonic()
         with pytest.raises(RanksFailedError, match=r"rank 1: ValueError: trouble on 1") as caught:
             pool.run(fail_on, 1)
-        assert time.monotonic() - started < 20  # not the collective timeout of the rank that waits
         assert "fail_on" in caught.value.failures[1][1]  # the traceback
         assert not alive(pids)
 
@@ -74,8 +72,9 @@ def test_every_kind_of_failure_ends_all_ranks() -> None:
             pool.run(kill, 0)
         assert not alive(pids)
 
-        with pytest.raises(RanksFailedError, match=r"(?s)rank 1: did not answer within 0.5 s.*in sleep"):
-            pool.run(sleep, 60.0, timeout_s=0.5)
+        pool.run(sleep, 0.0)  # fresh ranks have to import this file first
+        with pytest.raises(RanksFailedError, match=r"(?s)rank 1: did not answer within 3 s.*in sleep"):
+            pool.run(sleep, 600.0, timeout_s=3.0)
 
         with pytest.raises(RuntimeSetupError, match="top level of a module"):
             pool.run(lambda: None)
