@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.ir.trace import trace
@@ -176,6 +177,8 @@ def test_gathered_parameters_are_freed() -> None:
     with float64():
         traced = widened(trace(model, args, kwargs))
         assignment = random_assignment(traced.graph, (2, 2), 0)
+        storage = {fqn: replace(item, gather="use") for fqn, item in assignment.storage.items()}
+        assignment = replace(assignment, storage=storage)
 
         def rank(device_mesh: DeviceMesh) -> None:
             module = parallel_module(model, traced, assignment, device_mesh)
