@@ -61,7 +61,9 @@ def plan(
     `memory_limit_bytes`: per device; by default what the device has, less a reserve.
     `alternatives`: also price every other storage of every parameter, for `autopar explain`.
 
-    Raises `TraceError` (the model cannot be read), `ClusterError`, `PinError`, `InfeasibleError` (nothing fits; with remedies).
+    Where nothing fits, the plan of least memory comes with `predicted.fits` false; its notes say what is missing and what would fit.
+
+    Raises `TraceError` (the model cannot be read), `ClusterError`, `PinError`, `InfeasibleError` (no way to run it under these pins).
     """
     return _plan_traced(
         _trace(model, example_inputs),
@@ -140,6 +142,9 @@ def parallelize(
         if chosen is None:
             target = resolve(cluster) if cluster is not None else _running_cluster()
             chosen = agree(lambda: _plan_traced(traced, target, **plan_options), timeout_s=timeout_s)
+            if not chosen.predicted.fits:
+                missing_bytes = sum(chosen.memory_bytes.values()) - chosen.predicted.memory_limit_bytes
+                raise InfeasibleError("\n".join(chosen.notes), missing_bytes, chosen.notes[1:])
         return build(model, traced, chosen, inputs=inputs, device=device, timeout_s=timeout_s, sync_module_states=sync_module_states)
 
     if example_inputs is None:

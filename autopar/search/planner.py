@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Literal
 
 from autopar.errors import InfeasibleError, PinError, PlanError
-from autopar.ir.assignment import Assignment
+from autopar.ir.assignment import Assignment, conflict
 from autopar.ir.cluster import Cluster
 from autopar.ir.graph import Graph
 from autopar.ir.plan import Plan, Predicted
@@ -120,8 +120,8 @@ def plan_graph(
 ) -> Plan:
     """Search the best plan for `graph` on `cluster`; the options are those of `autopar.plan`.
 
-    Raises `PinError`, `InfeasibleError` (nothing fits; a baseline that does not fit is a plan with `predicted.fits` false), and
-    `PlanError` for options that do not go together.
+    Where nothing fits, the plan of least memory is returned with `predicted.fits` false, and its notes say what is missing and what would
+    fit. Raises `PinError`, `InfeasibleError` (no way to run it at all under these pins), `PlanError` for options that do not go together.
     """
     with _collector_paused():
         return _plan(
@@ -168,9 +168,12 @@ def _plan(
         if pinned.gather:
             raise
         # A weight that two operations can only use in different splits must move for one of them.
-        best, bound_s = _best(search, meshes, replace(pinned, gather=True), read)
-    if not best.fits and baseline is None:
-        raise _infeasible(search, best, meshes)
+        try:
+            best, bound_s = _best(search, meshes, replace(pinned, gather=True), read)
+        except InfeasibleError as error:
+            sizes = ", ".join(f"{dp} x {tp}" for dp, tp in meshes)
+            what = f"pins {dict(read.given)}" if read.given else f"baseline `{baseline}`" if baseline else "its rules"
+            raise InfeasibleError(f"`{graph.name}` cannot run on mesh {sizes} under {what}: {error}") from error
     if mesh is None and baseline is None and not read.given:
         best = _named_for_what_it_does(search, best)
     return _describe(search, best, bound_s, baseline, read, alternatives)
@@ -235,35 +238,37 @@ def relaxed_bound_s(built: Built) -> float:
 def _describe(search: Search, best: Found, bound_s: float, baseline: str | None, pins: Pins, alternatives: bool) -> Plan:
     total = best.account
     memory = total.memory_bytes()
+    notes = () if best.fits else _shortfall(search, best)
     predicted = Predicted(
         cost_s=total.cost_s, lower_bound_s=min(bound_s, total.cost_s), compute_s=total.compute_s, communication_s=total.exposed_s,
         memory_bytes=memory, memory_limit_bytes=search.limit_bytes, fits=sum(memory.values()) <= search.limit_bytes,
         optimizer=search.optimizer, effort=search.effort,
     )  # fmt: skip
-    plan = describe(search.structure, search.cluster, best.assignment, total, predicted, name=baseline or "searched", pins=pins.given)
+    plan = describe(
+        search.structure, search.cluster, best.assignment, total, predicted, name=baseline or "searched", pins=pins.given, notes=notes
+    )
     if alternatives:
         plan = price_alternatives(plan, best.built, search.limit_bytes - total.workspace_bytes)
     return plan
 
 
-def _infeasible(search: Search, best: Found, meshes: tuple[Mesh, ...]) -> InfeasibleError:
+def _shortfall(search: Search, best: Found) -> tuple[str, ...]:
+    """What is missing and what would help, as notes. Every number is that of a plan in hand: `best` under another optimizer or on more
+    machines with its `dp` axis longer; a search on those may need less."""
+
+    def needs_bytes(cluster: Cluster, optimizer: str) -> int | None:
+        (dp, tp), times = best.built.costs.mesh, cluster.world_size // search.cluster.world_size
+        graph, mesh = search.structure.graph, (dp * times, tp)
+        assignment = replace(best.assignment, mesh=mesh)
+        if times > 1 and any(conflict(graph, op, assignment.choices[op.name], AXES, mesh) for op in graph.ops):
+            return None
+        costs = Costs(cluster, mesh, AXES, optimizer, graph.training)
+        return sum(account(search.structure, costs, assignment).memory_bytes().values())
+
     missing = best.memory_bytes - search.limit_bytes
-
-    def needs_bytes(cluster: Cluster, optimizer: str) -> int:
-        """The least memory found on any mesh of another cluster or for another optimizer."""
-        other = replace(search, cluster=cluster, optimizer=optimizer, limit_bytes=1, effort="fast", progress=None)
-        times = cluster.world_size // search.cluster.world_size
-        dp, tp = best.built.costs.mesh
-        mine = meshes if times == 1 else tuple(dict.fromkeys(((dp * times, tp), (cluster.world_size, 1))))
-        return min(other.on(build(search.structure, other.costs(mesh))).memory_bytes for mesh in mine)
-
     found = remedies(search.structure, search.cluster, search.limit_bytes, search.optimizer, best.account, needs_bytes)
-    lines = "".join(f"\n  {number}. {text}" for number, text in enumerate(found, 1))
-    memory = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in best.account.memory_bytes().items())
-    return InfeasibleError(
-        f"`{search.structure.graph.name}` does not fit on `{search.cluster.name}`: the least that was found needs "
-        f"{best.memory_bytes / 2**30:.2f} GiB per rank ({memory}), {missing / 2**30:.2f} GiB ({missing} bytes) more than the limit of "
-        f"{search.limit_bytes / 2**30:.2f} GiB.{' What would fit:' if lines else ''}{lines}",
-        missing_bytes=missing,
-        remedies=found,
+    return (
+        f"does not fit: this plan needs the least memory of those found, and {missing / 2**30:.2f} GiB ({missing} bytes) per rank more "
+        "than there is. What would fit:",
+        *(f"{number}. {text}" for number, text in enumerate(found, 1)),
     )

@@ -1,4 +1,4 @@
-"""What would make an infeasible plan fit: each remedy is tried out, those that do not help are not named."""
+"""What would make a plan fit that does not: each remedy is added up, those that do not help are not named."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _MOST_TIMES_NODES = 16
 
 def remedies(
     structure: Structure, cluster: Cluster, limit_bytes: int, optimizer: str, least: Account,
-    needs_bytes: Callable[[Cluster, str], int],
+    needs_bytes: Callable[[Cluster, str], int | None],
 ) -> tuple[str, ...]:  # fmt: skip
-    """Numbered by the caller; `least` is the account of the least memory found, `needs_bytes(cluster, optimizer)` finds that of others."""
+    """Numbered by the caller; `least` is the account of the least memory found, `needs_bytes(cluster, optimizer)` that of others,
+    None where there is no such plan at hand."""
     found = []
     for other in sorted(OPTIMIZER_STATES, key=lambda name: -OPTIMIZER_STATES[name]):
         if structure.graph.training and OPTIMIZER_STATES[other] < OPTIMIZER_STATES[optimizer]:
             needed = needs_bytes(cluster, other)
-            if needed <= limit_bytes:
+            if needed is not None and needed <= limit_bytes:
                 found.append(f'optimizer="{other}" instead of "{optimizer}": needs {_gib(needed)} per rank')
                 break
     if text := _smaller_batch(structure, limit_bytes, least):
@@ -32,7 +33,7 @@ def remedies(
     while nodes <= cluster.nodes * _MOST_TIMES_NODES:
         larger = replace(cluster, nodes=nodes, name=f"{cluster.name} with {nodes} nodes")
         needed = needs_bytes(larger, optimizer)
-        if needed <= limit_bytes:
+        if needed is not None and needed <= limit_bytes:
             found.append(f"{nodes} nodes instead of {cluster.nodes} ({larger.world_size} devices): needs {_gib(needed)} per rank")
             break
         nodes *= 2
