@@ -72,7 +72,14 @@ def repeats(graph: Graph, segment: Segment) -> bool:
 
 
 def tokens(graph: Graph) -> Ints:
-    """A number per operation, equal where operations are equal but for names and wiring. Shape `(len(graph.ops),)`."""
+    """A number per operation, equal where operations are equal but for names and wiring. Shape `(len(graph.ops),)`; read-only."""
+    known: Ints | None = graph.__dict__.get("_tokens")
+    if known is None:
+        known = graph.__dict__["_tokens"] = _tokens(graph)
+    return known
+
+
+def _tokens(graph: Graph) -> Ints:
     kinds: dict[tuple[object, ...], int] = {}
     kind_of = {name: kinds.setdefault((value.shape, value.dtype, value.requires_grad), len(kinds)) for name, value in graph.values.items()}
 

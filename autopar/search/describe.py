@@ -162,11 +162,19 @@ class _Writer:
     def collectives(self, runs: tuple[Run, ...]) -> tuple[CollectivePlan, ...]:
         """Equal collectives of repeated operations as one row, in order of first occurrence."""
         groups: dict[Hashable, list[Run]] = {}
+        seen: dict[str, str] = {}
+
+        def numberless(name: str) -> str:
+            found = seen.get(name)
+            if found is None:
+                found = seen[name] = _NUMBER.sub("#", name)
+            return found
+
         for run in runs:
             # By names and not by segment: a layer that the fold leaves outside of its repeats communicates as they do.
             op = self.graph.ops[run.op] if run.op >= 0 else None
-            where = (op.target, _NUMBER.sub("#", op.module)) if op is not None else ()
-            names = _NUMBER.sub("#", self._value_name(run)), _NUMBER.sub("#", self._op_name(run))
+            where = (op.target, numberless(op.module)) if op is not None else ()
+            names = numberless(self._value_name(run)), numberless(self._op_name(run))
             groups.setdefault((where, names, run.move), []).append(run)
         rows = []
         for group in groups.values():

@@ -256,17 +256,19 @@ def _shortfall(search: Search, best: Found) -> tuple[str, ...]:
     """What is missing and what would help, as notes. Every number is that of a plan in hand: `best` under another optimizer or on more
     machines with its `dp` axis longer; a search on those may need less."""
 
-    def needs_bytes(cluster: Cluster, optimizer: str) -> int | None:
+    def on_cluster(cluster: Cluster) -> int | None:
         (dp, tp), times = best.built.costs.mesh, cluster.world_size // search.cluster.world_size
         graph, mesh = search.structure.graph, (dp * times, tp)
         assignment = replace(best.assignment, mesh=mesh)
-        if times > 1 and any(conflict(graph, op, assignment.choices[op.name], AXES, mesh) for op in graph.ops):
+        # One check for equal operations with equal choices; the assignment keeps choices alive, so an id means one.
+        kinds = {(search.structure.class_of[at], id(assignment.choices[op.name])): op for at, op in enumerate(graph.ops)}
+        if any(conflict(graph, op, assignment.choices[op.name], AXES, mesh) for op in kinds.values()):
             return None
-        costs = Costs(cluster, mesh, AXES, optimizer, graph.training)
+        costs = Costs(cluster, mesh, AXES, search.optimizer, graph.training)
         return sum(account(search.structure, costs, assignment).memory_bytes().values())
 
     missing = best.memory_bytes - search.limit_bytes
-    found = remedies(search.structure, search.cluster, search.limit_bytes, search.optimizer, best.account, needs_bytes)
+    found = remedies(search.structure, search.cluster, search.limit_bytes, search.optimizer, best.account, on_cluster)
     return (
         f"does not fit: this plan needs the least memory of those found, and {missing / 2**30:.2f} GiB ({missing} bytes) per rank more "
         "than there is. What would fit:",

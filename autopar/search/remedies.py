@@ -16,15 +16,18 @@ _MOST_TIMES_NODES = 16
 
 def remedies(
     structure: Structure, cluster: Cluster, limit_bytes: int, optimizer: str, least: Account,
-    needs_bytes: Callable[[Cluster, str], int | None],
+    on_cluster: Callable[[Cluster], int | None],
 ) -> tuple[str, ...]:  # fmt: skip
-    """Numbered by the caller; `least` is the account of the least memory found, `needs_bytes(cluster, optimizer)` that of others,
-    None where there is no such plan at hand."""
+    """Numbered by the caller; `least` is the account of the least memory found, `on_cluster(cluster)` the bytes per rank that the same
+    plan needs on another cluster, None where it cannot run there."""
     found = []
+    needed: int | None
+    memory = least.memory_bytes()
+    states = OPTIMIZER_STATES[optimizer]
     for other in sorted(OPTIMIZER_STATES, key=lambda name: -OPTIMIZER_STATES[name]):
-        if structure.graph.training and OPTIMIZER_STATES[other] < OPTIMIZER_STATES[optimizer]:
-            needed = needs_bytes(cluster, other)
-            if needed is not None and needed <= limit_bytes:
+        if structure.graph.training and OPTIMIZER_STATES[other] < states:
+            needed = sum(memory.values()) - memory["optimizer"] * (states - OPTIMIZER_STATES[other]) // states
+            if needed <= limit_bytes:
                 found.append(f'optimizer="{other}" instead of "{optimizer}": needs {_gib(needed)} per rank')
                 break
     if text := _smaller_batch(structure, limit_bytes, least):
@@ -32,7 +35,7 @@ def remedies(
     nodes = cluster.nodes * 2
     while nodes <= cluster.nodes * _MOST_TIMES_NODES:
         larger = replace(cluster, nodes=nodes, name=f"{cluster.name} with {nodes} nodes")
-        needed = needs_bytes(larger, optimizer)
+        needed = on_cluster(larger)
         if needed is not None and needed <= limit_bytes:
             found.append(f"{nodes} nodes instead of {cluster.nodes} ({larger.world_size} devices): needs {_gib(needed)} per rank")
             break

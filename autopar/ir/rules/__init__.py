@@ -17,6 +17,7 @@ from autopar.ir.rules.table import RULES
 
 __all__ = ["PARTIAL", "REPLICATE", "REPLICATE_PARTIAL_GRADIENT", "Split", "has_rule", "splits", "unruled"]
 
+_STRUCTURES: dict[tuple[Any, ...], int] = {}
 _NESTS: dict[Any, Nest | None] = {}
 _SPLITS: dict[Any, tuple[Split, ...]] = {}
 
@@ -71,8 +72,16 @@ def _masked(arg: Arg) -> Any:
     return tuple(map(_masked, arg)) if isinstance(arg, tuple) else arg
 
 
-def _structure(graph: Graph, op: Op) -> Any:
-    """Hashable; equal for operations that differ only in names."""
+def _structure(graph: Graph, op: Op) -> int:
+    """A number that is equal for operations that differ only in names; worked out once for an operation of a graph."""
+    known: dict[str, int] = graph.__dict__.setdefault("_rule_structures", {})
+    number = known.get(op.name)
+    if number is None:
+        number = known[op.name] = _STRUCTURES.setdefault(_facts_of_structure(graph, op), len(_STRUCTURES))
+    return number
+
+
+def _facts_of_structure(graph: Graph, op: Op) -> tuple[Any, ...]:
     values = graph.values
     operands = op.operands
     return (
