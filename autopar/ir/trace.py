@@ -74,15 +74,15 @@ def trace(
     With `once_per_repeat`, repeated child modules are exported once and copied; the result is the same graph.
     Raises `TraceError` for what cannot be traced, naming the user's line.
     """
-    kwargs = dict(kwargs or {})
-    call = _Call(model, args, kwargs, state_of(model), once_per_repeat)
-    try:
-        found = call.with_repeats_once() or call.whole()
-    except TraceError:
-        raise
-    except Exception as error:
-        raise as_trace_error(error, model) from error
     with _garbage_collection_paused():
+        kwargs = dict(kwargs or {})
+        call = _Call(model, args, kwargs, state_of(model), once_per_repeat)
+        try:
+            found = call.with_repeats_once() or call.whole()
+        except TraceError:
+            raise
+        except Exception as error:
+            raise as_trace_error(error, model) from error
         graph = without_call_numbers(add_reshard_points(run_passes(found.graph, ALL_TOGETHER))).verify()
     constants = {item.value: found.constants[item.value] for item in graph.constants}
     return TracedModel(graph, call.in_spec, found.out_spec, found.slots, constants, call.input_paths, call.literals)
@@ -125,8 +125,7 @@ class _Call:
                 with repeats.once_per_repeat(self.model, groups, traced, chained=chained) as recording:
                     program = export_program(self.model, self.args, self.kwargs, refuse_unsafe)
                 found = self._assembled(program)
-                with _garbage_collection_paused():
-                    return replace(found, graph=expand(found.graph, recording))
+                return replace(found, graph=expand(found.graph, recording))
             except Exception as error:
                 reason = next((item for item in chain_of(error) if isinstance(item, repeats.Uncertain)), None)
                 if isinstance(reason, repeats.Looked) and reason.name not in significant:
@@ -142,7 +141,7 @@ class _Call:
 
 @contextmanager
 def _garbage_collection_paused() -> Iterator[None]:
-    """Building a graph makes many objects and no cycles; looking for cycles among all of torch's objects would take half of the time."""
+    """Tracing makes many objects that live on; looking for cycles among all of torch's and the model's would take a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
