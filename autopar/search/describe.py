@@ -73,6 +73,16 @@ class _Writer:
             return self.assignment.operand_states(op)[op.operands.index(value)]
         return None
 
+    def _widest_use(self, value: str) -> State | None:
+        """Of the states in which a parameter is read, the one that is whole on most axes: what it is gathered for."""
+        wanted = [
+            self.assignment.operand_states(op)[slot]
+            for op in self.graph.consumers[value]
+            for slot, name in enumerate(op.operands)
+            if name == value
+        ]
+        return max(wanted, key=lambda state: sum(placement.is_replicated for placement in state), default=None)
+
     # ---- inputs, outputs, parameters --------------------------------------------------------------------------------------------
 
     def inputs(self) -> tuple[InputPlan, ...]:
@@ -101,7 +111,7 @@ class _Writer:
         for item in self.graph.parameters:
             value = self.graph.values[item.value]
             storage = self.assignment.storage[item.fqn]
-            used = self._first_use(item.value) or storage.stored
+            used = self._widest_use(item.value) or storage.stored
             key: Hashable = (_NUMBER.sub("#", item.fqn), value.shape, value.dtype, value.requires_grad, storage, used)
             groups.setdefault(key, []).append(item.fqn)
             example.setdefault(key, (item.value, used))

@@ -12,12 +12,14 @@ from autopar.ir.assignment import expand
 from autopar.ir.cluster import Cluster
 from autopar.ir.placement import R, S
 from autopar.ir.plan import Plan
+from autopar.report.validate import contradictions
 from autopar.search.account import account
 from autopar.search.baselines import BASELINES
 from autopar.search.costs import Costs
 from autopar.search.planner import plan_graph
 from autopar.search.structure import Structure
 from tests.search.models import graph_of
+from tests.zoo import ZOO
 
 CPU = Cluster.from_name("cpu:4")
 H100 = Cluster.from_name("h100x8")
@@ -213,3 +215,10 @@ def test_two_meshes_do_not_disturb_each_other() -> None:
     plan_graph(graph, CPU, mesh=(4, 1))
     plan_graph(graph, replace(CPU, name="other", nodes=2, devices_per_node=2), mesh=(1, 4))
     assert plan_graph(graph, CPU, mesh=(2, 2)) == first
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_plans_do_not_contradict_themselves(name: str) -> None:
+    graph = graph_of(name)
+    for baseline in (None, "fsdp", "tp"):
+        assert not list(contradictions(plan_graph(graph, Cluster.from_name("h100x4"), baseline=baseline)))
