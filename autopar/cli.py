@@ -266,6 +266,8 @@ def _load(source: str, batch: int | None, seq: int | None, dtype: str | None) ->
     """The model and its example inputs."""
     from autopar.ir.sources import load_model
 
+    # Unless the user asks for more: advice on a configuration made for planning is not what the command was called for.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     return load_model(source, batch, seq, None if dtype is None else _DTYPES.get(dtype, dtype))
 
 
