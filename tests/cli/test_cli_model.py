@@ -64,10 +64,10 @@ def test_compare_shows_the_baselines_beside_the_searched_plan(capsys: pytest.Cap
 
 def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    code, out, err = run(capsys, "plan", MODEL, "-c", "cpu:2", "--memory-limit", "100", "-o", str(path))
-    assert (code, out) == (1, "")
-    assert "does not fit" in err
-    assert not path.exists()
+    code, out, _ = run(capsys, "plan", MODEL, "-c", "cpu:2", "--memory-limit", "100", "-o", str(path))
+    assert code == 1
+    assert "does not fit" in out and "memory_limit_bytes=" in out
+    assert not Plan.load(path).predicted.fits
     code, out, _ = run(capsys, "plan", MODEL, "-c", "cpu:2", "--memory-limit", "100", "--baseline", "ddp")
     assert code == 1
     assert "are missing" in out

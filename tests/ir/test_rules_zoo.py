@@ -11,8 +11,9 @@ from autopar.ir import rules
 from autopar.ir.assignment import conflict
 from autopar.ir.graph import Graph, Op
 from autopar.ir.placement import RP, P, R, S
-from autopar.ir.rules import splits, unruled
+from autopar.ir.rules import Split, splits, unruled
 from autopar.ir.trace import trace
+from autopar.runtime.launch import RankPool
 from tests.ir.checking import check
 from tests.zoo import ZOO
 
@@ -94,3 +95,16 @@ def test_reshard_offers_what_its_neighbours_give_and_want() -> None:
     slot = consumer.operands.index(reshard.outputs[0])
     wanted = {split.inputs[slot] for split in splits(graph, consumer)}
     assert wanted <= states
+
+
+@pytest.mark.processes
+def test_pickled_graph_has_the_same_splits_in_another_process(ranks2: RankPool) -> None:
+    """What is worked out once for a graph must not be taken for the same in a process that met other operations first."""
+    graph = graph_of("gpt2")
+    here = [splits(graph, op) for op in graph.ops]
+    ranks2.run(_splits_of, graph_of("convnet"))
+    assert ranks2.run(_splits_of, graph) == [here, here]
+
+
+def _splits_of(graph: Graph) -> list[tuple[Split, ...]]:
+    return [splits(graph, op) for op in graph.ops]

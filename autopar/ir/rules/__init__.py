@@ -17,6 +17,7 @@ from autopar.ir.rules.table import RULES
 
 __all__ = ["PARTIAL", "REPLICATE", "REPLICATE_PARTIAL_GRADIENT", "Split", "has_rule", "splits", "unruled"]
 
+_HERE = object()
 _STRUCTURES: dict[tuple[Any, ...], int] = {}
 _NESTS: dict[Any, Nest | None] = {}
 _SPLITS: dict[Any, tuple[Split, ...]] = {}
@@ -74,7 +75,10 @@ def _masked(arg: Arg) -> Any:
 
 def _structure(graph: Graph, op: Op) -> int:
     """A number that is equal for operations that differ only in names; worked out once for an operation of a graph."""
-    known: dict[str, int] = graph.__dict__.setdefault("_rule_structures", {})
+    kept: tuple[object, dict[str, int]] | None = graph.__dict__.get("_rule_structures")
+    if kept is None or kept[0] is not _HERE:  # numbers of another process came with a pickled graph
+        kept = graph.__dict__["_rule_structures"] = (_HERE, {})
+    known = kept[1]
     number = known.get(op.name)
     if number is None:
         number = known[op.name] = _STRUCTURES.setdefault(_facts_of_structure(graph, op), len(_STRUCTURES))
