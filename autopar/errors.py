@@ -9,7 +9,7 @@
     │   ├── PlanFileError        a plan file that is damaged, hostile, or of another version
     │   ├── PlanMismatchError    a sound plan for another model, other inputs or another world size
     │   ├── PinError             a pin that matches nothing, or pins that cannot hold together
-    │   └── InfeasibleError      nothing fits; carries what is missing and what would fit
+    │   └── InfeasibleError      no way to run it; where memory is missing, how much, and what would fit
     ├── RuntimeSetupError        the process group, devices or ranks do not fit the plan
     │   ├── RankDisagreementError   a rank came with another plan or another first batch
     │   ├── InputError           inputs of other shapes, dtypes or structure than were traced (also a ValueError)
