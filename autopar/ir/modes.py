@@ -11,6 +11,10 @@ from autopar.ir.graph import Arg, Graph, Op, Ref
 
 _IDENTITIES = frozenset({"autopar.reshard", "autopar.dropout"})
 _ATTENTION = "aten.scaled_dot_product_attention.default"
+_RECURRENT = {
+    f"aten.{name}.{form}": dropout for form, dropout in (("input", 5), ("data", 6)) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+}
+"""Position of `dropout`, which `train` follows, in the arguments of recurrent layers."""
 
 
 def evaluation_differs(training: Graph, evaluation: Graph) -> str | None:
@@ -75,4 +79,7 @@ def _evaluated(op: Op) -> tuple[str, tuple[Arg, ...]]:
     if op.target == _ATTENTION:
         flags = (op.arg(3, "attn_mask"), op.arg(5, "is_causal", False), op.kwarg("scale"), op.kwarg("enable_gqa", False))
         return op.target, (*op.args[:3], *flags)
+    if op.target in _RECURRENT:
+        place = _RECURRENT[op.target]
+        return op.target, (*op.args[:place], *op.args[place + 2 :])
     return op.target, (*op.args, *((name, item) for name, item in op.kwargs))

@@ -27,6 +27,12 @@ class _Cause:
 
 _CAUSES = (
     _Cause(
+        ("is an `autograd.Function`",),
+        "the model has a backward pass of its own, which a trace of its forward would lose",
+        "write the forward in PyTorch's operations and leave the backward to autograd (`detach` or `x + (y - x).detach()` for a "
+        "straight-through estimate), or register it by `torch.library.custom_op` and `register_autograd`",
+    ),
+    _Cause(
         ("GuardOnDataDependentSymNode", "data-dependent", "Could not guard", "DynamicOutputShape", "DataDependentOutput"),
         "the model looks at the values of a tensor (as in `if x.sum() > 0`, `.item()`, `int(x)`, boolean indexing or `nonzero`)",
         "choose with `torch.where` or a mask of fixed shape, take the decision outside of the model, or make it depend on Python numbers",

@@ -39,12 +39,34 @@ def export_program(
         warnings.simplefilter("ignore")
         stack.enter_context(library_patches(frozenset(kwargs)))
         stack.enter_context(_attributes_while_tracing(model))
+        stack.enter_context(_own_backward_refused())
         fake_args, fake_kwargs = stack.enter_context(_faked(model, args, kwargs))
         program = torch.export.export(model, fake_args, fake_kwargs, strict=False)
         inline_grad_regions(program.graph_module)
         check(program)
         functional: ExportedProgram = program.run_decompositions({})
         return functional
+
+
+@contextmanager
+def _own_backward_refused() -> Iterator[None]:
+    """An `autograd.Function` is traced as the operations of its `forward`: a backward pass of its own would be lost without a word.
+    Checkpointing is the exception: its backward is that of the function it runs, which is traced in its place."""
+    function: Any = torch.autograd.Function
+    original = function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ == "torch.utils.checkpoint" and cls.__name__ == "CheckpointFunction":
+            return args[0](*args[2:])  # (function, preserve_rng_state, *arguments)
+        if torch.is_grad_enabled() and (not cls.__module__.startswith("torch.") or cls.__module__.startswith("torch.nn.")):
+            raise TypeError(f"`{cls.__qualname__}` is an `autograd.Function`")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = original
 
 
 @contextmanager

@@ -7,7 +7,7 @@ same mask without talking, ranks with different parts draw different ones, and t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,14 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         generator.set_state(state)
 
 
+# A compiler must not move the draw out of the seeded region, nor bake the seed in.
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
+def drawing(function: Callable[..., Any], device: torch.device, part: int, counter: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, which draws from the default generator: the same numbers on every rank, others in every step."""
+    with seeded(device, mix(*counter.tolist(), part)):
+        return function(*args, **kwargs)
+
+
 def attention(part: int, counter: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`scaled_dot_product_attention` with dropout, its masks drawn as this module's docstring says."""
     if torch.compiler.is_compiling():
@@ -113,6 +121,14 @@ class _NoDropout(TorchFunctionMode):
         if name == "scaled_dot_product_attention":
             args = (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:])
             kwargs.pop("dropout_p", None)
+        if name in (
+            "lstm",
+            "gru",
+            "rnn_tanh",
+            "rnn_relu",
+        ):  # (input, hx, params, has_biases, num_layers, dropout, ...), or batch_sizes second
+            place = 5 if isinstance(args[3], bool) else 6
+            args = (*args[:place], 0.0, *args[place + 1 :])
         if name == "multi_head_attention_forward":  # in one piece: what it calls inside does not come through here
             bound = inspect.signature(func).bind(*args, **kwargs)
             bound.arguments["dropout_p"] = 0.0

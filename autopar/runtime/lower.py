@@ -73,6 +73,26 @@ def _takes_device(target: str) -> bool:
     return any(argument.name == "device" for argument in schema.arguments)
 
 
+@lru_cache(maxsize=4096)
+def _argument_place(target: str, name: str) -> int | None:
+    """The position of argument `name` of the operator `target`, if it has one."""
+    names = [argument.name for argument in operator(target)._schema.arguments]  # type: ignore[attr-defined]
+    return names.index(name) if name in names else None
+
+
+@lru_cache(maxsize=4096)
+def _may_draw(target: str) -> bool:
+    return not target.startswith("autopar.") and torch.Tag.nondeterministic_seeded in operator(target).tags  # type: ignore[attr-defined]
+
+
+def _draws(target: str, args: tuple[Any, ...]) -> bool:
+    """Whether the operator draws from the default generator with these arguments. Attention and recurrent layers do for dropout alone."""
+    if not _may_draw(target) or target == ATTENTION:
+        return False
+    place = _argument_place(target, "dropout")
+    return place is None or args[place] > 0
+
+
 class _Lowering:
     def __init__(
         self, graph: Graph, assignment: Assignment, place: Place, borders: Borders, device: torch.device, mode: Mode, hooks: Hooks
@@ -168,6 +188,8 @@ class _Lowering:
         kwargs = {name: _concrete(argument, slots) for name, argument in keywords}
         if op.target == ATTENTION and not self.mode.dropout:
             args, kwargs = _without_dropout(args, kwargs)
+        elif not self.mode.dropout and _may_draw(op.target) and (place := _argument_place(op.target, "dropout")) is not None:
+            args = (*args[:place], 0.0, *args[place + 1 :])  # recurrent layers
         self.results(op, made, self.invoke(index, op, wanted, args, kwargs))
 
     def invoke(self, index: int, op: Op, wanted: tuple[State, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
@@ -181,6 +203,9 @@ class _Lowering:
             return self.call(special, *args, **kwargs)
         if not op.operands and _takes_device(op.target):
             kwargs["device"] = self.device
+        if _draws(op.target, args):
+            part = self.part(index, (R,) * len(self.place.mesh))  # such operators run whole on every rank
+            return self.call(dropout.drawing, operator(op.target), self.device, part, self.counter, *args, **kwargs)
         return self.call(operator(op.target), *args, **kwargs)
 
     def special(self, op: Op) -> Callable[..., Any] | None:

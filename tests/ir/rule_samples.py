@@ -184,6 +184,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "sub.Tensor": [(f(6, 4), f(6, 4)), (f(4), f(6, 4)), (f(6, 4), 2)],
     "mul.Tensor": [(f(6, 4), f(6, 4)), (f(4), f(2, 6, 4)), (f(6, 4), 3.0), (f(5, 7), f(5, 1)), (f(6, 4), b(6, 4))],
     "div.Tensor": [(f(6, 4), f(6, 4)), (f(6, 4), f(4)), (f(6, 4), 3.0), (f(), f())],
+    "type_as.default": [(f(6, 4), f(6, 4)), (f(6, 4), f())],
     "_to_copy.default": [
         (f(6, 4), {"dtype": Symbol("torch.float64")}),
         (i(6, 4), {"dtype": Symbol("torch.float64")}),

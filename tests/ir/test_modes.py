@@ -42,3 +42,18 @@ def test_what_only_evaluation_does_is_named(model, hint):
     why = evaluation_differs(*graphs(model, torch.randn(2, 4)))
     assert why is not None
     assert hint in why
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.LSTM(4, 4, 2, dropout=0.5), nn.GRU(4, 4, 2, dropout=0.5), nn.RNN(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x, _ = layer(x)
+        return x
+
+
+def test_recurrent_layers_differ_in_dropout_alone():
+    assert evaluation_differs(*graphs(Recurrent(), torch.randn(3, 2, 4))) is None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from autopar.errors import TraceError
 from autopar.ir.trace import trace
@@ -115,3 +116,31 @@ def test_line_of_a_library_model() -> None:
     model = ZOO["llama"].build(device="meta")
     with pytest.raises(TraceError, match=r"transformers.*\.py:\d+"):
         trace(model, (), {"input_ids": torch.zeros(2, 3, 4, 5, dtype=torch.int64)})
+
+
+class Tripled(torch.autograd.Function):
+    """A backward that is not the forward's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * 3
+
+
+def test_a_backward_of_its_own_is_refused() -> None:
+    """Traced, it would be that of the forward's operations: a wrong gradient without a word."""
+    apply = torch.autograd.Function.__dict__["apply"]
+    for model in (Model(lambda model, x: Tripled.apply(model.linear(x))), nn.Sequential(*(Model(lambda _, x: Tripled.apply(x)),) * 2)):
+        with pytest.raises(TraceError, match=r"(?s)test_trace_errors.*Tripled.*autograd\.Function.*register_autograd"):
+            trace(model, (torch.randn(3, 4),))
+    assert torch.autograd.Function.__dict__["apply"] is apply
+
+
+def test_reentrant_checkpoints_keep_their_gradient() -> None:
+    plain = Model(lambda model, x: model.linear(x.relu()))
+    saved = Model(lambda model, x: checkpoint(lambda y: model.linear(y.relu()), x, use_reentrant=True))
+    x = torch.randn(3, 4, requires_grad=True)
+    assert trace(saved, (x,)).graph.fingerprint() == trace(plain, (x,)).graph.fingerprint()

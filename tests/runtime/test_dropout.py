@@ -100,3 +100,37 @@ def test_without_dropout_reaches_functions_and_attention() -> None:
     with without_dropout(layer):
         assert torch.equal(layer(x), layer(x))
     assert not torch.equal(layer(x), layer(x))
+
+
+class Draws(nn.Module):
+    """Random numbers other than dropout's, some from a split value, and a recurrent layer with dropout of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+        self.recurrent = nn.LSTM(8, 8, 2, dropout=0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x * self.scale
+        kept = y * torch.empty(8, 1).bernoulli_(0.5)
+        return torch.rand(8), torch.randn_like(y), kept, nn.functional.rrelu(y, training=True), self.recurrent(y)[0]
+
+
+def test_random_numbers_agree_between_ranks_and_differ_between_steps() -> None:
+    model, x = Draws(), torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    traced = trace(model, (x,))
+
+    def rank(mesh: DeviceMesh) -> list[tuple[Tensor, ...]]:
+        torch.rand(11)  # ranks have used the default generator as they like: what they draw must not depend on it
+        module = parallel_module(model, traced, _split(traced.graph, (1, 1), {}), mesh)
+        before = torch.get_rng_state()
+        steps = [module(x), module(x)]
+        assert torch.equal(before, torch.get_rng_state()), "the user's own generator has moved"
+        with without_dropout(module), without_dropout(model):
+            torch.testing.assert_close(module(x)[-1], model(x)[-1])
+        return steps
+
+    first, second = simulate((1, 1), rank)[0], simulate((1, 1), rank)[0]  # one after the other: threads share the default generator
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), "ranks draw different numbers"
+    assert not any(torch.equal(a, b) for a, b in zip(*first, strict=True)), "two steps draw the same numbers"

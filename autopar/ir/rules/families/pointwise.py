@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autopar.ir.graph import Op, Ref
 from autopar.ir.rules.families.common import broadcast, sizes
 from autopar.ir.rules.nest import FLOATS, Call, Nest
@@ -47,7 +49,11 @@ def first_linear(call: Call) -> Nest | None:
 
 def cast(call: Call) -> Nest | None:
     """Dtype conversion: linear where the result is a float and nothing is cut off."""
-    return _nest(call, ((0,),) if call.outputs[0].dtype in FLOATS else ())
+    nest = _nest(Call(call.op, call.operands[:1], call.outputs), ((0,),) if call.outputs[0].dtype in FLOATS else ())
+    if nest is None or len(call.operands) == 1:
+        return nest
+    # Of `type_as`'s second operand, of any shape, only the dtype counts.
+    return replace(nest, operands=(*nest.operands, *(((),) * len(value.shape) for value in call.operands[1:])))
 
 
 def where(call: Call) -> Nest | None:
