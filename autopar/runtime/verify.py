@@ -97,7 +97,13 @@ def verify(
 def _one_device_copy(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
     """A copy of `model` on the CPU, with values, all floating-point tensors in `dtype`; and what there is to tell about it."""
     notes: list[str] = []
-    copied = copy.deepcopy(model)
+    try:
+        copied = copy.deepcopy(model, _computed_attributes(model))
+    except Exception as error:  # a module may refuse to be copied in any way it likes
+        raise VerifyError(
+            f"{type(model).__name__} cannot be copied, and verify trains a copy: `copy.deepcopy(model)` raises "
+            f"{type(error).__name__}: {error}. Keep what cannot be copied out of the module"
+        ) from error
     if any(tensor.is_meta for tensor in (*copied.parameters(), *copied.buffers())):
         blank: list[str] = []
 
@@ -109,11 +115,21 @@ def _one_device_copy(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, l
         notes.append("the model was on `meta` and got random weights")
         if blank:
             notes.append(f"no module initialises {', '.join(f'`{name}`' for name in blank[:5])}: small random numbers or zeros were taken")
-    for module in copied.modules():
-        config: Any = getattr(module, "config", None)
+    inner: Any
+    for inner in copied.modules():
+        if getattr(inner, "gradient_checkpointing", False) is True:
+            inner.gradient_checkpointing = False  # changes no number, and recomputes outside of what sets the dtype
+        config: Any = getattr(inner, "config", None)
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False  # as while tracing
     return copied.to(device="cpu", dtype=dtype), notes
+
+
+def _computed_attributes(model: nn.Module) -> dict[int, Any]:
+    """What `copy.deepcopy` is to take for tensors that it refuses: those with a gradient history that a module keeps as a plain attribute
+    (`torch.nn.utils.weight_norm`'s weight) and computes anew in forward."""
+    kept = (item for module in model.modules() for item in vars(module).values() if isinstance(item, Tensor))
+    return {id(item): item.detach().clone() for item in kept if not item.is_leaf}
 
 
 def _cast(leaf: Any, dtype: torch.dtype) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import autopar
 from autopar.errors import PlanMismatchError, RanksFailedError, VerifyError
@@ -180,3 +182,39 @@ def test_judgement() -> None:
         assert not report.ok and report.max_relative_error == float("inf") and report.worst.name == next(iter(change))[2]
     missing = report_on(expected, {key: value for key, value in expected.items() if key != tiny})
     assert not missing.ok and missing.worst.name == "tiny, step 1"
+
+
+class Stubborn(nn.Module):
+    """Keeps a tensor that `copy.deepcopy` refuses, and recomputes in float32 whatever it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the old form of weight norm is what is tried here
+            self.inner = torch.nn.utils.weight_norm(nn.Linear(8, 8))
+        self.gradient_checkpointing = True
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.inner(x.float().square().to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return (checkpoint(self.step, x, use_reentrant=False) if self.gradient_checkpointing else self.step(x)).sum()
+
+
+def test_what_is_hard_to_copy_and_to_cast(ranks2: RankPool) -> None:
+    model, x = Stubborn(), torch.randn(4, 8)
+    report = verify(model, x, autopar.plan(model, x, "cpu:2", baseline="ddp"), steps=1, optimizer="sgd", ranks=ranks2)
+    assert report.ok, report
+    assert model.gradient_checkpointing
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("there is but one of me")
+
+
+def test_what_cannot_be_copied_is_named(ranks2: RankPool) -> None:
+    model, x = Uncopied(8, 8), torch.randn(4, 8)
+    with pytest.raises(VerifyError, match=r"Uncopied cannot be copied.*there is but one of me"):
+        verify(model, x, autopar.plan(model, x, "cpu:2"), ranks=ranks2)
