@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import zip_longest
 
 MAX_COUNT = 1_000_000
@@ -85,19 +86,28 @@ _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)|(?<=_)\d+$")
 """A number that counts repeats: a whole part of a path, or the end of an operation's name. The 1 of `ln_1.weight` does not count."""
 
 
+_ANY_NUMBER = re.compile(r"(?<![A-Za-z0-9])(\d+)(?![A-Za-z0-9])")
+
+
 def pattern(name: str) -> str:
     """`name` with its counting numbers and its ranges as `#`: what repeats have in common."""
     return _NUMBER.sub("#", _BRACES.sub("#", name))
 
 
+@lru_cache(maxsize=1 << 16)
+def parts(name: str) -> tuple[str, ...]:
+    """`name` cut at its numbers, which are every second part."""
+    return tuple(_ANY_NUMBER.split(name))
+
+
 def fold(names: list[str]) -> str:
     """One name for `names`, which differ in their numbers only; the inverse of `expand`."""
-    split = [re.split(r"(?<![A-Za-z0-9])(\d+)(?![A-Za-z0-9])", name) for name in names]
+    split = list(map(parts, names))
     first = split[0]
-    assert all(len(parts) == len(first) for parts in split), names
+    assert all(len(pieces) == len(first) for pieces in split), names
     text = ""
     for position, piece in enumerate(first):
-        column = [parts[position] for parts in split]
+        column = [pieces[position] for pieces in split]
         if all(item == piece for item in column):
             text += piece
         else:

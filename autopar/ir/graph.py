@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from autopar.errors import GraphError
@@ -87,11 +87,14 @@ class Op:
     outputs: tuple[str, ...] = ()
     module: str = ""
     source: str = ""
+    _operands: tuple[str, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def operands(self) -> tuple[str, ...]:
         """Names of the values it reads, in argument order, repeats included. Placements of a `Split` follow this order."""
-        names: list[str] = []  # asked for very often, hence no generators here
+        if self._operands is not None:  # asked for very often
+            return self._operands
+        names: list[str] = []
         for arg in self.args:
             if type(arg) is Ref:
                 names.append(arg.name)
@@ -99,7 +102,9 @@ class Op:
                 names.extend(refs(arg))
         for _, arg in self.kwargs:
             names.extend(refs(arg))
-        return tuple(names)
+        found = tuple(names)
+        object.__setattr__(self, "_operands", found)
+        return found
 
     def kwarg(self, name: str, default: Arg = None) -> Arg:
         for key, value in self.kwargs:

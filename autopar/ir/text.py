@@ -36,6 +36,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_IS_NAME, _IS_WORD = re.compile(_NAME, re.ASCII).fullmatch, re.compile(_WORD, re.ASCII).fullmatch
 _KEYWORDS = {"None": None, "True": True, "False": False}
 
 
@@ -47,9 +48,14 @@ def to_text(graph: Graph, *, origins: bool = True) -> str:
 def _lines(graph: Graph, origins: bool) -> Iterator[str]:
     yield f"graph {_title(graph.name)} {'training' if graph.training else 'evaluation'}"
 
+    types: dict[tuple[str, tuple[int, ...], bool], str] = {}
+
     def typed(name: str) -> str:
         value = graph.values[name]
-        return f"%{_name(name)}: {value.dtype}{list(value.shape)}{' grad' if value.requires_grad else ''}"
+        key = (value.dtype, value.shape, value.requires_grad)
+        if key not in types:
+            types[key] = f"{value.dtype}{list(value.shape)}{' grad' if value.requires_grad else ''}"
+        return f"%{_name(name)}: {types[key]}"
 
     for item in graph.inputs:
         yield f"input {typed(item.value)} = {_quote(item.path)}"
@@ -63,7 +69,7 @@ def _lines(graph: Graph, origins: bool) -> Iterator[str]:
         yield f"constant {typed(constant.value)}"
     for op in graph.ops:
         arguments = [_arg(arg) for arg in op.args] + [f"{key}={_arg(arg)}" for key, arg in op.kwargs]
-        line = f"{', '.join(typed(name) for name in op.outputs)} = {op.target}({', '.join(arguments)})".lstrip()
+        line = f"{', '.join([typed(name) for name in op.outputs])} = {op.target}({', '.join(arguments)})".lstrip()
         if op.outputs != (op.name,):
             line += f" as {_title(op.name)}"
         if origins and op.module:
@@ -76,12 +82,12 @@ def _lines(graph: Graph, origins: bool) -> Iterator[str]:
 
 
 def _name(name: str) -> str:
-    return name if re.fullmatch(_NAME, name, re.ASCII) else _quote(name)
+    return name if _IS_NAME(name) else _quote(name)
 
 
 def _title(name: str) -> str:
     """A name that stands without `%`: it must not look like a number."""
-    return name if re.fullmatch(_WORD, name, re.ASCII) else _quote(name)
+    return name if _IS_WORD(name) else _quote(name)
 
 
 def _quote(text: str) -> str:
@@ -92,7 +98,7 @@ def _arg(arg: Arg) -> str:
     if isinstance(arg, Ref):
         return f"%{_name(arg.name)}"
     if isinstance(arg, tuple):
-        return f"[{', '.join(_arg(item) for item in arg)}]"
+        return f"[{', '.join([_arg(item) for item in arg])}]"
     if isinstance(arg, Symbol):
         assert re.fullmatch(_WORD, arg.name) and arg.name not in (*_KEYWORDS, "inf", "nan"), arg
         return arg.name

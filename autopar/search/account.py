@@ -9,21 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
+from operator import itemgetter
+
+import numpy as np
 
 from autopar.ir.assignment import Assignment, Choice, Storage
 from autopar.search.build import target_states
 from autopar.search.collectives import BUCKET_BYTES
 from autopar.search.costs import Costs, Move, Term
-from autopar.search.structure import OpClass, Structure
+from autopar.search.problem import Floats
+from autopar.search.rows import groups_of
+from autopar.search.structure import Structure
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A collective and what it serves: operation at position `op` (or -1), parameter `parameter` (or -1), moving value `value`."""
+    """Collectives and what they serve: operation at position `op` (or -1), parameter `parameter` (or -1), moving value `value`."""
 
-    move: Move
+    moves: tuple[Move, ...]
     op: int
     parameter: int
     value: str
@@ -51,76 +57,119 @@ class Account:
 
 
 def account(structure: Structure, costs: Costs, assignment: Assignment) -> Account:
-    """Add up what `assignment` costs."""
-    graph = structure.graph
-    values = graph.values
-    terms: dict[object, Term] = {}
-    compute: list[float] = []
-    exposed: list[float] = []
-    summed: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    runs: list[Run] = []
-    owner = {item.value: index for index, item in enumerate(graph.parameters)}
-    gathered: dict[int, float] = {}
-    workspaces: dict[object, float] = {}
+    """Add up what `assignment` costs: a term for every parameter, operation and edge of the whole graph."""
+    return _Accountant(structure, costs, assignment).account()
 
-    def add(term: Term, op: int, parameter: int, value: str) -> None:
-        compute.append(term.compute_s)
-        exposed.append(term.exposed_s)
-        for kind, size in term.memory:
-            summed[kind] += size
-        for move in term.moves:
-            runs.append(Run(move, op, parameter, value))
 
-    def edges(position: int, row: OpClass, choice: Choice) -> None:
-        for edge in structure.edges_into[position]:
-            if edge.slot >= 0:
-                source = chosen[structure.order[edge.source][1]]
-                # Choices are kept alive by the assignment, so an id means one of them; hashing them takes longer than pricing them.
-                key: object = (edge.kind, id(source), id(choice))
-                if key not in terms:
-                    state = tuple(split.outputs[edge.slot] for split in source)
-                    terms[key] = costs.edge_term(values[edge.value], state, target_states(choice, edge.slots), edge.keeps)
-                add(terms[key], position, -1, edge.value)
-                continue
-            value = values[edge.value]
-            index = owner[edge.value]
-            storage = storages.setdefault(assignment.storage[graph.parameters[index].fqn], assignment.storage[graph.parameters[index].fqn])
+class _Accountant:
+    """`terms[number]` are the distinct terms, `counts[number]` says how many parameters, operations or edges have it."""
+
+    def __init__(self, structure: Structure, costs: Costs, assignment: Assignment) -> None:
+        self.structure, self.costs = structure, costs
+        graph = structure.graph
+        # Choices are kept alive by the assignment, so an id means one of them; hashing them takes longer than pricing them.
+        self.chosen = [assignment.choices[op.name] for op in graph.ops]
+        self.choice = np.array([id(choice) for choice in self.chosen], np.int64)
+        storages: dict[Storage, int] = {}
+        self.stored = [assignment.storage[item.fqn] for item in graph.parameters]
+        self.storage = np.array([storages.setdefault(storage, len(storages)) for storage in self.stored], np.int64)
+        self.terms: list[Term] = []
+        self.counts: list[int] = []
+        self.runs: list[tuple[int, int, Run]] = []  # (position of the operation, place among its edges, run)
+
+    def account(self) -> Account:
+        graph, structure = self.structure.graph, self.structure
+        self._parameters()
+        workspace = self._operations() + self._edges()
+        summed = dict.fromkeys(KINDS, 0.0)
+        for kind in KINDS:
+            sizes = [
+                (size, count) for term, count in zip(self.terms, self.counts, strict=True) for name, size in term.memory if name == kind
+            ]
+            summed[kind] = _sum(sizes)
+        self.runs.sort(key=itemgetter(0, 1))
+        runs = tuple([run for _, _, run in self.runs])
+        bucketed = any(run.parameter >= 0 for run in runs)
+        peak = float(workspace.max()) if len(graph.ops) else 0.0
+        peak += min(summed["gradients"], BUCKET_BYTES) if bucketed else 0.0
+        compute_s = _sum([(term.compute_s, count) for term, count in zip(self.terms, self.counts, strict=True)])
+        exposed_s = _sum([(term.exposed_s, count) for term, count in zip(self.terms, self.counts, strict=True)])
+        return Account(compute_s, exposed_s, summed, peak + resident_bytes(structure), runs)
+
+    def _add(self, term: Term, count: int) -> Term:
+        self.terms.append(term)
+        self.counts.append(count)
+        return term
+
+    def _parameters(self) -> None:
+        graph = self.structure.graph
+        kinds: dict[object, list[int]] = {}
+        for index, item in enumerate(graph.parameters):
+            value = graph.values[item.value]
+            kinds.setdefault((value.shape, value.dtype, value.requires_grad, int(self.storage[index])), []).append(index)
+        for members in kinds.values():
+            value = graph.values[graph.parameters[members[0]].value]
+            term = self._add(self.costs.parameter_term(value, self.stored[members[0]]), len(members))
+            if term.moves:
+                self.runs += [(-1, index, Run(term.moves, -1, index, graph.parameters[index].value)) for index in members]
+
+    def _operations(self) -> Floats:
+        """Adds the operations; returns the workspace of each in bytes."""
+        structure, ops = self.structure, self.structure.graph.ops
+        workspace = np.zeros(len(ops))
+        for members in groups_of(np.array(structure.class_of, np.int64), self.choice):
+            at = int(members[0])
+            row, choice = structure.classes[structure.class_of[at]], self.chosen[at]
+            term = self._add(self.costs.op_term(row.work, row.operands, row.outputs, choice, row.kept, row.returned), len(members))
+            workspace[members] = self.costs.workspace_bytes(row.work, row.operands, row.outputs, choice)
+            if term.moves:
+                self.runs += [(at, -1, Run(term.moves, at, -1, (ops[at].outputs or ("",))[0])) for at in members.tolist()]
+        return workspace
+
+    def _edges(self) -> Floats:
+        """Adds the edges; returns what each operation needs for parameters that are gathered for it alone, in bytes."""
+        structure, costs, graph = self.structure, self.costs, self.structure.graph
+        gathered = np.zeros(len(graph.ops))
+        if not structure.edges:
+            return gathered
+        source, target, slot, kind = structure.edge_ends
+        reads_parameter = slot < 0
+        made = np.where(reads_parameter, 0, source)
+        owner = np.where(reads_parameter, source, 0)
+        start = self.choice[made]
+        if len(self.storage):
+            start = np.where(reads_parameter, self.storage[owner], start)
+        # Traffic of parameters hides behind the operation's computing, so there the operation's class counts too.
+        behind = np.where(reads_parameter, np.array(structure.class_of, np.int64)[target], -1)
+        for members in groups_of(kind, start, self.choice[target], behind):
+            edge, position = structure.edges[members[0]], int(target[members[0]])
+            value, choice = graph.values[edge.value], self.chosen[position]
             targets = target_states(choice, edge.slots)
-            regather = edge.keeps == "target"
-            key = ("use", edge.kind, id(storage), structure.class_of[position], id(choice))
-            if key not in terms:
+            if edge.slot >= 0:
+                state = tuple(split.outputs[edge.slot] for split in self.chosen[int(source[members[0]])])
+                term = costs.edge_term(value, state, targets, edge.keeps)
+            else:
+                row, storage = structure.classes[structure.class_of[position]], self.stored[int(source[members[0]])]
                 times_s = costs.op_times(row.work, row.operands, row.outputs, choice)
-                terms[key] = costs.use_term(value, storage, targets, times_s, regather)
-            add(terms[key], position, index, edge.value)
-            if storage.gather == "use":
-                # The gathered parameter and, before it is scattered, its whole gradient.
-                whole = sum(costs.of(value, target) for target in targets) * (2 if value.requires_grad and graph.training else 1)
-                gathered[position] = gathered.get(position, 0.0) + whole
+                term = costs.use_term(value, storage, targets, times_s, edge.keeps == "target")
+                if storage.gather == "use":
+                    # The gathered parameter and, before it is scattered, its whole gradient.
+                    whole = sum(costs.of(value, target) for target in targets) * (2 if value.requires_grad and graph.training else 1)
+                    np.add.at(gathered, target[members], whole)
+            self._add(term, len(members))
+            if term.moves:
+                self.runs += [
+                    (at, number, Run(term.moves, at, source_ if reads else -1, structure.edges[number].value))
+                    for number, at, source_, reads in zip(
+                        members.tolist(), target[members].tolist(), source[members].tolist(), reads_parameter[members].tolist(), strict=True
+                    )
+                ]
+        return gathered
 
-    chosen = [assignment.choices[op.name] for op in graph.ops]
-    storages: dict[Storage, Storage] = {}
-    key: object
-    for index, parameter in enumerate(graph.parameters):
-        value = values[parameter.value]
-        storage = assignment.storage[parameter.fqn]
-        key = ("parameter", value.shape, value.dtype, value.requires_grad, storage.stored)
-        if key not in terms:
-            terms[key] = costs.parameter_term(value, storage)
-        add(terms[key], -1, index, parameter.value)
-    workspace = 0.0
-    for position, op in enumerate(graph.ops):
-        row = structure.classes[structure.class_of[position]]
-        choice = chosen[position]
-        key = ("op", structure.class_of[position], id(choice))
-        if key not in terms:
-            terms[key] = costs.op_term(row.work, row.operands, row.outputs, choice, row.kept, row.returned)
-            workspaces[key] = costs.workspace_bytes(row.work, row.operands, row.outputs, choice)
-        add(terms[key], position, -1, op.outputs[0] if op.outputs else "")
-        edges(position, row, choice)
-        workspace = max(workspace, workspaces[key] + gathered.get(position, 0.0))
-    bucketed = any(run.parameter >= 0 for run in runs)
-    workspace += min(summed["gradients"], BUCKET_BYTES) if bucketed else 0.0
-    return Account(math.fsum(compute), math.fsum(exposed), summed, workspace + resident_bytes(structure), tuple(runs))
+
+def _sum(terms: list[tuple[float, int]]) -> float:
+    """The sum of every number as often as it counts, rounded once."""
+    return math.fsum(chain.from_iterable(repeat(number, count) for number, count in terms))
 
 
 def resident_bytes(structure: Structure) -> int:

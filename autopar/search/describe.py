@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Literal, TypeVar, cast
 
 from autopar.ir import folded_names
@@ -163,7 +164,10 @@ class _Writer:
         names = []
         for repeat in range(count):
             first = start + repeat * length
-            heads = Counter(_head(op.module) for op in self.graph.ops[first : first + length])
+            modules = Counter(op.module for op in self.graph.ops[first : first + length])
+            heads: Counter[str] = Counter()
+            for module, often in modules.items():
+                heads[_head(module)] += often
             names.append(heads.most_common(1)[0][0] or self.graph.name)
         return _folded(names)
 
@@ -172,6 +176,7 @@ class _Writer:
     def collectives(self, runs: tuple[Run, ...]) -> tuple[CollectivePlan, ...]:
         """Equal collectives of repeated operations as one row, in order of first occurrence."""
         groups: dict[Hashable, list[Run]] = {}
+        first: dict[int, int] = {}
         seen: dict[str, str] = {}
 
         def numberless(name: str) -> str:
@@ -180,24 +185,31 @@ class _Writer:
                 found = seen[name] = _NUMBER.sub("#", name)
             return found
 
-        for run in runs:
+        for index, run in enumerate(runs):
             # By names and not by segment: a layer that the fold leaves outside of its repeats communicates as they do.
             op = self.graph.ops[run.op] if run.op >= 0 else None
             where = (op.target, numberless(op.module)) if op is not None else ()
-            names = numberless(self._value_name(run)), numberless(self._op_name(run))
-            groups.setdefault((where, names, run.move), []).append(run)
-        rows = []
+            groups.setdefault((where, numberless(self._value_name(run)), numberless(self._op_name(run))), []).append(run)
+            first[id(run)] = index
+        rows: list[tuple[tuple[int, int], CollectivePlan]] = []
         for group in groups.values():
-            move = group[0].move
-            rows.append(
-                CollectivePlan(
+            often = Counter([id(run.moves) for run in group])
+            kinds = {id(run.moves): run.moves for run in group}
+            names: dict[tuple[int, ...], tuple[str, str]] = {}  # by the kinds of runs that have the collective
+            for move in dict.fromkeys(move for moves in kinds.values() for move in moves):
+                having = tuple([number for number, moves in kinds.items() if move in moves])
+                members = group if len(having) == len(kinds) else [run for run in group if id(run.moves) in having]
+                if having not in names:
+                    names[having] = (_folded([self._value_name(run) for run in members]), _folded([self._op_name(run) for run in members]))
+                row = CollectivePlan(
                     kind=cast(Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"], move.kind),
                     axis=self.assignment.axes[move.axis], phase=cast(Literal["forward", "backward", "gradient"], move.phase),
-                    value=_folded([self._value_name(run) for run in group]), op=_folded([self._op_name(run) for run in group]),
-                    bytes=move.bytes, count=len(group), time_s=move.time_s, exposed_s=move.exposed_s,
-                )
-            )  # fmt: skip
-        return tuple(rows)
+                    value=names[having][0], op=names[having][1], bytes=move.bytes,
+                    count=sum(often[number] * kinds[number].count(move) for number in having),
+                    time_s=move.time_s, exposed_s=move.exposed_s,
+                )  # fmt: skip
+                rows.append(((first[id(members[0])], members[0].moves.index(move)), row))
+        return tuple([row for _, row in sorted(rows, key=itemgetter(0))])
 
     def _value_name(self, run: Run) -> str:
         return self.graph.parameters[run.parameter].fqn if run.parameter >= 0 else run.value
@@ -231,10 +243,11 @@ def _foldable(names: list[str]) -> list[list[str]]:
 def _folded(names: list[str]) -> str:
     """One name for all, or the first with how many more there are."""
     unique = list(dict.fromkeys(names))
-    if len({_NUMBER.sub("#", name) for name in unique}) == 1 and len(_foldable(unique)) == 1:
+    parts = [folded_names.parts(name) for name in unique]
+    numbers = [column for column in zip(*[part[1::2] for part in parts], strict=False) if len(set(column)) > 1]
+    if len({tuple(part[::2]) for part in parts}) == 1 and len(numbers) <= 1:
         return folded_names.fold(unique)
-    common = unique[0]
-    return f"{common} (and {len(unique) - 1} more)"
+    return f"{unique[0]} (and {len(unique) - 1} more)"
 
 
 def _runs(items: Sequence[T]) -> list[tuple[int, int]]:

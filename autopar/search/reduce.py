@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from autopar.errors import InfeasibleError, PlanError
 from autopar.search.problem import Floats, Problem, Table
+from autopar.search.rows import equal_rows
 
 Ints = NDArray[np.int64]
 
@@ -39,21 +40,25 @@ def check(problem: Problem) -> None:
                 f"table {index}: memory_bytes must be finite and not negative; see entry {_first(~((memory >= 0) & (memory < np.inf)))}"
             )
     count = len(problem.tables)
-    for node, index in enumerate(problem.nodes):
-        if not 0 <= index < count:
-            raise PlanError(f"node {node}: table {index} does not exist; there are {count}")
-        if problem.tables[index].cost_s.ndim != 1:
-            raise PlanError(f"node {node}: table {index} has shape {problem.tables[index].cost_s.shape}; a node's is (n,)")
-    sizes = domain_sizes(problem)
     shapes = [table.cost_s.shape for table in problem.tables]
-    for position, (i, j, index) in enumerate(problem.edges):
-        if not 0 <= i < j < len(problem.nodes):
-            raise PlanError(f"edge {position}: joins nodes {i} and {j}; wanted 0 <= i < j < {len(problem.nodes)}")
-        if not 0 <= index < count:
-            raise PlanError(f"edge {position}: table {index} does not exist; there are {count}")
-        if shapes[index] != (sizes[i], sizes[j]):
+    nodes, edges = np.array(problem.nodes, np.int64), np.array(problem.edges, np.int64).reshape(-1, 3)
+    for node in np.flatnonzero((nodes < 0) | (nodes >= count))[:1].tolist():
+        raise PlanError(f"node {node}: table {nodes[node]} does not exist; there are {count}")
+    vector = np.array([len(shape) == 1 for shape in shapes], np.bool_)
+    for node in np.flatnonzero(~vector[nodes])[:1].tolist() if len(nodes) else ():
+        raise PlanError(f"node {node}: table {nodes[node]} has shape {shapes[nodes[node]]}; a node's is (n,)")
+    sizes = domain_sizes(problem)
+    i, j, table_of = edges.T
+    for edge in np.flatnonzero((i < 0) | (j <= i) | (j >= len(nodes)))[:1].tolist():
+        raise PlanError(f"edge {edge}: joins nodes {i[edge]} and {j[edge]}; wanted 0 <= i < j < {len(nodes)}")
+    for edge in np.flatnonzero((table_of < 0) | (table_of >= count))[:1].tolist():
+        raise PlanError(f"edge {edge}: table {table_of[edge]} does not exist; there are {count}")
+    if len(edges):
+        wanted = np.array([shape if len(shape) == 2 else (-1, -1) for shape in shapes], np.int64)[table_of]
+        for edge in np.flatnonzero((wanted[:, 0] != sizes[i]) | (wanted[:, 1] != sizes[j]))[:1].tolist():
             raise PlanError(
-                f"edge {position}: table {index} has shape {shapes[index]}, but nodes {i}, {j} have {sizes[i]}, {sizes[j]} strategies"
+                f"edge {edge}: table {table_of[edge]} has shape {shapes[table_of[edge]]}, but nodes {i[edge]}, {j[edge]} have "
+                f"{sizes[i[edge]]}, {sizes[j[edge]]} strategies"
             )
     at = 0
     for segment in problem.segments:
@@ -160,8 +165,7 @@ def _groups(problem: Problem) -> Ints:
     for segment in problem.segments:
         if segment.count > 1:
             place[segment.start : segment.stop] = np.tile(np.arange(segment.start, segment.start + segment.length), segment.count)
-    pairs = np.stack([place, np.array(problem.nodes, np.int64)], 1)
-    return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1) if len(pairs) else place
+    return equal_rows(place, np.array(problem.nodes, np.int64))[1]
 
 
 class _Reduction:
@@ -185,14 +189,13 @@ class _Reduction:
         side = np.repeat([_SIDE_I, _SIDE_J], len(i))
         other = self.group[np.concatenate([j, i])]
         code = np.stack([np.concatenate([table, table]), side, other], 1)
-        rows, number = np.unique(code, axis=0, return_inverse=True)
-        number = number.reshape(-1)
+        first, number = equal_rows(*code.T)
+        rows = code[first]
         # the sum of random numbers names a multiset; two surroundings collide with a chance of 2^-64
         names = np.random.default_rng(0).integers(0, 2**63, len(rows), np.uint64)
         surrounding = np.zeros(len(self.nodes), np.uint64)
         np.add.at(surrounding, node, names[number])
-        pairs = np.stack([self.group.astype(np.uint64), surrounding], 1)
-        _, representative = np.unique(pairs, axis=0, return_index=True)
+        representative, _ = equal_rows(self.group, surrounding)
         order = np.argsort(node, kind="stable")
         bounds = np.searchsorted(node[order], np.arange(len(self.nodes) + 1))
         result = []
@@ -300,13 +303,14 @@ class _Reduction:
             t = int(self.table_of[group])
             new_table[group] = number((t, int(kept_of[group])), self.tables[t].cost_s[kept], self.tables[t].memory_bytes[kept])
         i, j, table = self.edges.T
-        keys = np.stack([table, kept_of[self.group[i]], kept_of[self.group[j]]], 1) if len(i) else np.zeros((0, 3), np.int64)
-        rows, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        keys = np.stack([table, kept_of[self.group[i]], kept_of[self.group[j]]], 1)
+        first, inverse = equal_rows(*keys.T)
+        rows = keys[first]
         new_edge = np.zeros(len(rows), np.int64)
         for row, at in enumerate(first):
             cost, memory = self._view(int(table[at]), _SIDE_I, self.kept[self.group[i[at]]], self.kept[self.group[j[at]]])
             new_edge[row] = number(tuple(rows[row].tolist()), cost, memory)
-        edges = tuple(zip(i.tolist(), j.tolist(), new_edge[inverse.reshape(-1)].tolist(), strict=True))
+        edges = tuple(zip(i.tolist(), j.tolist(), new_edge[inverse].tolist(), strict=True))
         reduced = Problem(tuple(new_table[self.group].tolist()), edges, tuple(tables), problem.segments, problem.memory_limit_bytes)
         return Reduced(reduced, tuple([self.kept[g] for g in self.group.tolist()]))
 

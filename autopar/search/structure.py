@@ -14,8 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
-from autopar.ir.fold import Segment, fold, tokens
+import numpy as np
+
+from autopar.ir.fold import Ints, Segment, fold, tokens
 from autopar.ir.graph import Graph, Op, Value
 from autopar.ir.rules import splits
 from autopar.ir.rules.split import Split
@@ -35,8 +38,7 @@ class OpClass:
     returned: tuple[tuple[int, bool], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Edge:
+class Edge(NamedTuple):
     """From node `source` (result `slot` of an operation, or a parameter) to the operation at node `target`, which reads the value at
     positions `slots`. `keeps` as in `Costs.edge_term`; for parameters `"target"` says that the backward pass reads it. `kind` is equal for
     edges that differ in nothing but their ends and the value's name."""
@@ -134,12 +136,15 @@ class Structure:
         """Per value, its readers (position, operand slot) whose backward pass needs its storage, directly or through views."""
         graph = self.graph
         needs: dict[str, list[tuple[int, int]]] = {}
+        returned = self._returned
         for at in range(len(graph.ops) - 1, -1, -1):
             op = graph.ops[at]
             work_ = self.work_of(at)
+            if not work_.keeps and not work_.view:
+                continue
             for slot, name in enumerate(op.operands):
-                through = work_.view and slot == 0 and any(needs.get(item) or item in self._returned for item in op.outputs)
-                if slot in work_.keeps or through:
+                through = work_.view and slot == 0 and any(item in needs or item in returned for item in op.outputs)
+                if through or slot in work_.keeps:
                     needs.setdefault(name, []).append((at, slot))
         return needs
 
@@ -184,22 +189,23 @@ class Structure:
             op.outputs[slot] for at, op in enumerate(graph.ops) for slot in self.classes[self.class_of[at]].kept
         }  # fmt: skip
         views = {name for at, op in enumerate(graph.ops) if self.work_of(at).view for name in op.outputs}
+        needed_at = {place for places in self._needs.values() for place in places}
         self.edges: list[Edge] = []
         kinds: dict[object, int] = {}
         for at, op in enumerate(graph.ops):
             target = self.node_of_op[at]
-            slots: dict[str, list[int]] = {}
+            slots: dict[str, tuple[int, ...]] = {}
             for slot, name in enumerate(op.operands):
-                slots.setdefault(name, []).append(slot)
+                slots[name] = (*slots[name], slot) if name in slots else (slot,)
             for name, where in slots.items():
                 origin = made.get(name) or parameters.get(name)
                 if origin is None:
                     continue
-                needed = any((at, slot) in self._needs.get(name, ()) for slot in where)
+                needed = any((at, slot) in needed_at for slot in where)
                 copy = name in counted_at_node or name in views
                 keeps = "" if not needed else "copy" if copy and name not in parameters else "target"
                 value = graph.values[name]
-                key = (origin[1], tuple(where), value.shape, value.dtype, value.requires_grad, keeps)
+                key = (origin[1], where, value.shape, value.dtype, value.requires_grad, keeps)
                 kind = kinds.setdefault(key, len(kinds))
                 self.edges.append(Edge(origin[0], target, origin[1], key[1], name, keeps, kind))
 
@@ -208,12 +214,11 @@ class Structure:
         return self._returned.get(value, True)
 
     @cached_property
-    def edges_into(self) -> tuple[tuple[Edge, ...], ...]:
-        """The edges by position of the operation that reads."""
-        found: list[list[Edge]] = [[] for _ in self.graph.ops]
-        for edge in self.edges:
-            found[self.order[edge.target][1]].append(edge)
-        return tuple(map(tuple, found))
+    def edge_ends(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """Per edge, `(edges,)` each: number of the operation or parameter it starts at, position of the operation that reads, slot, kind."""
+        number = np.array([index for _, index in self.order], np.int64)
+        rows = np.array([(edge.source, edge.target, edge.slot, edge.kind) for edge in self.edges], np.int64).reshape(-1, 4)
+        return number[rows[:, 0]], number[rows[:, 1]], rows[:, 2], rows[:, 3]
 
     @cached_property
     def parameter_edges(self) -> tuple[Edge, ...]:
