@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autopar.errors import AutoparError, InfeasibleError, PlanError
+from autopar.errors import AutoparError, InfeasibleError, PlanError, TraceError
 from autopar.ir.cluster import Cluster, resolve
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel, split_example, trace
@@ -127,6 +127,7 @@ def parallelize(
     from autopar.runtime.handshake import compare as compare_ranks
     from autopar.runtime.process_mesh import ensure_process_group, mesh_for
 
+    _check_types(model, plan)
     if ensure_process_group(device, timeout_s) == 1 and (plan is None or plan.world_size == 1):
         return _on_one_device(model, device)
 
@@ -162,10 +163,20 @@ def verify(model: nn.Module, example_inputs: Any, plan: Plan, **options: Any) ->
     """
     from autopar.runtime.verify import verify as run
 
+    _check_types(model, plan)
     return run(model, example_inputs, plan, **options)
 
 
+def _check_types(model: Any, plan: Any = None) -> None:
+    """What Python does not check: the two arguments that are easily given in another form."""
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"the model is a {type(model).__name__}; give an instance of `torch.nn.Module`")
+    if plan is not None and not isinstance(plan, Plan):
+        raise PlanError(f"the plan is a {type(plan).__name__}; give a `Plan`, such as `autopar.Plan.load(path)` reads from a file")
+
+
 def _trace(model: nn.Module, example_inputs: Any) -> TracedModel:
+    _check_types(model)
     args, kwargs = split_example(example_inputs)
     return trace(model, args, kwargs)
 

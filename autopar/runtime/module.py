@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -208,6 +208,24 @@ class ParallelModule(nn.Module):
             wrapped.append(result)
         leaves = [slot.literal if slot.index is None else wrapped[slot.index] for slot in self._traced.output_slots]
         return pytree.tree_unflatten(leaves, self._traced.out_spec)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelModule:
+        """What `.to`, `.half`, `.cuda` and the like do to every tensor. The program is made for one dtype and one device."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            made = fn(probe)
+            if (made.dtype, made.device) != (probe.dtype, probe.device):
+                raise RuntimeSetupError(
+                    f"a distributed module cannot move from {probe.dtype} on {probe.device} to {made.dtype} on {made.device}: its program "
+                    "and plan are made for the former; convert the model first, then plan and parallelize it"
+                )
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuses `pickle` and `copy.deepcopy`: a process group has no copy."""
+        raise RuntimeSetupError(
+            "a distributed module can be neither pickled nor copied; save and load `state_dict()`, or parallelize a second model"
+        )
 
     # ---- training ---------------------------------------------------------------------------------------------------------------
 

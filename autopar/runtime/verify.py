@@ -59,6 +59,10 @@ def verify(
     """
     if dtype not in TOLERANCE:
         raise VerifyError(f"verify compares in torch.float64 or torch.float32, not in {dtype}; leave `dtype` out for float64")
+    if optimizer not in ("both", "sgd", "adamw"):
+        raise VerifyError(f'verify trains with "sgd", "adamw" or "both", not with {optimizer!r}')
+    if steps < 1:
+        raise VerifyError(f"verify needs at least one step to compare anything, not {steps}")
     started = time.monotonic()
     args, kwargs = split_example(example_inputs)
     traced = trace(model, args, kwargs)

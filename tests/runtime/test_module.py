@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from autopar.errors import RuntimeSetupError
 from autopar.ir.trace import trace
 from autopar.runtime.dropout import without_dropout
 from autopar.runtime.module import ParallelModule
@@ -237,3 +239,22 @@ def test_compiled_on_one_rank() -> None:
         (found,) = simulate((1, 1), rank)
     error, where = difference(expected, found)
     assert error < 1e-10, where
+
+
+def test_what_would_break_the_program_is_refused() -> None:
+    model, args, kwargs = example("mlp")
+    with float64():
+        traced = trace(model, args, kwargs)
+    assignment = random_assignment(traced.graph, (1, 1), 0)
+
+    def rank(device_mesh: DeviceMesh) -> None:
+        module = parallel_module(model, traced, assignment, device_mesh)
+        for change in (module.half, module.float, lambda: module.to(torch.bfloat16), lambda: module.to("meta")):
+            with pytest.raises(RuntimeSetupError, match="convert the model first"):
+                change()
+        assert module.to("cpu") is module and module.double()(*args, **kwargs).dtype == torch.float64
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(RuntimeSetupError, match="state_dict"):
+                copied(module)
+
+    simulate((1, 1), rank)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import autopar
-from autopar.errors import PlanMismatchError, RanksFailedError, VerifyError
+from autopar.errors import PlanError, PlanMismatchError, RanksFailedError, TraceError, VerifyError
 from autopar.ir.plan import Plan
 from autopar.runtime import verify_runs
 from autopar.runtime.launch import RankPool
@@ -218,3 +218,19 @@ def test_what_cannot_be_copied_is_named(ranks2: RankPool) -> None:
     model, x = Uncopied(8, 8), torch.randn(4, 8)
     with pytest.raises(VerifyError, match=r"Uncopied cannot be copied.*there is but one of me"):
         verify(model, x, autopar.plan(model, x, "cpu:2"), ranks=ranks2)
+
+
+def test_wrong_arguments_are_named() -> None:
+    model, x = nn.Linear(8, 8), torch.randn(4, 8)
+    plan = autopar.plan(model, x, "cpu:2")
+    wrong: Any = "plan.json"
+    with pytest.raises(VerifyError, match="lion"):
+        verify(model, x, plan, optimizer="lion")  # type: ignore[arg-type]
+    with pytest.raises(VerifyError, match="at least one step"):
+        verify(model, x, plan, steps=0)
+    with pytest.raises(PlanError, match=r"is a str.*Plan\.load"):
+        autopar.verify(model, x, wrong)
+    with pytest.raises(PlanError, match=r"is a str.*Plan\.load"):
+        autopar.parallelize(model, x, plan=wrong)
+    with pytest.raises(TraceError, match=r"is a str.*nn\.Module"):
+        autopar.plan(wrong, x, "cpu:2")
