@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from autopar.ir.library_patches import library_patches
+from autopar.ir.own_backward import backward_is_that_of_forward
 
 SET_GRAD = "wrap_with_set_grad_enabled"
 
@@ -50,17 +51,20 @@ def export_program(
 
 @contextmanager
 def _own_backward_refused() -> Iterator[None]:
-    """An `autograd.Function` is traced as the operations of its `forward`: a backward pass of its own would be lost without a word.
-    Checkpointing is the exception: its backward is that of the function it runs, which is traced in its place."""
+    """An `autograd.Function` is traced as the operations of its `forward`: a backward pass of its own would be lost without a word, and is
+    refused where it is another than the forward's. Checkpointing is the exception: its backward is that of the function it runs, which
+    is traced in its place."""
     function: Any = torch.autograd.Function
     original = function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__ == "torch.utils.checkpoint" and cls.__name__ == "CheckpointFunction":
             return args[0](*args[2:])  # (function, preserve_rng_state, *arguments)
-        if torch.is_grad_enabled() and (not cls.__module__.startswith("torch.") or cls.__module__.startswith("torch.nn.")):
+        bound = original.__get__(None, cls)
+        theirs = not cls.__module__.startswith("torch.") or cls.__module__.startswith("torch.nn.")
+        if theirs and torch.is_grad_enabled() and not backward_is_that_of_forward(cls, bound, args):
             raise TypeError(f"`{cls.__qualname__}` is an `autograd.Function`")
-        return original.__get__(None, cls)(*args, **kwargs)
+        return bound(*args, **kwargs)
 
     function.apply = classmethod(apply)
     try:

@@ -144,3 +144,21 @@ def test_reentrant_checkpoints_keep_their_gradient() -> None:
     saved = Model(lambda model, x: checkpoint(lambda y: model.linear(y.relu()), x, use_reentrant=True))
     x = torch.randn(3, 4, requires_grad=True)
     assert trace(saved, (x,)).graph.fingerprint() == trace(plain, (x,)).graph.fingerprint()
+
+
+class Squared(torch.autograd.Function):
+    """A backward that is the forward's, written by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradients[0]
+
+
+def test_a_backward_that_is_the_forward_s_is_traced() -> None:
+    found = trace(Model(lambda model, x: Squared.apply(model.linear(x))), (torch.randn(3, 4),)).graph
+    assert [op.target for op in found.ops] == ["aten.linear.default", "aten.mul.Tensor"]
