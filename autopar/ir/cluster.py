@@ -21,7 +21,8 @@ class Device:
 
     `flops_per_s` maps a dtype to the vendor's dense peak; `memory_bytes_per_s` is peak memory bandwidth. `flops_efficiency` and
     `bandwidth_efficiency` are the fractions of the peaks that large operations reach in practice; `launch_s` is the fixed time of
-    one small operation.
+    one small operation. `felt_share`: of the time of traffic that runs beside computing, so much is felt all the same, because
+    it takes from what computes (0: none, 1: nothing is ever hidden).
     """
 
     name: str
@@ -31,18 +32,23 @@ class Device:
     flops_efficiency: float
     bandwidth_efficiency: float
     launch_s: float
+    felt_share: float = 20 / 132
+    """For GPUs: 20 of an H800's 132 multiprocessors saturate NVLink and InfiniBand (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report",
+    section 3.2.2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """One level of links in the alpha-beta model: `latency_s` per message step and `bytes_per_s` per device and direction.
 
-    `start_s` is what every collective costs once, however few its steps and bytes."""
+    `start_s` is what every collective costs once, however few its steps and bytes. `gather_factor`: how much longer the bytes of an
+    all-gather take than a ring's would."""
 
     name: str
     latency_s: float
     bytes_per_s: float
     start_s: float = 0.0
+    gather_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,24 +137,26 @@ DEVICES = {
     ), 2.039e12, 0.7, 0.8, 4e-6),
     "h100": Device("H100-SXM", 80_000_000_000, _H_PEAKS, 3.35e12, 0.7, 0.8, 4e-6),
     "h200": Device("H200-SXM", 141_000_000_000, _H_PEAKS, 4.8e12, 0.7, 0.8, 4e-6),
-    # One core of a server CPU: 2 FMA ports x 8 float32 lanes x 2 flops x 3 GHz, a share of the memory channels, and the 5 us that an
-    # operator costs in eager PyTorch. bfloat16 has no fast path on most.
+    # What one of 4 gloo processes has of 2 server cores (AVX-512) that they share, by `benchmarks/calibrate_cpu.py`: products, sums of
+    # 4 MiB tensors and small operators of eager PyTorch 2.13, in CPU time, times 2 ranks a core. Measured rates are reached by
+    # definition. float64 is half of float32; bfloat16 has no fast path on most. Collectives run on the same cores: none is hidden.
     "cpu": Device("cpu", 8 * 2**30, (
-        ("float32", 96e9), ("float64", 48e9), ("bfloat16", 24e9), ("float16", 24e9),
-    ), 1e10, 0.6, 0.6, 5e-6),
+        ("float32", 76e9), ("float64", 38e9), ("bfloat16", 19e9), ("float16", 19e9),
+    ), 1e10, 1.0, 1.0, 6.4e-6, 1.0),
 }  # fmt: skip
 
 # bytes_per_s is what nccl-tests reports as bus bandwidth of large messages: about 80% of the wire inside a machine (A100 235 GB/s of
 # 300, H100 360 GB/s of 450 per direction), 90% of the network cards (DGX A100: 200 Gb/s a GPU, DGX H100 and H200: 400 Gb/s a GPU).
 # latency_s is one hop of the ring with the LL128 protocol: table `hwLat` of NCCL's src/graph/tuning.cc, NVLink 1.9 us, network 4 us.
 # start_s is its `baseLat` of a ring, 8.4 us (Simple protocol).
-# gloo over loopback: 1.5 GB/s and 50 us a step are typical of TCP through the kernel.
+# gloo over loopback: by `benchmarks/calibrate_cpu.py`, 4 processes on 2 cores, as the device `cpu`. What it gathers lands in
+# new memory, piece by piece: 2 to 15 ms of CPU time for 2 to 8 MB, about as much as the all-reduce of as many bytes.
 LINKS = {
     "nvlink3": Link("NVLink3", 1.9e-6, 0.78 * 300e9, 8.4e-6),
     "nvlink4": Link("NVLink4", 1.9e-6, 0.80 * 450e9, 8.4e-6),
     "ib200": Link("InfiniBand-200", 4e-6, 0.9 * 25e9, 8.4e-6),
     "ib400": Link("InfiniBand-400", 4e-6, 0.9 * 50e9, 8.4e-6),
-    "gloo": Link("gloo-loopback", 50e-6, 1.5e9),
+    "gloo": Link("gloo-loopback", 65e-6, 0.6e9, 200e-6, 2.0),
 }
 
 PRESETS = {
@@ -217,8 +225,10 @@ def _checked(cluster: Cluster, where: str) -> Cluster:
             raise ClusterError(f"{where}: `{key}` is {value!r}; it must be a whole number of at least 1")
     rates: dict[str, Any] = {f"device.flops_per_s.{key}": value for key, value in device.flops_per_s}
     rates |= {f"device.{key}": getattr(device, key) for key in ("memory_bytes_per_s", "flops_efficiency", "bandwidth_efficiency")}
-    rates |= {f"{level}.bytes_per_s": getattr(cluster, level).bytes_per_s for level in ("intra", "inter")}
-    times: dict[str, Any] = {"device.launch_s": device.launch_s}
+    links: dict[str, Link] = {"intra": cluster.intra, "inter": cluster.inter}
+    rates |= {f"{level}.bytes_per_s": link.bytes_per_s for level, link in links.items()}
+    rates |= {f"{level}.gather_factor": link.gather_factor for level, link in links.items()}
+    times: dict[str, Any] = {"device.launch_s": device.launch_s, "device.felt_share": device.felt_share}
     times |= {f"{level}.{key}": getattr(getattr(cluster, level), key) for level in ("intra", "inter") for key in ("latency_s", "start_s")}
     for key, value in (rates | times).items():
         least = "more than 0" if key in rates else "at least 0"

@@ -91,7 +91,8 @@ class _Accountant:
         runs = tuple([run for _, _, run in self.runs])
         bucketed = any(run.parameter >= 0 for run in runs)
         peak = float(workspace.max()) if len(graph.ops) else 0.0
-        peak += min(summed["gradients"], BUCKET_BYTES) if bucketed else 0.0
+        # Buckets travel while activations are given back: never both at their largest.
+        peak = max(peak, min(summed["gradients"], BUCKET_BYTES) if bucketed else 0.0)
         compute_s = _sum([(term.compute_s, count) for term, count in zip(self.terms, self.counts, strict=True)])
         exposed_s = _sum([(term.exposed_s, count) for term, count in zip(self.terms, self.counts, strict=True)])
         return Account(compute_s, exposed_s, summed, peak + resident_bytes(structure), runs)

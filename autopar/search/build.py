@@ -12,7 +12,7 @@ from autopar.ir.assignment import Assignment, Choice, Storage
 from autopar.ir.conversion import State
 from autopar.ir.graph import Value
 from autopar.ir.placement import Placement
-from autopar.search.costs import HIDDEN_SHARE, Costs
+from autopar.search.costs import Costs
 from autopar.search.problem import Problem, Segment, Table
 from autopar.search.strategies import Allowed, storages, strategies
 from autopar.search.structure import Edge, Structure
@@ -254,7 +254,7 @@ class _Builder:
             copy, forward, backward, gathered = (np.array(column)[column_of] for column in zip(*traffic, strict=True))
             cost[i] = copy
             for traffic_s, computing_s in ((forward, forward_s), (backward, backward_s)):
-                cost[i] += np.maximum(traffic_s - computing_s, 0.0) + HIDDEN_SHARE * np.minimum(traffic_s, computing_s)
+                cost[i] += np.maximum(traffic_s - computing_s, 0.0) + self.costs.felt_share * np.minimum(traffic_s, computing_s)
             memory[i] = gathered
             if not self.restriction.gather:
                 gathers = [

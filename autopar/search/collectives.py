@@ -6,12 +6,12 @@ a kernel and the link's `start_s`:
 | collective     | algorithm | time                              |
 |----------------|-----------|-----------------------------------|
 | all_reduce     | ring      | `2 (n-1) a + 2 (n-1)/n m / b`     |
-| all_gather     | ring      | `(n-1) a + (n-1)/n m / b`         |
+| all_gather     | ring      | `(n-1) a + g (n-1)/n m / b`       |
 | reduce_scatter | ring      | `(n-1) a + (n-1)/n m / b`         |
 | all_to_all     | pairwise  | `(n-1) a + (n-1)/n m_local / b`   |
 
 Source: Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication Operations in MPICH"; NCCL's rings are the same.
-`m` is the gathered (or unreduced) size for the first three and what one rank holds for all-to-all.
+`g` is the link's `gather_factor`, 1 but for gloo. `m` is the gathered (or unreduced) size for the first three and what one rank holds for all-to-all.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Axis:
     bytes_per_s: float
     start_s: float
     """What every collective costs once: a launch and the link's `start_s`."""
+    gather_factor: float
 
     def hops(self, kind: str) -> int:
         return (2 if kind == "all_reduce" else 1) * (self.size - 1)
@@ -44,14 +45,18 @@ class Axis:
         """Time of one collective; see the module's table. 0 on an axis of one rank."""
         if self.size == 1:
             return 0.0
-        return self.start_s + self.hops(kind) * (self.latency_s + size_bytes / self.size / self.bytes_per_s)
+        return self.start_s + self.hops(kind) * self.latency_s + self._bytes_s(kind, size_bytes)
 
     def bucketed_s(self, kind: str, size_bytes: float) -> float:
         """The same inside a bucket: the fixed part is shared in proportion to the bytes, up to one bucket."""
         if self.size == 1:
             return 0.0
         fixed_s = self.start_s + self.hops(kind) * self.latency_s
-        return fixed_s * min(1.0, size_bytes / BUCKET_BYTES) + self.hops(kind) * size_bytes / self.size / self.bytes_per_s
+        return fixed_s * min(1.0, size_bytes / BUCKET_BYTES) + self._bytes_s(kind, size_bytes)
+
+    def _bytes_s(self, kind: str, size_bytes: float) -> float:
+        factor = self.gather_factor if kind == "all_gather" else 1.0
+        return factor * self.hops(kind) * size_bytes / self.size / self.bytes_per_s
 
 
 def axes(cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...]) -> tuple[Axis, ...]:
@@ -70,6 +75,6 @@ def axes(cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...]) -> tup
         else:
             cards = max(1, cluster.devices_per_node // stride)
             link, rate = cluster.inter, min(cluster.intra.bytes_per_s, cards * cluster.inter.bytes_per_s)
-        found.append(Axis(name, size, link.name, link.latency_s, rate, cluster.device.launch_s + link.start_s))
+        found.append(Axis(name, size, link.name, link.latency_s, rate, cluster.device.launch_s + link.start_s, link.gather_factor))
         stride *= size
     return tuple(reversed(found))

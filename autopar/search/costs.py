@@ -3,7 +3,8 @@
 * An operation takes `max(flops / achieved flop rate, bytes / achieved bandwidth) + launches` on its local operands, forward and backward.
 * A conversion takes the time of its collectives and local copies, forward and backward (`autopar.ir.conversion`), and is not hidden.
 * A parameter is converted from where it is stored to where it is used. That traffic goes in buckets beside computing: what is exposed
-  is what exceeds the computing of the operation it serves, in the forward and in the backward pass each, and a small share of the rest.
+  is what exceeds the computing of the operation it serves, in the forward and in the backward pass each, and the device's `felt_share`
+  of the rest.
 * The optimizer's step reads and writes parameter, gradient and state once.
 
 Every term adds up over nodes and edges, so that a solver may minimise the sum and anyone may add it up again.
@@ -26,11 +27,6 @@ from autopar.search.work import Work
 
 OPTIMIZER_STATES = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
 """State tensors per parameter, in the parameter's dtype and placement."""
-
-
-HIDDEN_SHARE = 20 / 132
-"""Of traffic that computing hides, so much is felt all the same: while it runs, its kernels hold multiprocessors that computing then
-lacks. DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 3.2.2: 20 of an H800's 132 saturate NVLink and InfiniBand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +85,11 @@ _INSIDE: Mapping[str, tuple[tuple[str, int], ...]] = {
     "sync_batch_norm": (("forward", 2), ("backward", 2)),
 }
 
+# Passes over the first operand that such an implementation makes beside those that every operation is charged: forward maximum (1),
+# difference (2), exponential (2), sum (1), one of which is counted; backward difference, exponential, scatter and scaling (2 each), two
+# of which are counted (`autopar.runtime.local_ops`).
+_PASSES: Mapping[str, tuple[int, int]] = {"vocab_cross_entropy": (5, 6)}
+
 
 class Costs:
     """Prices on one mesh (`mesh`: axis sizes, outer first) of a cluster."""
@@ -107,6 +108,7 @@ class Costs:
         self._flops_per_s = {dtype: rates.get(dtype, slowest) * device.flops_efficiency for dtype in DTYPE_BYTES}
         self._bytes_per_s = device.memory_bytes_per_s * device.bandwidth_efficiency
         self._launch_s = device.launch_s
+        self.felt_share = device.felt_share
         self.conversion = cache(self._conversion)
         self.local_bytes = cache(self._local_bytes)
 
@@ -133,6 +135,13 @@ class Costs:
         forward_s = backward_s = 0.0
         if not work.view:
             forward_s = max(work.forward_flops * share / rate, (sum(ins) + sum(outs)) / self._bytes_per_s) + work.kernels * self._launch_s
+        passes = [
+            _PASSES[split.implementation]
+            for split, size in zip(choice, self.mesh, strict=True)
+            if split.implementation in _PASSES and size > 1
+        ]
+        if passes:
+            forward_s += passes[0][0] * ins[0] / self._bytes_per_s
         if work.trains:
             # Gradients of results and kept tensors are read, gradients of operands written.
             grads = sum(size for size, value in zip(ins, operands, strict=True) if value.requires_grad)
@@ -146,6 +155,7 @@ class Costs:
                 moved = sum(outs) + kept + grads
                 kernels = max(1, 2 * work.kernels if work.backward_flops else work.kernels)
                 backward_s = max(work.backward_flops * share / rate, moved / self._bytes_per_s) + kernels * self._launch_s
+                backward_s += passes[0][1] * ins[0] / self._bytes_per_s if passes else 0.0
         return forward_s, backward_s
 
     def op_term(
@@ -183,6 +193,10 @@ class Costs:
         outs = [self.of(value, tuple(split.outputs[slot] for split in choice)) for slot, value in enumerate(outputs)]
         forward = sum(size for slot, size in enumerate(ins) if slot not in work.keeps) + sum(outs)
         backward = sum(outs) + sum(size for size, value in zip(ins, operands, strict=True) if value.requires_grad)
+        if work.extra and not work.extra.output:
+            # Backward through what is kept in an operand's stead (the log-softmax) makes its gradient first.
+            slot = work.extra.slot
+            backward += int(work.extra.bytes * ins[slot] / max(operands[slot].size_bytes, 1))
         return float(max(forward, backward if work.trains else 0))
 
     def _inside(self, work: Work, operands: tuple[Value, ...], choice: Choice) -> list[Move]:
@@ -309,7 +323,7 @@ class Costs:
         for phase, hidden_s in zip(("forward", "backward"), times_s, strict=True):
             rows = [(row, self.axes[row[1]].bucketed_s(row[0], row[3])) for row in found if row[2] == phase]
             total_s = sum(time_s for _, time_s in rows)
-            exposed = max(total_s - hidden_s, 0.0) + HIDDEN_SHARE * min(total_s, hidden_s)
+            exposed = max(total_s - hidden_s, 0.0) + self.felt_share * min(total_s, hidden_s)
             exposed_s += exposed
             for (kind, axis, _, size), time_s in rows:
                 label = "gradient" if phase == "backward" and kind in ("all_reduce", "reduce_scatter") else phase

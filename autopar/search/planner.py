@@ -151,7 +151,7 @@ def _plan(
     if memory_limit_bytes is not None and memory_limit_bytes < 1:
         raise PlanError(f"memory_limit_bytes is {memory_limit_bytes}; it must be at least 1")
     read = read_pins(pins, graph)
-    structure = Structure(graph, fused_attention=cluster.device.name != "cpu")
+    structure = Structure(graph)
     deadline_s = None if time_limit_s is None else perf_counter() + time_limit_s
     limit = memory_limit_bytes or cluster.device.memory_bytes
     search = Search(structure, cluster, limit, optimizer, effort, deadline_s, progress)

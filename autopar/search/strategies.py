@@ -52,7 +52,8 @@ def storages(
         else:
             even = [S(dim) for dim, size in enumerate(value.shape) if size % parts == 0 or (dim == 0 and size >= parts)]
             used = [state[axis] for state in wanted if state[axis].is_shard]
-            per_axis.append(list(dict.fromkeys([R, *used, *even])))
+            # Of equal prices the first is taken: whole before parts, and parts along the leading dim before others.
+            per_axis.append([R, *sorted({*used, *even}, key=lambda placement: (placement.dim, placement.blocks))])
     found = []
     for state in product(*per_axis):
         if state_conflict(state, value.shape) or not _nests(state, value.shape, mesh):

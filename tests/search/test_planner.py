@@ -29,7 +29,7 @@ MODELS = ("gpt2", "llama", "qwen3", "bert", "t5", "vit", "resnet", "mlp")
 def recomputed_s(plan: Plan, name: str, cluster: Cluster, **options: int) -> float:
     """The cost of the expanded plan, added up on the unfolded graph."""
     graph = graph_of(name, **options)
-    structure = Structure(graph, fused_attention=cluster.device.name != "cpu")
+    structure = Structure(graph)
     costs = Costs(cluster, tuple(plan.mesh.values()), tuple(plan.mesh), plan.predicted.optimizer, graph.training)
     return account(structure, costs, expand(plan, graph)).cost_s
 
