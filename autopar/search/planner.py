@@ -30,7 +30,7 @@ from autopar.search.meshes import AXES, Mesh, candidates
 from autopar.search.pins import Pins, apply_pins, check_options, read_pins
 from autopar.search.problem import Solution
 from autopar.search.remedies import remedies
-from autopar.search.solve import Progress, solve
+from autopar.search.solve import Progress, solve, solve_with
 from autopar.search.structure import Structure
 
 Effort = Literal["fast", "exact"]
@@ -93,6 +93,11 @@ class Search:
                 break
             reserve = max(reserve, found.account.workspace_bytes) + (0.01 * self.limit_bytes if attempt else 0.0)
         assert best is not None
+        if not best.fits:
+            # The least of what adds up may come with a huge workspace: also look where the whole limit is worth as much as the whole step.
+            price = bound / self.limit_bytes
+            other = self.found(built, solve_with(built.problem, {}, price), bound)
+            best = other if other.fits or other.memory_bytes < best.memory_bytes else best
         return best
 
     def found(self, built: Built, solution: Solution, bound_s: float) -> Found:
