@@ -4,9 +4,10 @@
    requires_grad, equal attributes. Whole numbers that differ (`layer_idx`) are allowed, but the traced one is `_Unseen`: a forward
    that so much as looks at it is traced whole.
 2. While exporting, the forward of the first of a group is framed by two marker operators, `enter` and `leave`; the forwards of the
-   others are one operator, `repeat`, that gives tensors like those the first one gave. Their parameters are taken off them, since
-   handling 10,000 parameters costs torch more than all else. What the arguments are is part of the comparison at each call: shapes,
-   strides, dtypes, which argument is which tensor, and everything that is not a tensor.
+   others are one operator, `repeat`, that gives tensors like those the first one gave. Their parameters and children are taken off
+   them, since walking over 10,000 of them costs torch more than all else; a model that asks for the children is traced whole. What the
+   arguments are is part of the comparison at each call: shapes, strides, dtypes, which argument is which tensor, and everything that
+   is not a tensor.
 3. `expand` puts a copy of what stands between `enter` and `leave` in place of each `repeat`, with the parameters of the module that
    was called.
 
@@ -20,7 +21,7 @@ import functools
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -149,6 +150,7 @@ class Recording:
     templates: dict[Any, _Template] = field(default_factory=dict)
     times_called: dict[str, int] = field(default_factory=dict)
     looked: set[str] = field(default_factory=set)
+    missed: list[str] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     pending_tensors: list[Tensor] = field(default_factory=list)
     pending_results: dict[int, tuple[int, int, Tensor]] = field(default_factory=dict)
@@ -285,7 +287,8 @@ def once_per_repeat(model: nn.Module, groups: list[Group], traced: frozenset[str
     """
     recording = Recording(chained)
     undo: list[Callable[[], None]] = []
-    last = {path.rpartition(".")[0]: path for path in (name for name, _ in model.named_modules()) if any(path in g.paths for g in groups)}
+    repeated = {path for group in groups for path in group.paths}
+    last = {path.rpartition(".")[0]: path for path, _ in _below(model, "", []) if path in repeated}
     try:
         for number, group in enumerate(groups):
             for path in group.paths:
@@ -297,18 +300,38 @@ def once_per_repeat(model: nn.Module, groups: list[Group], traced: frozenset[str
                     child = module.get_submodule(child_path)
                     _put(child, name, _Unseen(name, recording.looked), undo)
                 if not whole:
-                    for child in module.modules():
-                        for owned in (child._parameters, child._buffers):
-                            _hide(owned, undo)
+                    for owned in (module._parameters, module._buffers):
+                        _hide(owned, undo)
+                    _put(module, "_modules", _Hidden(path, module._modules, recording.missed), undo)
         yield recording
         if recording.looked:
             raise Looked(min(recording.looked))
+        if recording.missed:
+            raise Uncertain(f"{recording.missed[0]} is used without its parent")
         if recording.pending:
             raise Uncertain("the last of the repeated modules was not called")
     finally:
         for step in reversed(undo):
             step()
         _results.clear()
+
+
+class _Hidden(dict[str, "nn.Module | None"]):
+    """No children, in place of those of a repeat that is not traced; whoever asks for one of them gives `Uncertain`."""
+
+    def __init__(self, path: str, children: Iterable[str], missed: list[str]) -> None:
+        super().__init__()
+        self.path, self.names, self.missed = path, frozenset(children), missed
+
+    def __contains__(self, name: object) -> bool:
+        if name in self.names:
+            self.missed.append(f"{self.path}.{name}")
+            raise Uncertain(f"{self.path}.{name} is used without its parent")
+        return False
+
+    def __getitem__(self, name: str) -> nn.Module | None:
+        assert name not in self
+        raise KeyError(name)
 
 
 def _put(module: nn.Module, name: str, value: Any, undo: list[Callable[[], None]]) -> None:

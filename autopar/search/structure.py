@@ -215,7 +215,7 @@ class Structure:
 
     @cached_property
     def edge_ends(self) -> tuple[Ints, Ints, Ints, Ints]:
-        """Per edge, `(edges,)` each: number of the operation or parameter it starts at, position of the operation that reads, slot, kind."""
+        """Per edge, `(edges,)` each: number of the operation or parameter it starts at, position of the reader, slot, kind."""
         number = np.array([index for _, index in self.order], np.int64)
         rows = np.array([(edge.source, edge.target, edge.slot, edge.kind) for edge in self.edges], np.int64).reshape(-1, 4)
         return number[rows[:, 0]], number[rows[:, 1]], rows[:, 2], rows[:, 3]

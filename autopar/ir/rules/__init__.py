@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from autopar.ir.fold import tokens
 from autopar.ir.graph import Arg, Graph, Op, Ref
 from autopar.ir.placement import RP, P, Placement, R
 from autopar.ir.rules.neighbours import RESHARD, blocks_by_op
@@ -30,7 +31,8 @@ def has_rule(target: str) -> bool:
 
 def unruled(graph: Graph) -> tuple[str, ...]:
     """Operators of `graph` that run replicated because nobody wrote a rule for them, or because their rule does not cover their form."""
-    missing = {op.target for op in graph.ops if op.target != RESHARD and _nest(graph, op) is None}
+    kinds = {_structure(graph, op): op for op in graph.ops}
+    missing = {op.target for op in kinds.values() if op.target != RESHARD and _nest(graph, op) is None}
     return tuple(sorted(missing))
 
 
@@ -74,15 +76,29 @@ def _masked(arg: Arg) -> Any:
 
 
 def _structure(graph: Graph, op: Op) -> int:
-    """A number that is equal for operations that differ only in names; worked out once for an operation of a graph."""
+    """A number that is equal for operations that differ only in names; worked out once for the operations of a graph."""
     kept: tuple[object, dict[str, int]] | None = graph.__dict__.get("_rule_structures")
     if kept is None or kept[0] is not _HERE:  # numbers of another process came with a pickled graph
-        kept = graph.__dict__["_rule_structures"] = (_HERE, {})
-    known = kept[1]
-    number = known.get(op.name)
+        kept = graph.__dict__["_rule_structures"] = (_HERE, _structures(graph))
+    number = kept[1].get(op.name)
     if number is None:
-        number = known[op.name] = _STRUCTURES.setdefault(_facts_of_structure(graph, op), len(_STRUCTURES))
+        number = kept[1][op.name] = _STRUCTURES.setdefault(_facts_of_structure(graph, op), len(_STRUCTURES))
     return number
+
+
+def _structures(graph: Graph) -> dict[str, int]:
+    """The numbers of all operations; operations of one token that read equally many different values are looked at once."""
+    known: dict[object, int] = {}
+    found: dict[str, int] = {}
+    for op, token in zip(graph.ops, tokens(graph).tolist(), strict=True):
+        operands = op.operands
+        twice = len(operands) > 1 and len(set(operands)) < len(operands)
+        key = (token, tuple(map(operands.index, operands))) if twice else token
+        number = known.get(key)
+        if number is None:
+            number = known[key] = _STRUCTURES.setdefault(_facts_of_structure(graph, op), len(_STRUCTURES))
+        found[op.name] = number
+    return found
 
 
 def _facts_of_structure(graph: Graph, op: Op) -> tuple[Any, ...]:
