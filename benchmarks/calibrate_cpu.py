@@ -2,18 +2,20 @@
 
     python benchmarks/calibrate_cpu.py [--ranks 4] [--rounds 9]
 
-Starts `--ranks` local processes (gloo, one thread each). Every figure is what the slowest rank sees while all others do the same: where
-ranks share cores, that is their share. Of several rounds the fastest counts, as others on the machine only add. Prints JSON:
+Starts `--ranks` local processes (gloo, one thread each). Every figure is CPU time of a rank, of all its threads, times the ranks that
+share a core: what a step takes on a machine that does nothing else, since while one rank waits another one computes. Wall time says the
+same on a quiet machine and less on a busy one. Of several rounds the fastest counts, of the ranks the slowest. Prints JSON:
 
-| key                  | how                                                                                               |
-|----------------------|---------------------------------------------------------------------------------------------------|
-| `flops_per_s`        | products of (1024, 1024) matrices                                                                 |
-| `memory_bytes_per_s` | sums of two tensors of 4 MiB into a third, new one                                               |
-| `launch_s`           | additions of 16 numbers, with autograd                                                            |
-| `start_s`, `latency_s`, `bytes_per_s` | least squares of `start + hops * (latency + size / ranks / bytes_per_s)` (see           |
-|                      | `autopar/search/collectives.py`), weighted to relative errors, over collectives, sizes and groups |
-| `hidden_share`       | `(both - computing) / collective` for products beside an asynchronous all-reduce                  |
-| `collectives`        | what was fitted: measured and modelled seconds                                                    |
+| key                  | how                                                                                                |
+|----------------------|----------------------------------------------------------------------------------------------------|
+| `flops_per_s`        | products of (1024, 1024) matrices                                                                  |
+| `memory_bytes_per_s` | sums of two tensors of 4 MiB into a third, new one                                                 |
+| `launch_s`           | additions of 16 numbers, with autograd                                                             |
+| `start_s`, `latency_s`, `bytes_per_s` | least squares of `start + hops * (latency + size / ranks / bytes_per_s)` (see             |
+|                      | `autopar/search/collectives.py`), weighted to relative errors, over collectives, sizes and groups  |
+| `gather_factor`      | median over the all-gathers of 512 KiB and more: measured bytes' time against that formula's       |
+| `felt_share`         | wall time: `(both - computing) / collective` for products beside an asynchronous all-reduce        |
+| `collectives`        | what was fitted: measured and modelled seconds                                                     |
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def timed(run: Callable[[], object], times: int, rounds: int) -> float:
-    """Seconds of one `run()` on the slowest rank: from a barrier on, `times` calls a round, of the fastest round."""
+def timed(run: Callable[[], object], times: int, rounds: int, clock: Callable[[], float] = time.process_time) -> float:
+    """Seconds of one `run()` by `clock` on the slowest rank: `times` calls a round, of the fastest round."""
     import torch
     import torch.distributed as dist
 
@@ -46,13 +48,17 @@ def timed(run: Callable[[], object], times: int, rounds: int) -> float:
     found = []
     for _ in range(rounds):
         dist.barrier()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(times):
             run()
-        spent = torch.tensor((time.perf_counter() - start) / times, dtype=torch.float64)
+        spent = torch.tensor((clock() - start) / times, dtype=torch.float64)
         dist.all_reduce(spent, op=dist.ReduceOp.MAX)
         found.append(spent.item())
-    return min(found)
+    return min(found) * (max(1.0, dist.get_world_size() / cores()) if clock is time.process_time else 1.0)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def collective(kind: str, size_bytes: int, group: Any) -> Callable[[], object]:
@@ -74,21 +80,25 @@ def collective(kind: str, size_bytes: int, group: Any) -> Callable[[], object]:
 
 
 def fit(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """`start_s`, `latency_s` and `bytes_per_s` of least relative error, none below zero."""
+    """`start_s`, `latency_s` and `bytes_per_s` of least relative error, none below zero, and the `gather_factor` that is left."""
     import numpy as np
 
     terms = np.array([(1.0, row["hops"], row["hops"] * row["bytes"] / row["ranks"]) for row in rows])
     measured = np.array([row["measured_s"] for row in rows])
+    gathers = np.array([row["kind"] == "all_gather" for row in rows])
     used = [0, 1, 2]
     while True:
-        found, *_ = np.linalg.lstsq(terms[:, used] / measured[:, None], np.ones(len(rows)), rcond=None)
+        weighted = terms[:, used] / measured[:, None]
+        found, *_ = np.linalg.lstsq(weighted[~gathers], np.ones(int((~gathers).sum())), rcond=None)
         if (found >= 0).all():
             break
         used.pop(int(found.argmin()))
-    start_s, latency_s, per_byte_s = (found[used.index(k)] if k in used else 0.0 for k in range(3))
+    prices = np.array([found[used.index(column)] if column in used else 0.0 for column in range(3)])
+    large = gathers & np.array([row["bytes"] >= 2**19 for row in rows])
+    factor = float(np.median((measured - terms[:, :2] @ prices[:2])[large] / (terms[:, 2] * prices[2])[large]))
     for row, line in zip(rows, terms, strict=True):
-        row["modelled_s"] = float(line @ (start_s, latency_s, per_byte_s))
-    return {"start_s": float(start_s), "latency_s": float(latency_s), "bytes_per_s": float(1 / per_byte_s)}
+        row["modelled_s"] = float(line @ (prices * (1.0, 1.0, factor if row["kind"] == "all_gather" else 1.0)))
+    return {"start_s": float(prices[0]), "latency_s": float(prices[1]), "bytes_per_s": float(1 / prices[2]), "gather_factor": factor}
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -116,7 +126,8 @@ def worker(options: argparse.Namespace) -> None:
                 rows.append({"kind": kind, "ranks": group.size(), "bytes": size, "hops": hops, "measured_s": seconds})
 
     message = torch.zeros(2**21)
-    repeats = 1 + int(timed(lambda: dist.all_reduce(message), 2, rounds) / product_s)
+    wall = time.perf_counter
+    repeats = 1 + int(timed(lambda: dist.all_reduce(message), 2, rounds, wall) / product_s)
 
     def computing() -> None:
         for _ in range(repeats):
@@ -127,16 +138,16 @@ def worker(options: argparse.Namespace) -> None:
         computing()
         work.wait()
 
-    alone_s, message_s, both_s = (timed(run, 2, rounds) for run in (computing, lambda: dist.all_reduce(message), both))
+    alone_s, message_s, both_s = (timed(run, 2, rounds, wall) for run in (computing, lambda: dist.all_reduce(message), both))
     if dist.get_rank() == 0:
         found = {
             "ranks": options.ranks,
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores(),
             "flops_per_s": 2 * 1024**3 / product_s,
             "memory_bytes_per_s": 3 * 4 * 2**20 / sum_s,
             "launch_s": launch_s,
             **fit(rows),
-            "hidden_share": (both_s - alone_s) / message_s,
+            "felt_share": (both_s - alone_s) / message_s,
             "collectives": rows,
         }
         print(json.dumps(found, indent=2))

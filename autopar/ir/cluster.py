@@ -150,13 +150,13 @@ DEVICES = {
 # latency_s is one hop of the ring with the LL128 protocol: table `hwLat` of NCCL's src/graph/tuning.cc, NVLink 1.9 us, network 4 us.
 # start_s is its `baseLat` of a ring, 8.4 us (Simple protocol).
 # gloo over loopback: by `benchmarks/calibrate_cpu.py`, 4 processes on 2 cores, as the device `cpu`. What it gathers lands in
-# new memory, piece by piece: 2 to 15 ms of CPU time for 2 to 8 MB, about as much as the all-reduce of as many bytes.
+# new memory, piece by piece, and costs about as much as the all-reduce of as many bytes.
 LINKS = {
     "nvlink3": Link("NVLink3", 1.9e-6, 0.78 * 300e9, 8.4e-6),
     "nvlink4": Link("NVLink4", 1.9e-6, 0.80 * 450e9, 8.4e-6),
     "ib200": Link("InfiniBand-200", 4e-6, 0.9 * 25e9, 8.4e-6),
     "ib400": Link("InfiniBand-400", 4e-6, 0.9 * 50e9, 8.4e-6),
-    "gloo": Link("gloo-loopback", 65e-6, 0.6e9, 200e-6, 2.0),
+    "gloo": Link("gloo-loopback", 65e-6, 0.6e9, 170e-6, 1.8),
 }
 
 PRESETS = {

@@ -11,7 +11,8 @@ a kernel and the link's `start_s`:
 | all_to_all     | pairwise  | `(n-1) a + (n-1)/n m_local / b`   |
 
 Source: Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication Operations in MPICH"; NCCL's rings are the same.
-`g` is the link's `gather_factor`, 1 but for gloo. `m` is the gathered (or unreduced) size for the first three and what one rank holds for all-to-all.
+`g` is the link's `gather_factor`, 1 but for gloo. `m` is the gathered (or unreduced) size for the first three and what one rank holds
+for all-to-all.
 """
 
 from __future__ import annotations
