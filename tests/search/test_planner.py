@@ -54,10 +54,10 @@ def test_search_is_never_worse_than_a_baseline(baseline: str) -> None:
 
 
 def test_depth_is_folded() -> None:
-    """Each further layer costs the same, about (layers at the ends differ), and eight layers make no longer a plan than six."""
-    plans = [plan_graph(graph_of("gpt2", layers=layers), CPU, mesh=(2, 2)) for layers in (4, 6, 8)]
+    """Each further layer costs the same, but for those at the ends, and twelve layers make no longer a plan than ten."""
+    plans = [plan_graph(graph_of("gpt2", layers=layers), CPU, mesh=(2, 2)) for layers in (8, 10, 12)]
     steps = [after.cost_s - before.cost_s for before, after in pairwise(plans)]
-    assert steps[0] == pytest.approx(steps[1], rel=0.03)
+    assert steps[0] == pytest.approx(steps[1], rel=1e-6)
     rows = [(len(plan.parameters), sum(len(segment.ops) for segment in plan.segments), len(plan.collectives)) for plan in plans]
     assert rows[1] == rows[2]
     assert any(segment.count >= 6 for segment in plans[2].segments)
