@@ -12,9 +12,10 @@ knows), `reshard_points`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,7 +76,68 @@ def trace(
     Raises `TraceError` for what cannot be traced, naming the user's line.
     """
     with _garbage_collection_paused():
-        kwargs = dict(kwargs or {})
+        changed: dict[tuple[str, str], tuple[float, float]] = {}
+        with _watched(model, changed):
+            found = _trace(model, args, dict(kwargs or {}), once_per_repeat)
+        if changed:
+            _refuse_counting(model, changed, lambda: _trace(model, args, dict(kwargs or {}), once_per_repeat).graph, found.graph)
+        return found
+
+
+@contextmanager
+def _watched(model: nn.Module, changed: dict[tuple[str, str], tuple[float, float]]) -> Iterator[None]:
+    """Note the plain numbers of modules that `forward` changes, by path and name: (before, after). Tracing itself puts them back."""
+    forward, own = model.forward, "forward" in model.__dict__
+
+    @wraps(forward)
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        before = _numbers(model)
+        result = forward(*args, **kwargs)
+        changed.update({key: (before[key], value) for key, value in _numbers(model).items() if before.get(key, value) != value})
+        return result
+
+    model.__dict__["forward"] = watching
+    try:
+        yield
+    finally:
+        if own:
+            model.__dict__["forward"] = forward
+        else:
+            del model.__dict__["forward"]
+
+
+def _numbers(model: nn.Module) -> dict[tuple[str, str], float]:
+    """The numbers that modules hold as plain attributes, by path and name."""
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in module.__dict__.items()
+        if type(value) is int or type(value) is float
+    }
+
+
+def _refuse_counting(
+    model: nn.Module, changed: dict[tuple[str, str], tuple[float, float]], traced_again: Callable[[], Graph], first: Graph
+) -> None:
+    """Raise `TraceError` where the second call, with the numbers as the first left them, computes something else than the first."""
+    try:
+        for (path, name), (_, after) in changed.items():
+            model.get_submodule(path).__dict__[name] = after
+        if traced_again().fingerprint() == first.fingerprint():
+            return
+    finally:
+        for (path, name), (before, _) in changed.items():
+            model.get_submodule(path).__dict__[name] = before
+    (path, name), (before, after) = next(iter(changed.items()))
+    where = f"`{path}`, a {type(model.get_submodule(path)).__name__}," if path else f"the model, a {type(model).__name__},"
+    raise TraceError(
+        f"`self.{name}` of {where} goes from {before} to {after} in one call, and the model computes something else in the next; a program "
+        f"would compute the first for ever. Keep it as a tensor: self.register_buffer('{name}', torch.tensor({before}))"
+    )
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], once_per_repeat: bool) -> TracedModel:
+    with _garbage_collection_paused():
         call = _Call(model, args, kwargs, state_of(model), once_per_repeat)
         try:
             found = call.with_repeats_once() or call.whole()

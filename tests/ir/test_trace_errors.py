@@ -162,3 +162,30 @@ class Squared(torch.autograd.Function):
 def test_a_backward_that_is_the_forward_s_is_traced() -> None:
     found = trace(Model(lambda model, x: Squared.apply(model.linear(x))), (torch.randn(3, 4),)).graph
     assert [op.target for op in found.ops] == ["aten.linear.default", "aten.mul.Tensor"]
+
+
+class Counting(nn.Module):
+    """Counts its calls; `matters` says whether the count changes what it computes."""
+
+    def __init__(self, matters: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.calls = 1
+        self.matters = matters
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(x) * (self.calls if self.matters else 2)
+
+
+def test_number_that_changes_what_is_computed_is_refused_and_put_back():
+    model = nn.Sequential(Counting(matters=True))
+    with pytest.raises(TraceError, match=r"self.calls` of `0`, a Counting,.*from 1 to 2.*register_buffer"):
+        trace(model, (torch.randn(2, 3),))
+    assert model[0].calls == 1
+
+
+def test_number_that_only_counts_is_left_alone():
+    model = Counting(matters=False)
+    trace(model, (torch.randn(2, 3),))
+    assert model.calls == 1
