@@ -7,6 +7,7 @@ Each arrow is a function of the layers below; nothing is decided here.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -128,6 +129,8 @@ def parallelize(
     from autopar.runtime.process_mesh import ensure_process_group, mesh_for
 
     _check_types(model, plan)
+    if unknown := plan_options.keys() - _PLAN_OPTIONS:
+        raise PlanError(f"parallelize has no option `{min(unknown)}`; options for planning are {', '.join(sorted(_PLAN_OPTIONS))}")
     if ensure_process_group(device, timeout_s) == 1 and (plan is None or plan.world_size == 1):
         return _on_one_device(model, device)
 
@@ -179,6 +182,9 @@ def _trace(model: nn.Module, example_inputs: Any) -> TracedModel:
     _check_types(model)
     args, kwargs = split_example(example_inputs)
     return trace(model, args, kwargs)
+
+
+_PLAN_OPTIONS = inspect.signature(plan).parameters.keys() - {"model", "example_inputs", "cluster"}
 
 
 def _plan_traced(traced: TracedModel, cluster: Cluster, **options: Any) -> Plan:

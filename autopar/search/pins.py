@@ -44,6 +44,8 @@ def read_pins(pins: Mapping[str, str] | None, graph: Graph) -> Pins:
 
     Raises `PinError` where a pattern matches nothing, a placement cannot be read or does not fit the shape, or two pins contradict.
     """
+    if not isinstance(pins or {}, Mapping) or not all(isinstance(text, str) for pair in dict(pins or {}).items() for text in pair):
+        raise PinError('pins are a dict from patterns to placements, {"model.layers.*.up_proj.weight": "S(0)@tp"}')
     found = Pins(dict(pins or {}), {}, {})
     parameters: dict[str, int] = {name: i for i, item in enumerate(graph.parameters) for name in (item.fqn, *item.aliases)}
     ops = {op.name: position for position, op in enumerate(graph.ops)}

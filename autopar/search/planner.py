@@ -153,8 +153,8 @@ def _plan(
 ) -> Plan:  # fmt: skip
     if effort not in ("fast", "exact"):
         raise PlanError(f"effort `{effort}` is not known; it is `fast` or `exact`")
-    if memory_limit_bytes is not None and memory_limit_bytes < 1:
-        raise PlanError(f"memory_limit_bytes is {memory_limit_bytes}; it must be at least 1")
+    if memory_limit_bytes is not None and (not isinstance(memory_limit_bytes, int) or memory_limit_bytes < 1):
+        raise PlanError(f"memory_limit_bytes is {memory_limit_bytes!r}; it must be a whole number of at least 1")
     read = read_pins(pins, graph)
     structure = Structure(graph)
     deadline_s = None if time_limit_s is None else perf_counter() + time_limit_s

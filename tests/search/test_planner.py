@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -222,3 +223,14 @@ def test_plans_do_not_contradict_themselves(name: str) -> None:
     graph = graph_of(name)
     for baseline in (None, "fsdp", "tp"):
         assert not list(contradictions(plan_graph(graph, Cluster.from_name("h100x4"), baseline=baseline)))
+
+
+@pytest.mark.parametrize("pins", [["a"], {"*.weight": 3}, "S(0)@tp"])
+def test_pins_of_other_types_are_refused(pins: Any) -> None:
+    with pytest.raises(PinError, match="pins are a dict"):
+        plan_graph(graph_of("mlp"), CPU, pins=pins)
+
+
+def test_memory_limit_of_another_type_is_refused() -> None:
+    with pytest.raises(PlanError, match="'1GB'"):
+        plan_graph(graph_of("mlp"), CPU, memory_limit_bytes="1GB")  # type: ignore[arg-type]
