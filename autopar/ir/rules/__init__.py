@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from autopar.ir.fold import tokens
 from autopar.ir.graph import Arg, Graph, Op, Ref
 from autopar.ir.placement import RP, P, Placement, R
 from autopar.ir.rules.neighbours import RESHARD, blocks_by_op
@@ -88,6 +87,8 @@ def _structure(graph: Graph, op: Op) -> int:
 
 def _structures(graph: Graph) -> dict[str, int]:
     """The numbers of all operations; operations of one token that read equally many different values are looked at once."""
+    from autopar.ir.fold import tokens  # with numpy, which reading a plan file does without
+
     known: dict[object, int] = {}
     found: dict[str, int] = {}
     for op, token in zip(graph.ops, tokens(graph).tolist(), strict=True):
