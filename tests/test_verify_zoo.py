@@ -7,7 +7,7 @@ import pytest
 import autopar
 from autopar.runtime.launch import RankPool
 from autopar.search.baselines import BASELINES
-from tests.zoo import ZOO
+from tests.zoo import ZOO, talkative
 
 pytestmark = pytest.mark.processes
 SEVEN = ("gpt2", "llama", "qwen3", "bert", "t5", "vit", "resnet")
@@ -16,7 +16,8 @@ SEVEN = ("gpt2", "llama", "qwen3", "bert", "t5", "vit", "resnet")
 def check(name: str, baseline: str | None, ranks: int, pool: RankPool) -> None:
     model = ZOO[name].build().double().train()
     example = ZOO[name].inputs(model)
-    plan = autopar.plan(model, example, f"cpu:{ranks}", baseline=baseline)
+    plan = autopar.plan(model, example, talkative(ranks), baseline=baseline)
+    assert any(set(op.split.values()) != {"replicate"} for segment in plan.segments for op in segment.ops), "a plan that splits nothing"
     report = autopar.verify(model, example, plan, ranks=pool)
     assert report.ok and report.max_relative_error < 1e-10, report
 

@@ -10,12 +10,14 @@ Dropout stays on as each architecture's own default has it. `build(device="meta"
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from autopar.ir.cluster import Cluster, Link
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,3 +207,9 @@ _ENTRIES = (
 )
 
 ZOO: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+
+
+def talkative(ranks: int) -> Cluster:
+    """Local processes that talk for nothing: a searched plan splits even a tiny model, where prices of real links leave it whole."""
+    free = Link("free", latency_s=0.0, bytes_per_s=1e15)
+    return replace(Cluster.from_name(f"cpu:{ranks}"), name=f"talkative:{ranks}", intra=free, inter=free)

@@ -27,7 +27,7 @@ from autopar.runtime.module import ParallelModule
 from autopar.runtime.process_mesh import mesh_for
 from autopar.runtime.sampler import batch_part
 from autopar.search.planner import plan_graph
-from tests.zoo import ZOO
+from tests.zoo import ZOO, talkative
 
 TIMEOUT_S = 120.0
 
@@ -62,7 +62,7 @@ def llama() -> Made:
     made["other mesh"] = plan_graph(graph, two, baseline="ddp")
     # A batch axis and an axis that splits the weights.
     pins = {"*.up_proj.weight": "S(0)@tp", "*.down_proj.weight": "S(1)@tp"}
-    made["mixed"] = plan_graph(graph, four, mesh=(2, 2), pins=pins)
+    made["mixed"] = plan_graph(graph, talkative(4), mesh=(2, 2), pins=pins)
     return Made(whole, made)
 
 
