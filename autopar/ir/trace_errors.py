@@ -48,7 +48,13 @@ _CAUSES = (
         f"pass tensors, numbers, strings and None in lists, tuples and dicts, or {_REGISTER}",
     ),
     _Cause(
-        ("required positional argument", "unexpected keyword argument", "positional arguments but", "multiple values for argument"),
+        (
+            "required positional argument",
+            "missing a required argument",
+            "unexpected keyword argument",
+            "positional arguments but",
+            "multiple values for argument",
+        ),
         "the example inputs do not fit a forward",
         "give a tuple for positional arguments or a dict for keywords, as the model is called in training",
     ),
