@@ -3,13 +3,18 @@
 A plan is data. Reading one imports nothing of the user's and runs nothing. It is folded: repeated layers are written once, so that
 a plan for 128 layers is as long as one for 2, and two plans diff well. Order is stable everywhere.
 
-What decides is `mesh`, the `split` of every operation and the `stored` and `gather` of every parameter; all other fields say what
-follows from these (placements, collectives, time, memory), for the reader. `autopar validate` checks that they agree.
+What decides is `mesh`, the `split` of every operation and the `stored` and `gather` of every parameter; under a pipeline also
+`microbatches`, `pipeline` and which `stage` a row is for; and the repeats that `recompute`. All other fields say what follows from these
+(placements, collectives, time, memory), for the reader. `autopar validate` checks that they agree.
+
+Operations are those of the graph of one microbatch (`autopar.ir.microbatch`), cut into stages (`autopar.ir.stages`); with one microbatch
+and one stage that is the traced graph itself. Segments number the operations of their stage's graph from 0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import stat
 import tempfile
@@ -24,7 +29,7 @@ from autopar.ir import plan_json
 from autopar.ir.plan_check import check
 
 FORMAT: Literal["autopar-plan"] = "autopar-plan"
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 
 LARGEST = 2**63 - 1
 Axes = dict[str, str]  # mesh axis -> split name or placement text, in mesh order
@@ -60,8 +65,9 @@ class ClusterInfo(_Data):
 
 
 class InputPlan(_Data):
-    """An input as the user passes it (`path`, global `shape`) and the `placement` that the first operations want it in."""
+    """An input as the user passes it (`path`, global `shape`) and the `placement` that the first operations of `stage` want it in."""
 
+    stage: Size = 0
     path: str
     shape: tuple[Size, ...]
     dtype: str
@@ -69,8 +75,9 @@ class InputPlan(_Data):
 
 
 class OutputPlan(_Data):
-    """A tensor the model returns. `R` is returned whole on every rank; any other placement as a DTensor."""
+    """A tensor the model returns, from `stage`. `R` is returned whole on every rank; any other placement as a DTensor."""
 
+    stage: Size = 0
     path: str
     shape: tuple[Size, ...]
     dtype: str
@@ -94,8 +101,10 @@ class ParameterPlan(_Data):
     `gather`: `"never"` (used as stored), `"step"` (gathered once a step and kept until its gradient is done: ZeRO-1/2) or `"use"`
     (gathered for the forward pass, freed, gathered again for the backward pass: ZeRO-3).
     `used`: placement in which the operations read it (follows from their splits).
+    `stage`: whose operations read it; a weight that two stages read (a tied embedding) has a row for each, and they are kept equal.
     """
 
+    stage: Size = 0
     name: str
     shape: tuple[Size, ...]
     dtype: str
@@ -116,19 +125,87 @@ class OpPlan(_Data):
     output: Axes
 
 
-class SegmentPlan(_Data):
-    """`count` repeats of `length` operations, from position `start` in the graph; `ops` lists the first repeat's."""
+class SegmentCost(_Data):
+    """What one repeat of a segment takes on one rank for one microbatch: the simulator's input.
 
+    `forward_s`, `backward_s`: computing. `forward_comm_s`, `backward_comm_s`: by axis, collectives that computing waits for.
+    `gather_s`: by axis, gathering its parameters for the forward pass, ahead of use; `regather_s` again for the backward pass
+    (both 0 where parameters stay gathered: then `Predicted`'s per-step terms have it). `reduce_s`: by axis, reducing its parameters'
+    gradients behind the backward pass of the last microbatch. `activation_bytes`: kept from its forward to its backward pass, and
+    `checkpoint_bytes` of these when the repeat is recomputed. `parameter_bytes`, `gradient_bytes`, `optimizer_bytes`: of the parameters
+    that it is the first to read. `gathered_bytes`: what gathering adds while it runs. `workspace_bytes`: for a moment, in its largest
+    operation.
+    """
+
+    forward_s: Seconds = 0.0
+    backward_s: Seconds = 0.0
+    forward_comm_s: dict[str, Seconds] = {}
+    backward_comm_s: dict[str, Seconds] = {}
+    gather_s: dict[str, Seconds] = {}
+    regather_s: dict[str, Seconds] = {}
+    reduce_s: dict[str, Seconds] = {}
+    optimizer_s: Seconds = 0.0
+    activation_bytes: Bytes = 0
+    checkpoint_bytes: Bytes = 0
+    parameter_bytes: Bytes = 0
+    gradient_bytes: Bytes = 0
+    optimizer_bytes: Bytes = 0
+    gathered_bytes: Bytes = 0
+    workspace_bytes: Bytes = 0
+
+
+class SegmentPlan(_Data):
+    """`count` repeats of `length` operations, from position `start` in the graph of `stage`; `ops` lists the first repeat's.
+
+    `recompute`: of how many of the repeats, the first ones, the backward pass computes the forward pass again instead of keeping its
+    activations. `cost`: of one repeat.
+    """
+
+    stage: Size = 0
     name: str
     start: Size
     length: Count
     count: Count
+    recompute: Size = 0
+    cost: SegmentCost = SegmentCost()
     ops: tuple[OpPlan, ...]
+
+
+class GroupPlan(_Data):
+    """The ranks `first_rank, first_rank + 1, ...` of one place in a pipeline, as a mesh (outer axis first)."""
+
+    first_rank: Size
+    mesh: dict[str, Count]
+
+
+class StagePlan(_Data):
+    """One stage: operations `start` to `stop` of the graph of one microbatch, on the ranks of `groups[group]`.
+
+    `sends_bytes`: what one microbatch sends to the next stage forward, in all; `receives_s`: time on the link for one rank to receive
+    its part, `returns_s` for the gradients on their way back.
+    """
+
+    name: str
+    start: Size
+    stop: Size
+    group: Size
+    sends_bytes: Bytes = 0
+    receives_s: Seconds = 0.0
+    returns_s: Seconds = 0.0
+
+
+class PipelinePlan(_Data):
+    """`schedule` is a name in `autopar.ir.schedules.SCHEDULES`; `groups` in rank order, together all ranks; `stages` in order."""
+
+    schedule: str
+    groups: tuple[GroupPlan, ...]
+    stages: tuple[StagePlan, ...]
 
 
 class CollectivePlan(_Data):
     """A collective that the rank program runs: `kind` on `axis`, `bytes` on one rank and `time_s` for one, run `count` times a step."""
 
+    stage: Size = 0
     kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
     axis: str
     phase: Literal["forward", "backward", "gradient"]
@@ -143,8 +220,23 @@ class CollectivePlan(_Data):
     """The part of `time_s` that computing does not hide."""
 
 
+class Candidate(_Data):
+    """The best plan of one pipeline degree (number of groups), or why there is none: what the winner won against."""
+
+    groups: Count
+    what: str
+    """Stages, mesh, schedule and microbatches in a few words."""
+    cost_s: Seconds | None = None
+    bubble: Seconds | None = None
+    communication_s: Seconds | None = None
+    memory_bytes: Bytes | None = None
+    why: str = ""
+
+
 class Predicted(_Data):
-    """Predictions for one training step on the worst rank."""
+    """Predictions for one training step on the worst rank. `cost_s` is the objective of the search: with one microbatch and one stage the
+    sum over operations that `lower_bound_s` bounds, else the simulated time. `step_s` is what the simulator says; `bubble`: the share of
+    the step that the ranks of a pipeline idle for want of work, on average. `stage_memory_bytes`: peak by group."""
 
     cost_s: Seconds
     lower_bound_s: Seconds
@@ -156,18 +248,24 @@ class Predicted(_Data):
     fits: bool
     optimizer: str
     effort: str
+    step_s: Seconds = 0.0
+    bubble: Seconds = 0.0
+    stage_memory_bytes: tuple[Bytes, ...] = ()
 
 
 class Plan(_Data):
     """A plan; see the module's docstring. `autopar.plan` makes one, `save` and `load` keep it."""
 
     format: Literal["autopar-plan"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     name: str
     """`"searched"` or the name of the baseline."""
     model: ModelInfo
     cluster: ClusterInfo
     mesh: dict[str, Count]
+    """The axes of all ranks, outer first. Under a pipeline the first is `pp`, and where its groups have different meshes the only one."""
+    microbatches: Count = 1
+    pipeline: PipelinePlan | None = None
     inputs: tuple[InputPlan, ...]
     outputs: tuple[OutputPlan, ...]
     pins: dict[str, str]
@@ -175,16 +273,19 @@ class Plan(_Data):
     replicated: tuple[str, ...]
     """Operators without a sharding rule, which every rank runs whole."""
     notes: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
     parameters: tuple[ParameterPlan, ...]
     segments: tuple[SegmentPlan, ...]
     collectives: tuple[CollectivePlan, ...]
 
     @property
+    def groups(self) -> tuple[GroupPlan, ...]:
+        """The groups of ranks that run its stages; one with all ranks where there is no pipeline."""
+        return self.pipeline.groups if self.pipeline else (GroupPlan(first_rank=0, mesh=self.mesh),)
+
+    @property
     def world_size(self) -> int:
-        size = 1
-        for axis in self.mesh.values():
-            size *= axis
-        return size
+        return sum(math.prod(group.mesh.values()) for group in self.groups)
 
     @property
     def cost_s(self) -> float:
