@@ -283,6 +283,10 @@ class Plan(_Data):
         """The groups of ranks that run its stages; one with all ranks where there is no pipeline."""
         return self.pipeline.groups if self.pipeline else (GroupPlan(first_rank=0, mesh=self.mesh),)
 
+    def stage_mesh(self, stage: int) -> dict[str, int]:
+        """The mesh of the ranks that run `stage`, outer axis first: that of its group, or without a pipeline the plan's."""
+        return self.pipeline.groups[self.pipeline.stages[stage].group].mesh if self.pipeline else self.mesh
+
     @property
     def world_size(self) -> int:
         return sum(math.prod(group.mesh.values()) for group in self.groups)

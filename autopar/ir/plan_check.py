@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from autopar.errors import PlanError
 from autopar.ir import folded_names
 from autopar.ir.graph import DTYPE_BYTES
 from autopar.ir.placement import Placement, parse
 
 if TYPE_CHECKING:
-    from autopar.ir.plan import Axes, InputPlan, OutputPlan, ParameterPlan, Plan
+    from autopar.ir.plan import Axes, InputPlan, OutputPlan, ParameterPlan, PipelinePlan, Plan
 
 MAX_RANKS = 2**20
+MAX_MICROBATCHES = 2**16
 MAX_DIMS = 64  # torch's own limit on the dims of a tensor
 
 
@@ -27,33 +30,130 @@ class Problem:
 
 def check(plan: Plan) -> list[Problem]:
     """Everything in `plan` that contradicts itself, in file order; empty for a sound plan."""
-    return [problem for part in (_mesh, _tensors, _parameters, _segments, _collectives, _predicted) for problem in part(plan)]
+    parts = (_mesh, _pipeline, _tensors, _predicted, _parameters, _segments, _collectives)
+    return [problem for part in parts for problem in part(plan)]
 
 
 def _mesh(plan: Plan) -> Iterator[Problem]:
-    if not plan.mesh:
-        yield Problem(("mesh",), 'has no axis; write at least one, such as {"dp": 1}')
-    for axis, size in plan.mesh.items():
-        if not axis.isidentifier():
-            yield Problem(("mesh", axis), f"`{axis[:40]}` is no name for an axis; use letters, digits and `_`")
-        if size > MAX_RANKS:
-            yield Problem(("mesh", axis), f"{size} ranks on one axis; at most {MAX_RANKS}")
-    if len(plan.mesh) > 8:
-        yield Problem(("mesh",), f"has {len(plan.mesh)} axes; at most 8")
-    elif plan.world_size > MAX_RANKS:
+    yield from _axis_sizes(plan.mesh, "mesh")
+    if len(plan.mesh) <= 8 and plan.world_size > MAX_RANKS:
         yield Problem(("mesh",), f"has {plan.world_size} ranks; at most {MAX_RANKS}")
+    if plan.microbatches > MAX_MICROBATCHES:
+        yield Problem(("microbatches",), f"is {plan.microbatches}; at most {MAX_MICROBATCHES}")
 
 
-def _axes(plan: Plan, axes: Axes, *path: str | int) -> Iterator[Problem]:
-    """The axes of the mesh, all of them, in mesh order."""
-    if list(axes) != list(plan.mesh):
-        wanted, found = ", ".join(plan.mesh), ", ".join(axes) or "none"
+def _axis_sizes(mesh: dict[str, int], *path: str | int) -> Iterator[Problem]:
+    if not mesh:
+        yield Problem(path, 'has no axis; write at least one, such as {"dp": 1}')
+    for axis, size in mesh.items():
+        if not axis.isidentifier():
+            yield Problem((*path, axis), f"`{axis[:40]}` is no name for an axis; use letters, digits and `_`")
+        if size > MAX_RANKS:
+            yield Problem((*path, axis), f"{size} ranks on one axis; at most {MAX_RANKS}")
+    if len(mesh) > 8:
+        yield Problem(path, f"has {len(mesh)} axes; at most 8")
+
+
+def _pipeline(plan: Plan) -> Iterator[Problem]:
+    if (pipeline := plan.pipeline) is None:
+        return
+    yield from _groups(plan, pipeline)
+    yield from _stages(plan, pipeline)
+    yield from _schedule(plan, pipeline)
+
+
+def _groups(plan: Plan, pipeline: PipelinePlan) -> Iterator[Problem]:
+    """The groups tile the ranks, and the plan's mesh says of them what it can."""
+    if not pipeline.groups:
+        yield Problem(("pipeline", "groups"), "lists no group; write at least one")
+        return
+    rank = 0
+    for index, group in enumerate(pipeline.groups):
+        here = ("pipeline", "groups", index)
+        if group.first_rank != rank:
+            yield Problem((*here, "first_rank"), f"is {group.first_rank}, and the groups before it end at {rank}; groups follow each other")
+        rank = group.first_rank + math.prod(group.mesh.values())
+        yield from _axis_sizes(group.mesh, *here, "mesh")
+        if "pp" in group.mesh:
+            yield Problem((*here, "mesh", "pp"), "stages are no axis of a group; `pp` stands in the plan's mesh")
+    count, meshes = len(pipeline.groups), [group.mesh for group in pipeline.groups]
+    shared = meshes[0] if all(list(mesh.items()) == list(meshes[0].items()) for mesh in meshes) else {}
+    if list(plan.mesh.items()) != list({"pp": count, **shared}.items()):
+        why = "and their common mesh" if shared else "alone, since their meshes differ"
+        yield Problem(("mesh",), f"is {_sizes(plan.mesh)}; with {count} groups it is pp {count} {why}: {_sizes({'pp': count, **shared})}")
+
+
+def _sizes(mesh: dict[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in mesh.items())[:80] or "empty"
+
+
+def _stages(plan: Plan, pipeline: PipelinePlan) -> Iterator[Problem]:
+    """The stages tile the operations of one microbatch."""
+    if not pipeline.stages:
+        yield Problem(("pipeline", "stages"), "lists no stage; write at least one")
+        return
+    position = 0
+    for index, stage in enumerate(pipeline.stages):
+        here = ("pipeline", "stages", index)
+        if stage.start != position:
+            yield Problem((*here, "start"), f"is {stage.start}, and the stages before it end at {position}; stages follow each other")
+        if stage.stop <= stage.start:
+            yield Problem((*here, "stop"), f"is {stage.stop}, and the stage starts at {stage.start}; a stage has at least one operation")
+        position = stage.stop
+        if stage.group >= len(pipeline.groups):
+            yield Problem((*here, "group"), f"is {stage.group}, and the last group is {len(pipeline.groups) - 1} (they count from 0)")
+    if plan.microbatches == 1 and position != plan.model.operations:  # with more, a part of the model runs before the stages
+        where = ("pipeline", "stages", len(pipeline.stages) - 1, "stop")
+        yield Problem(where, f"is {position}, and `model.operations` is {plan.model.operations}; the stages hold all operations")
+
+
+def _schedule(plan: Plan, pipeline: PipelinePlan) -> Iterator[Problem]:
+    """A schedule that is known and takes so many stages and microbatches, and every stage in the group where it places it."""
+    from autopar.ir import schedules
+
+    here = ("pipeline", "schedule")
+    groups, stages = len(pipeline.groups), len(pipeline.stages)
+    if not groups or not stages:
+        return
+    try:
+        placed = [schedules.group_of(pipeline.schedule, stage, groups) for stage in range(stages)]
+        schedules.validate(pipeline.schedule, groups, stages, plan.microbatches)
+    except PlanError as error:
+        yield Problem(here, _short(str(error)))
+        return
+    for index, (stage, group) in enumerate(zip(pipeline.stages, placed, strict=True)):
+        if stage.group != group and stage.group < groups:
+            yield Problem(
+                ("pipeline", "stages", index, "group"), f"is {stage.group}, and `{pipeline.schedule}` runs this stage on group {group}"
+            )
+
+
+def _stage_mesh(plan: Plan, stage: int) -> dict[str, int] | None:
+    """The mesh of `stage`; `None` where the plan has no such stage, or none of its group: that is told elsewhere."""
+    if plan.pipeline is None:
+        return plan.mesh if stage == 0 else None
+    stages, groups = plan.pipeline.stages, plan.pipeline.groups
+    return groups[stages[stage].group].mesh if stage < len(stages) and stages[stage].group < len(groups) else None
+
+
+def _stage(plan: Plan, stage: int, *path: str | int) -> Iterator[Problem]:
+    """A stage that the plan has."""
+    count = len(plan.pipeline.stages) if plan.pipeline else 1
+    if stage >= count:
+        has = f"the last stage is {count - 1} (they count from 0)" if plan.pipeline else "the plan has no `pipeline`"
+        yield Problem((*path, "stage"), f"is {stage}, and {has}")
+
+
+def _axes(mesh: dict[str, int] | None, axes: Axes, *path: str | int) -> Iterator[Problem]:
+    """The axes of `mesh`, all of them, in mesh order."""
+    if mesh is not None and list(axes) != list(mesh):
+        wanted, found = ", ".join(mesh), ", ".join(axes) or "none"
         yield Problem(path, f"has the axes {found[:80]} and must have those of the mesh in its order: {wanted[:80]}")
 
 
-def _placements(plan: Plan, axes: Axes, shape: tuple[int, ...] | None, *path: str | int) -> Iterator[Problem]:
+def _placements(mesh: dict[str, int] | None, axes: Axes, shape: tuple[int, ...] | None, *path: str | int) -> Iterator[Problem]:
     """Placements that can be read and that fit `shape` (`None` where the plan does not say the shape)."""
-    yield from _axes(plan, axes, *path)
+    yield from _axes(mesh, axes, *path)
     for axis, text in axes.items():
         try:
             placement = parse(text)
@@ -86,22 +186,24 @@ def _dtype(dtype: str, path: tuple[str | int, ...]) -> Iterator[Problem]:
 def _tensors(plan: Plan) -> Iterator[Problem]:
     fields: list[tuple[str, tuple[InputPlan | OutputPlan, ...]]] = [("inputs", plan.inputs), ("outputs", plan.outputs)]
     for field, tensors in fields:
-        paths: set[str] = set()
+        paths: set[tuple[int, str]] = set()
         for index, tensor in enumerate(tensors):
-            if tensor.path in paths:
+            yield from _stage(plan, tensor.stage, field, index)
+            if (tensor.stage, tensor.path) in paths:
                 yield Problem((field, index, "path"), f"`{tensor.path[:80]}` is listed twice; keep one")
-            paths.add(tensor.path)
+            paths.add((tensor.stage, tensor.path))
             yield from _dtype(tensor.dtype, (field, index, "dtype"))
-            yield from _placements(plan, tensor.placement, tensor.shape, field, index, "placement")
+            yield from _placements(_stage_mesh(plan, tensor.stage), tensor.placement, tensor.shape, field, index, "placement")
 
 
 def _parameters(plan: Plan) -> Iterator[Problem]:
-    names: set[str] = set()
+    names: set[tuple[int, str]] = set()
     for index, parameter in enumerate(plan.parameters):
         here = ("parameters", index)
-        if parameter.name in names:
+        yield from _stage(plan, parameter.stage, *here)
+        if (parameter.stage, parameter.name) in names:
             yield Problem((*here, "name"), f"`{parameter.name[:80]}` is listed twice; keep one")
-        names.add(parameter.name)
+        names.add((parameter.stage, parameter.name))
         yield from _parameter(plan, parameter, index)
 
 
@@ -111,46 +213,78 @@ def _parameter(plan: Plan, parameter: ParameterPlan, index: int) -> Iterator[Pro
     except ValueError as error:
         yield Problem(("parameters", index, "name"), _short(str(error)))
     yield from _dtype(parameter.dtype, ("parameters", index, "dtype"))
-    shape = parameter.shape
+    shape, mesh = parameter.shape, _stage_mesh(plan, parameter.stage)
     stored = [((), parameter.stored), *((("alternatives", i), item.stored) for i, item in enumerate(parameter.alternatives))]
     for path, axes in stored:
-        yield from _placements(plan, axes, shape, "parameters", index, *path, "stored")
+        yield from _placements(mesh, axes, shape, "parameters", index, *path, "stored")
         for axis, text in axes.items():
             if text in ("R/P", "P(sum)"):
                 yield Problem(
                     ("parameters", index, *path, "stored", axis), f"a parameter is stored whole or split, not `{text}`: write R or S(dim)"
                 )
-    yield from _placements(plan, parameter.used, shape, "parameters", index, "used")
+    yield from _placements(mesh, parameter.used, shape, "parameters", index, "used")
 
 
 def _segments(plan: Plan) -> Iterator[Problem]:
-    position = 0
-    names: set[str] = set()
+    """In the order of the stages, and those of one stage after each other from its first operation."""
+    stage = position = 0
+    names: set[tuple[int, str]] = set()
     for index, segment in enumerate(plan.segments):
         here: tuple[str | int, ...] = ("segments", index)
+        yield from _stage(plan, segment.stage, *here)
+        if segment.stage != stage:
+            yield from _stage_end(plan, stage, position, *here)
+            if segment.stage != stage + 1:
+                yield Problem((*here, "stage"), f"is {segment.stage} after {stage}; every stage has segments, in the order of the stages")
+            stage, position = segment.stage, 0
         if segment.start != position:
             yield Problem((*here, "start"), f"is {segment.start}, and the segments before it end at {position}; segments follow each other")
         position = segment.start + segment.length * segment.count
         if len(segment.ops) != segment.length:
             yield Problem((*here, "ops"), f"lists {len(segment.ops)} operations, and `length` is {segment.length}")
+        if segment.recompute > segment.count:
+            yield Problem((*here, "recompute"), f"is {segment.recompute}, and `count` is {segment.count}; at most all repeats recompute")
+        mesh = _stage_mesh(plan, segment.stage)
+        for field, value in segment.cost:
+            yield from _known_axes(mesh, value, *here, "cost", field) if isinstance(value, dict) else ()
         for number, op in enumerate(segment.ops):
             path = (*here, "ops", number)
-            if op.name in names:
+            if (stage, op.name) in names:
                 yield Problem((*path, "name"), f"`{op.name[:80]}` is listed twice; keep one")
-            names.add(op.name)
-            yield from _axes(plan, op.split, *path, "split")
+            names.add((stage, op.name))
+            yield from _axes(mesh, op.split, *path, "split")
             for axis, split in op.split.items():
                 if not split:
                     yield Problem((*path, "split", axis), "is empty; write the name of a split, such as `replicate`")
-            yield from _placements(plan, op.output, None, *path, "output")
-    if position != plan.model.operations:
-        yield Problem(("segments",), f"cover {position} operations, and `model.operations` is {plan.model.operations}")
+            yield from _placements(mesh, op.output, None, *path, "output")
+    yield from _stage_end(plan, stage, position, "segments")
+    if plan.pipeline and plan.pipeline.stages and stage != len(plan.pipeline.stages) - 1:
+        yield Problem(("segments",), f"end with stage {stage}, and the last stage is {len(plan.pipeline.stages) - 1}")
+
+
+def _stage_end(plan: Plan, stage: int, position: int, *path: str | int) -> Iterator[Problem]:
+    """The segments of `stage` end at `position`: all its operations, to which a pipeline adds those that receive and send."""
+    if plan.pipeline is None:
+        if plan.microbatches == 1 and position != plan.model.operations:
+            yield Problem(path, f"cover {position} operations, and `model.operations` is {plan.model.operations}")
+    elif stage < len(plan.pipeline.stages):
+        listed = plan.pipeline.stages[stage].stop - plan.pipeline.stages[stage].start
+        if position < listed:
+            yield Problem(path, f"of stage {stage} cover {position} operations, and the stage has {listed} of the model")
+
+
+def _known_axes(mesh: dict[str, int] | None, axes: Iterable[str], *path: str | int) -> Iterator[Problem]:
+    for axis in axes:
+        if mesh is not None and axis not in mesh:
+            yield Problem((*path, axis), f"`{axis[:40]}` is not an axis of the mesh; it has {', '.join(mesh)[:80]}")
 
 
 def _collectives(plan: Plan) -> Iterator[Problem]:
     for index, collective in enumerate(plan.collectives):
-        if collective.axis not in plan.mesh:
-            wanted = ", ".join(plan.mesh)
+        yield from _stage(plan, collective.stage, "collectives", index)
+        mesh = _stage_mesh(plan, collective.stage)
+        if mesh is not None and collective.axis not in mesh:
+            wanted = ", ".join(mesh)
             yield Problem(("collectives", index, "axis"), f"`{collective.axis[:40]}` is not an axis of the mesh; it has {wanted[:80]}")
 
 
@@ -159,6 +293,9 @@ def _predicted(plan: Plan) -> Iterator[Problem]:
     # The bound comes from a float sum in another order than the cost; beyond rounding it may not pass it.
     if predicted.fits and predicted.lower_bound_s > predicted.cost_s * (1 + 1e-9):
         yield Problem(("predicted", "lower_bound_s"), f"{predicted.lower_bound_s} exceeds the cost {predicted.cost_s}; a bound is below it")
+    if predicted.stage_memory_bytes and len(predicted.stage_memory_bytes) != len(plan.groups):
+        count = len(predicted.stage_memory_bytes)
+        yield Problem(("predicted", "stage_memory_bytes"), f"has {count} numbers, and there are {len(plan.groups)} groups of ranks")
     total = sum(predicted.memory_bytes.values())
     if predicted.fits != (total <= predicted.memory_limit_bytes):
         verdict = "fits" if predicted.fits else "does not fit"

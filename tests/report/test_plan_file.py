@@ -126,11 +126,11 @@ def test_a_byte_order_mark_is_no_damage(tmp_path: Path) -> None:
 
 # What replaces what in the sample's text, and what the message must say; a number is the line it must name.
 DAMAGE = [
-    ('"version": 1', '"version": 2', "plan version 2.*update autopar"),
-    ('"version": 1', '"version": 0', "plan version 0.*make the plan anew"),
-    ('"version": 1', '"version": true', "plan version True"),
+    ('"version": 2', '"version": 3', "plan version 3.*update autopar"),
+    ('"version": 2', '"version": 0', "plan version 0.*make the plan anew"),
+    ('"version": 2', '"version": true', "plan version True"),
     ('"format": "autopar-plan"', '"format": "other"', "not an autopar plan"),
-    (' "version": 1,\n', "", "plan version missing"),
+    (' "version": 2,\n', "", "plan version missing"),
     ('"dp": 2, "tp": 4', '"dp": 2, "dp": 4', r"plan:7:20: `mesh.dp` is given twice"),
     ('"cost_s": 0.8', '"cost_s": NaN', "`NaN` is not a number"),
     ('"cost_s": 0.8', '"cost_s": -Infinity', "`-Infinity` is not a number"),
@@ -199,8 +199,8 @@ def test_the_line_is_named() -> None:
         "[]",
         "null",
         '"autopar-plan"',
-        '{"format": "autopar-plan", "version": 1}',
-        '{"format": "autopar-plan", "version": 1, "name": "\\ud800"}',
+        '{"format": "autopar-plan", "version": 2}',
+        '{"format": "autopar-plan", "version": 2, "name": "\\ud800"}',
         TEXT + TEXT,
     ],
     ids=lambda text: text[:12],
