@@ -129,12 +129,12 @@ class SegmentCost(_Data):
     """What one repeat of a segment takes on one rank for one microbatch: the simulator's input.
 
     `forward_s`, `backward_s`: computing. `forward_comm_s`, `backward_comm_s`: by axis, collectives that computing waits for.
-    `gather_s`: by axis, gathering its parameters for the forward pass, ahead of use; `regather_s` again for the backward pass
-    (both 0 where parameters stay gathered: then `Predicted`'s per-step terms have it). `reduce_s`: by axis, reducing its parameters'
-    gradients behind the backward pass of the last microbatch. `activation_bytes`: kept from its forward to its backward pass, and
-    `checkpoint_bytes` of these when the repeat is recomputed. `parameter_bytes`, `gradient_bytes`, `optimizer_bytes`: of the parameters
-    that it is the first to read. `gathered_bytes`: what gathering adds while it runs. `workspace_bytes`: for a moment, in its largest
-    operation.
+    `gather_s`: by axis, gathering its parameters for the forward pass, ahead of use, and `regather_s` again for the backward pass, of
+    what is freed after use; `step_gather_s`: once a step, ahead of the first microbatch, of what stays gathered. `reduce_s`: by axis,
+    reducing its parameters' gradients behind the backward pass of the last microbatch. `activation_bytes`: kept from its forward to its
+    backward pass, and `checkpoint_bytes` of these when the repeat is recomputed. `parameter_bytes`, `gradient_bytes`, `optimizer_bytes`:
+    of the parameters that it is the first to read, and of what stays gathered or adds up for a whole step. `gathered_bytes`: what
+    gathering for use adds while it runs. `workspace_bytes`: for a moment, in its largest operation.
     """
 
     forward_s: Seconds = 0.0
@@ -143,6 +143,7 @@ class SegmentCost(_Data):
     backward_comm_s: dict[str, Seconds] = {}
     gather_s: dict[str, Seconds] = {}
     regather_s: dict[str, Seconds] = {}
+    step_gather_s: dict[str, Seconds] = {}
     reduce_s: dict[str, Seconds] = {}
     optimizer_s: Seconds = 0.0
     activation_bytes: Bytes = 0
@@ -282,6 +283,10 @@ class Plan(_Data):
     def groups(self) -> tuple[GroupPlan, ...]:
         """The groups of ranks that run its stages; one with all ranks where there is no pipeline."""
         return self.pipeline.groups if self.pipeline else (GroupPlan(first_rank=0, mesh=self.mesh),)
+
+    @property
+    def stage_count(self) -> int:
+        return len(self.pipeline.stages) if self.pipeline else 1
 
     def stage_mesh(self, stage: int) -> dict[str, int]:
         """The mesh of the ranks that run `stage`, outer axis first: that of its group, or without a pipeline the plan's."""
