@@ -13,6 +13,7 @@
     ├── RuntimeSetupError        the process group, devices or ranks do not fit the plan
     │   ├── RankDisagreementError   a rank came with another plan or another first batch
     │   ├── InputError           inputs of other shapes, dtypes or structure than were traced (also a ValueError)
+    │   ├── PeerError            another rank ended, or did not answer, in the middle of a step
     │   └── RanksFailedError     local ranks raised, died or did not answer; carries what each of them said
     └── VerifyError              the comparing processes themselves failed (not: the comparison was bad)
 
@@ -77,6 +78,10 @@ class RankDisagreementError(RuntimeSetupError):
 
 class InputError(RuntimeSetupError, ValueError):
     """Inputs differ in structure, shape or dtype from those the plan was made for."""
+
+
+class PeerError(RuntimeSetupError):
+    """Another rank ended, or did not answer in time, in the middle of a step; the message says which, and what this rank was doing."""
 
 
 class RanksFailedError(RuntimeSetupError):

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import product
 
 from autopar.ir.conversion import State
-from autopar.ir.placement import Placement, chunk
+from autopar.ir.placement import Placement, chunk, local_shape
 
 Run = tuple[int, int]
 """First index and length of consecutive indices of one dim."""
@@ -39,6 +39,10 @@ class Layout:
             number, index = divmod(number, parts)
             found.append(index)
         return tuple(reversed(found))
+
+    def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+        """Shape of the part that `rank` holds of a value of global `shape`."""
+        return local_shape(shape, self.state, self.mesh, self.coordinate(rank))
 
     def held(self, shape: tuple[int, ...], rank: int) -> tuple[tuple[Run, ...], ...]:
         """For every dim the runs of global indices that `rank` holds, in the order in which they lie in its local part."""

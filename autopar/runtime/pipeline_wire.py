@@ -1,0 +1,191 @@
+"""Values on their way between two groups of ranks: sends that nobody waits for at once, receives that are posted early.
+
+Each rank sends and receives what `autopar.runtime.pipeline_transfer` lists, as bytes, one message a pair of ranks. All ranks post the
+transfers between any two of them in the same order (the schedule's, then that of the values), so that messages need no names and a
+backend that serves a pair of ranks one transfer at a time (nccl) cannot deadlock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar.errors import PeerError
+from autopar.runtime.pipeline_transfer import Box, Layout, Message, messages
+
+IN_FLIGHT = 4
+"""Sends without an own end (gradients, evaluation) that may be under way before the oldest is awaited: each holds a tensor's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A send or receive under way: to or from global rank `peer`, of `bytes_`, `what` in words."""
+
+    work: Any
+    peer: int
+    bytes_: Tensor
+    what: str
+
+    def land(self, doing: str) -> None:
+        with peer_errors(f"{doing} {self.what}", self.peer):
+            self.work.wait()
+
+
+@contextmanager
+def peer_errors(doing: str, peer: int | None = None) -> Iterator[None]:
+    """What the backend raises where another rank is gone or does not come, as a `PeerError` that says what this rank was `doing`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PeerError) or not is_communication_error(error):
+            raise
+        whom = "another rank" if peer is None else f"rank {peer}"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PeerError(
+            f"rank {dist.get_rank()} lost {whom} while {doing}: {reason}. That rank ended or did not answer in time; look at what it "
+            "printed for why, and start all ranks again"
+        ) from error
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether the communication backend raised this. gloo raises plain `RuntimeError`s, which name gloo's source files."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("gloo/" in text or "NCCL" in text or "Connection closed by peer" in text)
+
+
+class Channel:
+    """One value on its way from `source` to `target`, as this rank sees it. `what` names it in messages."""
+
+    def __init__(
+        self,
+        what: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        source: Layout,
+        target: Layout,
+        group: dist.ProcessGroup,
+        device: torch.device,
+    ) -> None:
+        rank = dist.get_rank()
+        found = messages(shape, source, target)
+        self.what, self.dtype, self.group, self.device = what, dtype, group, device
+        self.outgoing = tuple(message for message in found if message.source == rank)
+        self.incoming = tuple(message for message in found if message.target == rank)
+        inside = target.first_rank <= rank < target.first_rank + target.size
+        self.shape = target.local_shape(shape, rank) if inside else ()
+
+    def send(self, x: Tensor, what: str) -> list[Flight]:
+        """Start sending this rank's part `x`, which must not change until the flights have landed."""
+        flights = []
+        for message in self.outgoing:
+            wire = _bytes(_packed(x, message.boxes))
+            work = dist.isend(wire, message.target, self.group)
+            flights.append(Flight(work, message.target, wire, f"{self.what} {what}"))
+        return flights
+
+    def receive(self, what: str) -> Arriving:
+        """Start receiving this rank's part."""
+        part = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        flights = []
+        for message in self.incoming:
+            buffer = part if _is_all(message, part) else torch.empty(message.numel, dtype=self.dtype, device=self.device)
+            work = dist.irecv(_bytes(buffer), message.source, self.group)
+            flights.append((message, buffer, Flight(work, message.source, buffer, f"{self.what} {what}")))
+        return Arriving(part, flights)
+
+
+class Arriving:
+    """A rank's part of a value while it is being received."""
+
+    def __init__(self, part: Tensor, flights: Sequence[tuple[Message, Tensor, Flight]]) -> None:
+        self._part, self._flights = part, flights
+
+    def wait(self) -> Tensor:
+        for message, buffer, flight in self._flights:
+            flight.land("receiving")
+            if buffer is not self._part:
+                start = 0
+                for box in message.boxes:
+                    _view(self._part, box.target, box.lengths).copy_(buffer[start : start + box.numel].view(box.lengths))
+                    start += box.numel
+        return self._part
+
+
+class Outbox:
+    """Sends under way. What is sent stays in memory until it is settled."""
+
+    def __init__(self) -> None:
+        self._named: dict[Hashable, list[Flight]] = {}
+        self._unnamed: deque[list[Flight]] = deque()
+
+    def post(self, flights: list[Flight], name: Hashable | None = None) -> None:
+        """Keep `flights` until `settle(name)`; without a name until `IN_FLIGHT` others have been posted."""
+        if name is not None:
+            self._named[name] = flights
+            return
+        self._unnamed.append(flights)
+        if len(self._unnamed) > IN_FLIGHT:
+            _land(self._unnamed.popleft())
+
+    def settle(self, name: Hashable) -> None:
+        _land(self._named.pop(name, []))
+
+    def settle_all(self) -> None:
+        for name in list(self._named):
+            self.settle(name)
+        while self._unnamed:
+            _land(self._unnamed.popleft())
+
+    def drop(self) -> None:
+        """Forget what is under way, after a failure."""
+        self._named.clear()
+        self._unnamed.clear()
+
+
+def _land(flights: Sequence[Flight]) -> None:
+    for flight in flights:
+        flight.land("sending")
+
+
+def warm_up(pairs: Sequence[tuple[int, int]], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Have each of the `pairs` of global ranks open its connection: backends do so at a pair's first transfer, and nccl blocks until
+    both have come. The same list, in the same order, on every rank."""
+    rank = dist.get_rank()
+    for low, high in pairs:
+        if rank in (low, high):
+            peer = high if rank == low else low
+            there, back = torch.zeros(1, device=device), torch.zeros(1, device=device)
+            operations = [dist.P2POp(dist.isend, there, peer, group), dist.P2POp(dist.irecv, back, peer, group)]
+            with peer_errors("opening connections", peer):
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
+
+
+def _is_all(message: Message, part: Tensor) -> bool:
+    """Whether the message is the whole part, from its first element to its last."""
+    return len(message.boxes) == 1 and message.boxes[0].lengths == tuple(part.shape)
+
+
+def _packed(x: Tensor, boxes: Sequence[Box]) -> Tensor:
+    views = [_view(x, box.source, box.lengths) for box in boxes]
+    return views[0].contiguous() if len(views) == 1 else torch.cat([view.reshape(-1) for view in views])
+
+
+def _view(x: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    for dim, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        x = x.narrow(dim, start, length)
+    return x
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Contiguous `x` as the backends move it: not every backend knows every dtype."""
+    return x.view(-1).view(torch.uint8)
