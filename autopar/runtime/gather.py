@@ -7,7 +7,8 @@ that nothing has to be saved or restored: whoever reads the tensor must only be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,24 +159,47 @@ class Gatherer:
     """All buckets of a module, in the order in which the forward pass uses them.
 
     `forward(i)` and `backward(i)` go before a reader of bucket `i`; `forward_done(i)` behind its last reader in the forward pass;
-    `gradient_done(leaf)` when a leaf's gradient has arrived; `backward_done()` at the end of a backward pass.
+    `gradient_done(leaf)` when a leaf's gradient has arrived; `backward_done()` at the end of a backward pass. Within `recomputing()`
+    a forward pass is part of the backward pass: buckets are needed in that order, and stay until their gradients are done.
+    While `holding`, buckets that are gathered once a step stay from one backward pass to the next.
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.buckets = tuple(buckets)
+        self.holding = False
+        self._recomputing = False
         self._of = {id(leaf): bucket for bucket in buckets for leaf in bucket.leaves}
 
     def start(self) -> None:
         """A new forward pass: what is still here may be out of date."""
         for bucket in self.buckets:
+            self._free(bucket)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        before, self._recomputing = self._recomputing, True
+        try:
+            yield
+        finally:
+            self._recomputing = before
+
+    def _free(self, bucket: Bucket) -> None:
+        if bucket.keep and self.holding:
+            bucket.waiting = bucket.trainable
+        else:
             bucket.free()
 
     def forward(self, index: int) -> None:
+        if self._recomputing:
+            self.backward(index)
+            return
         self.buckets[index].need()
         if index + 1 < len(self.buckets):
             self.buckets[index + 1].prefetch()
 
     def forward_done(self, index: int) -> None:
+        if self._recomputing:
+            return
         # The backward pass begins with the last bucket: freeing it now would gather it twice in a row.
         keep = self.buckets[index].keep or index == len(self.buckets) - 1
         if not keep or not torch.is_grad_enabled():
@@ -197,11 +221,11 @@ class Gatherer:
         if bucket is not None:
             bucket.waiting -= 1
             if bucket.waiting == 0:
-                bucket.free()
+                self._free(bucket)
 
     def backward_done(self) -> None:
         for bucket in self.buckets:
-            bucket.free()
+            self._free(bucket)
 
 
 def buckets_of(leaves: Sequence[Leaf], segments: Sequence[SegmentPlan]) -> list[Bucket]:
@@ -248,7 +272,7 @@ def hooks_of(buckets: Sequence[Bucket], gatherer: Gatherer, begin: Callable[[], 
         after[readers[-1]] = (*after.get(readers[-1], ()), release)
         for reader in readers:
             watch[reader] = (*watch.get(reader, ()), watcher)
-    return Hooks(before, after, watch)
+    return Hooks(before, after, watch, gatherer.recomputing)
 
 
 def _hooks_of(index: int, gatherer: Gatherer, begin: Callable[[], None]) -> tuple[Hook, Hook, Callable[[Tensor], None]]:

@@ -3,13 +3,14 @@
 The program is an `fx.GraphModule` of plain operator calls on local tensors: sizes, parts and groups are constants in it, and
 nothing is looked up while it runs. Conversions stand where a reader first needs them, and are shared by all who need the same.
 
-Its arguments are, in order: the tensors of `graph.inputs`, `parameters`, `buffers` and `constants`, then dropout's `counter`.
-It returns the tensors of `graph.outputs`, then the new values of the buffers that are updated.
+Its arguments are, in order: the tensors of `graph.inputs`, `parameters`, `buffers` and `constants`, what a pipeline stage receives
+(in the order of its `autopar.receive` operations), then dropout's `counter`. It returns the tensors of `graph.outputs`, then the new
+values of the buffers that are updated, then what a stage sends (in the order of its `autopar.send` operations).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import getitem
@@ -28,19 +29,22 @@ from autopar.ir.rules.operators import operator
 from autopar.runtime import dropout
 from autopar.runtime.convert import Place, convert, convert_value, local_steps
 from autopar.runtime.local_ops import LOCAL_OPS
+from autopar.runtime.recompute import Around, folded
 
 Hook = Callable[[], None]
 ATTENTION = "aten.scaled_dot_product_attention.default"
+RECEIVE, SEND = "autopar.receive", "autopar.send"
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """What to call around operations, by their position in the graph: `before` and `after` without arguments, `watch` with each result
-    of the operation that may carry a gradient."""
+    of the operation that may carry a gradient. `recomputing` is entered around every recomputation of a region."""
 
     before: Mapping[int, tuple[Hook, ...]] = field(default_factory=dict)
     after: Mapping[int, tuple[Hook, ...]] = field(default_factory=dict)
     watch: Mapping[int, tuple[Callable[[Any], None], ...]] = field(default_factory=dict)
+    recomputing: Around | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +65,24 @@ class Borders:
 
 
 def lower(
-    graph: Graph, assignment: Assignment, place: Place, borders: Borders, device: torch.device, mode: Mode = Mode(), hooks: Hooks = Hooks()
+    graph: Graph,
+    assignment: Assignment,
+    place: Place,
+    borders: Borders,
+    device: torch.device,
+    mode: Mode = Mode(),
+    hooks: Hooks = Hooks(),
+    recompute: Sequence[range] = (),
+    numbers: Mapping[str, int] | None = None,
 ) -> fx.GraphModule:
-    """The program of the rank at `place`."""
-    return _Lowering(graph, assignment, place, borders, device, mode, hooks).run()
+    """The program of the rank at `place`. `recompute`: positions in the graph of regions whose activations are computed again.
+
+    `numbers`: by which number an operation draws random numbers; by default its position. Graphs that are parts of one (the stages of
+    a pipeline) need the numbers of the whole, or equal positions would draw equal masks.
+    """
+    lowering = _Lowering(graph, assignment, place, borders, device, mode, hooks, numbers)
+    lowering.region_at = {index: number for number, region in enumerate(recompute) for index in region}
+    return lowering.run()
 
 
 @lru_cache(maxsize=4096)
@@ -95,13 +113,26 @@ def _draws(target: str, args: tuple[Any, ...]) -> bool:
 
 class _Lowering:
     def __init__(
-        self, graph: Graph, assignment: Assignment, place: Place, borders: Borders, device: torch.device, mode: Mode, hooks: Hooks
+        self,
+        graph: Graph,
+        assignment: Assignment,
+        place: Place,
+        borders: Borders,
+        device: torch.device,
+        mode: Mode,
+        hooks: Hooks,
+        numbers: Mapping[str, int] | None,
     ) -> None:
         self.graph, self.assignment, self.place, self.borders = graph, assignment, place, borders
         self.device, self.mode, self.hooks = device, mode, hooks
+        self.numbers = numbers or {}
+        self.sent: list[fx.Node] = []
         self.fx = fx.Graph()
         self.nodes: dict[tuple[str, State], fx.Node] = {}
         self.home: dict[str, State] = {}
+        self.region_at: dict[int, int] = {}
+        self.region: dict[fx.Node, int] = {}
+        self.position = -1
 
     def run(self) -> fx.GraphModule:
         graph, whole = self.graph, (R,) * len(self.place.mesh)
@@ -113,8 +144,12 @@ class _Lowering:
             self.define(buffer.value, whole, self.fx.placeholder(f"buffer_{index}"))
         for index, constant in enumerate(graph.constants):
             self.define(constant.value, whole, self.fx.placeholder(f"constant_{index}"))
+        received = [op for op in graph.ops if op.target == RECEIVE]
+        for index, op in enumerate(received):
+            self.define(op.outputs[0], self.assignment.output_states(op)[0], self.fx.placeholder(f"received_{index}"))
         self.counter = self.fx.placeholder("counter")
         for index, op in enumerate(graph.ops):
+            self.position = index
             for hook in self.hooks.before.get(index, ()):
                 self.call(hook)
             self.operation(index, op)
@@ -124,9 +159,12 @@ class _Lowering:
                         self.call(watch, self.nodes[name, self.home[name]])
             for hook in self.hooks.after.get(index, ()):
                 self.call(hook)
+        self.position = len(graph.ops)
         results = [self.read(item.value, state) for item, state in zip(graph.outputs, self.borders.outputs, strict=True)]
         results += [self.read(buffer.updated, whole) for buffer in graph.buffers if buffer.updated is not None]
-        self.fx.output(tuple(results))
+        self.fx.output((*results, *self.sent))
+        if self.region:
+            return folded(self.fx, self.region, self.hooks.recomputing)
         return fx.GraphModule(torch.nn.Module(), self.fx)
 
     # ---- values ---------------------------------------------------------------------------------------------------------------
@@ -165,10 +203,18 @@ class _Lowering:
     # ---- operations -----------------------------------------------------------------------------------------------------------
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        return self.fx.call_function(target, args, kwargs)
+        node = self.fx.call_function(target, args, kwargs)
+        if self.position in self.region_at:
+            self.region[node] = self.region_at[self.position]
+        return node
 
     def operation(self, index: int, op: Op) -> None:
+        if op.target == RECEIVE:
+            return
         wanted, made = self.assignment.operand_states(op), self.assignment.output_states(op)
+        if op.target == SEND:
+            self.sent.append(self.read(op.operands[0], wanted[0]))
+            return
         if op.target == "autopar.reshard":
             self.define(op.outputs[0], wanted[0], self.read(op.operands[0], wanted[0]))
             return
@@ -251,11 +297,13 @@ class _Lowering:
             self.define(name, state, node)
 
     def part(self, index: int, state: State) -> int:
-        """A number for the operation at `index` and the part of a value in `state` that this rank holds."""
-        number = index
+        """A number for the operation at `index` and the part of a value in `state` that this rank holds. Meshes of different sizes
+        share no number: the operation's stands in the upper half, the part's in the lower."""
+        number = self.numbers.get(self.graph.ops[index].name, index) << 32
+        offset = 0
         for placement, size, coordinate in zip(state, self.place.mesh, self.place.coordinate, strict=True):
-            number = number * size + (coordinate if placement.is_shard else 0)
-        return number
+            offset = offset * size + (coordinate if placement.is_shard else 0)
+        return number + offset
 
 
 def _concrete(argument: Arg, slots: Iterator[fx.Node]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils import _pytree as pytree
 from autopar.errors import RuntimeSetupError
 from autopar.ir.assignment import Assignment, expand
 from autopar.ir.conversion import State
+from autopar.ir.graph import Graph
+from autopar.ir.microbatch import Microbatched, microbatched
 from autopar.ir.placement import R, parse
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
@@ -27,8 +30,17 @@ from autopar.runtime.gradients import Reducer
 from autopar.runtime.handshake import agree
 from autopar.runtime.inputs import InputBinder, given_states
 from autopar.runtime.lower import Borders, Hooks, Mode, lower
+from autopar.runtime.microbatches import Microbatches, joined
 from autopar.runtime.parameters import Leaf, uses
+from autopar.runtime.recompute import regions_of
 from autopar.runtime.shards import torch_placements
+
+_Part = tuple[tuple[Tensor, ...], Tensor]
+
+NO_LOSS = (
+    "`step` needs a loss to differentiate, and the model returns no floating-point scalar that carries a gradient; return the loss from "
+    "`forward` (pass the labels to it), or call the module and differentiate what you compute from its outputs"
+)
 
 
 class ParallelModule(nn.Module):
@@ -38,7 +50,7 @@ class ParallelModule(nn.Module):
     `inputs`: `"global"` where every rank passes the whole batch, `"per-rank"` where each passes its part.
     `signature`: that of the model's `forward`, so that arguments may come by position or by name.
     `evaluation`: asked once, before the first call in evaluation mode.
-    `assignment`, `outputs`: what `plan` expands to, where the caller has it already.
+    `assignment`, `batched`, `outputs`: what `plan` expands to, where the caller has it already.
 
     Parameters are DTensors under the names they have in the model, gradients too; between `forward` and the end of `backward` nothing
     else of autopar is needed: any optimizer that takes DTensors works. Hooks that are registered on the parameters do not run, for
@@ -56,44 +68,56 @@ class ParallelModule(nn.Module):
         signature: inspect.Signature | None = None,
         device: torch.device | None = None,
         assignment: Assignment | None = None,
+        batched: Microbatched | None = None,
         outputs: Sequence[State] | None = None,
         evaluation: EvaluationCheck | None = None,
         timeout_s: float = 600.0,
     ) -> None:
         super().__init__()
-        graph = traced.graph
+        batched = batched or microbatched(traced.graph, plan.microbatches)
+        assignment = assignment or expand(plan, traced.graph)
+        graph = batched.body
         self._evaluation = evaluation
-        self._traced, self._plan, self._mesh = traced, plan, mesh
-        self._assignment = assignment or expand(plan, graph)
+        self._traced, self._plan, self._mesh, self._graph = traced, plan, mesh, graph
+        self._assignment = assignment
         self._place = place_on(mesh)
         self._device = device or next((tensor.device for tensor in local_state.values()), torch.device("cpu"))
         whole: State = (R,) * mesh.ndim
         planned = {item.path: tuple(parse(text) for text in item.placement.values()) for item in plan.outputs}
         self._outputs = tuple(outputs) if outputs is not None else tuple(planned.get(item.path, whole) for item in graph.outputs)
-        self._constants = [traced.constants[item.value].to(self._device) for item in graph.constants]
+        if batched.count > 1:  # joined from microbatch to microbatch
+            self._outputs = (whole,) * len(graph.outputs)
+        self._loss = loss_of(graph)
+        constants = {name: tensor.to(self._device) for name, tensor in traced.constants.items()}
+        self._constants = [constants[item.value] for item in graph.constants]
         self._register(local_state)
         self._leaves = [Leaf(use, parameter, self._place) for use, parameter in zip(self._uses, self._stored, strict=True)]
         self._buckets = buckets_of(self._leaves, plan.segments)
+        self._regions = regions_of(plan.segments)
         self._gatherer = Gatherer(self._buckets)
         self._reducer = Reducer(self._leaves, self._gatherer.gradient_done, self._gatherer.backward_done)
-        self._programs: dict[tuple[Mode, bool], fx.GraphModule] = {}
+        self._programs: dict[tuple[Mode, bool, bool], fx.GraphModule] = {}
         self._dropout = True
         # Masks of dropout must agree between ranks that hold the same part.
         seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
         self._counter = torch.tensor([seed, 0])
-        states = dict.fromkeys((item.path for item in graph.inputs), whole) | given_states(plan, inputs)
+        given = dict.fromkeys((item.path for item in traced.graph.inputs), whole) | given_states(plan, inputs)
+        self._microbatches = Microbatches(
+            batched, [item.path for item in traced.graph.inputs], given, self._place, self._device, constants
+        )
+        states = self._microbatches.states
         self._borders = Borders(
             {item.value: states[item.path] for item in graph.inputs}, {use.value: use.leaf for use in self._uses}, self._outputs
         )
         self._binder = InputBinder(
-            traced, states, self._place, whole=inputs == "global", device=self._device, signature=signature, timeout_s=timeout_s
+            traced, given, self._place, whole=inputs == "global", device=self._device, signature=signature, timeout_s=timeout_s
         )
         self.train(graph.training)
 
     # ---- parameters and buffers under their own names ---------------------------------------------------------------------------
 
     def _register(self, local_state: Mapping[str, Tensor]) -> None:
-        graph = self._traced.graph
+        graph = self._graph
         self._uses = uses(graph, self._assignment, self._place)
         by_fqn = {parameter.fqn: (parameter, use) for parameter, use in zip(graph.parameters, self._uses, strict=True)}
         buffers = {buffer.fqn: buffer for buffer in graph.buffers}
@@ -117,7 +141,7 @@ class ParallelModule(nn.Module):
     def adopt(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Let the given parameter objects, by name, take the place of this module's own: they become its DTensors, so that an
         optimizer that holds them trains this module."""
-        for index, parameter in enumerate(self._traced.graph.parameters):
+        for index, parameter in enumerate(self._graph.parameters):
             theirs, ours = parameters.get(parameter.fqn), self._stored[index]
             if theirs is None or theirs is ours:
                 continue
@@ -130,21 +154,78 @@ class ParallelModule(nn.Module):
     # ---- calls ------------------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own `forward`. Raises `InputError` where the inputs are not of the traced shapes and types."""
-        tensors = self._bind(args, kwargs)
-        if torch.compiler.is_compiling():
-            leaves, program = [self._functional_leaf(i) for i in range(len(self._leaves))], self._program(functional=True)
+        """As the model's own `forward`; microbatch after microbatch where the plan has several.
+
+        Raises `InputError` where the inputs are not of the traced shapes and types, and `RuntimeSetupError` in training mode under a
+        plan with microbatches, where only `step` may compute gradients.
+        """
+        if self._microbatches.count > 1 and self.training and torch.is_grad_enabled():
+            raise RuntimeSetupError(
+                f"this plan trains in {self._microbatches.count} microbatches: call `loss = module.step(...)` in place of `module(...)` and "
+                "`loss.backward()`, then the optimizer's step as ever; to evaluate, call the module after `.eval()` or under `torch.no_grad()`"
+            )
+        if self._microbatches.count == 1:
+            results = self._run(self._bind(args, kwargs)[0])
         else:
-            leaves, program = self._begin(), self._program(functional=False)
+            results = self._microbatches.join([self._run(part) for part in self._bind(args, kwargs)])
+        return self._as_model_returns(results)
+
+    def step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward and backward pass of one global batch, in as many microbatches as the plan has; arguments as of `forward`.
+
+        Adds the gradients of the global batch to `p.grad`, as `loss.backward()` does, reduced once, with the last microbatch. Returns
+        the model's loss, a detached scalar `()` that is the same on every rank. Forward hooks of the module do not run.
+        Raises `InputError` as `forward` does, and `RuntimeSetupError` where the model returns no loss or gradients are switched off.
+        """
+        if self._loss is None:
+            raise RuntimeSetupError(NO_LOSS)
+        if not torch.is_grad_enabled():
+            raise RuntimeSetupError("`step` computes gradients, but is called under `torch.no_grad()`; call the module itself to evaluate")
+        over_time = self._microbatches.batched.outputs[self._loss]
+        parts = self._bind(args, kwargs)
+        reducing = self._reducer.enabled
+        losses: list[Tensor] = []
+        try:
+            for index, part in enumerate(parts):
+                last = index == len(parts) - 1
+                self._reducer.enabled = reducing and last
+                loss = self._run(part, loss_only=True)[0]
+                self._gatherer.holding = not last
+                # A loss that no microbatch has a part of, such as a penalty on weights, counts once.
+                if last or over_time.is_partial:
+                    loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(loss.detach())
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            self._reducer.enabled, self._gatherer.holding = reducing, False
+        return joined(losses, over_time)
+
+    def _abandon(self) -> None:
+        """After a step that raised: nothing of it may reach the next."""
+        self._reducer.reset()
+        for leaf in self._leaves:
+            leaf.tensor.grad = None
+
+    def _run(self, part: _Part, loss_only: bool = False) -> Sequence[Tensor]:
+        """The program's outputs for one microbatch, or the loss alone; buffers are updated."""
+        tensors, counter = part
+        loss_only = loss_only and self._microbatches.count > 1
+        if torch.compiler.is_compiling():
+            leaves, program = [self._functional_leaf(i) for i in range(len(self._leaves))], self._program(True, loss_only)
+        else:
+            leaves, program = self._begin(), self._program(False, loss_only)
         buffers = [owner._buffers[name] for owner, name in self._buffer_owners]
-        results = program(*tensors, *leaves, *buffers, *self._constants, self._counter)
-        count = len(self._outputs)
+        results = program(*tensors, *leaves, *buffers, *self._constants, counter)
+        count = 1 if loss_only else len(self._outputs)
         if self.training and self._updated:
             self._write_back([buffers[index] for index in self._updated], results[count:])
-        return self._as_model_returns(results[:count])
+        return results[:count]  # type: ignore[no-any-return]
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # checks and slicing in plain Python: nothing to compile
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Part]:
+        """The program's inputs for each microbatch, and dropout's counter."""
         if self.training and not self._traced.graph.training:
             raise RuntimeSetupError(
                 "this module was planned in evaluation mode but is called in training mode; call `.eval()`, or plan after `model.train()`"
@@ -156,8 +237,14 @@ class ParallelModule(nn.Module):
                     "Plan a second module after `model.eval()` for evaluation"
                 )
             self._evaluation = None
-        self._counter[1] += 1
-        return self._binder.bind(args, kwargs)
+        buffers = {item.fqn: owner._buffers[name] for item, (owner, name) in zip(self._graph.buffers, self._buffer_owners, strict=True)}
+        parts = self._microbatches.cut(self._binder.bind(args, kwargs), buffers)
+        found: list[_Part] = []
+        for part in parts:
+            self._counter[1] += 1
+            # A copy: a region that is recomputed must find the counter as it was.
+            found.append((tuple(part[item.path] for item in self._graph.inputs), self._counter.clone()))
+        return found
 
     def _begin(self) -> list[Tensor]:
         """Leaves for a new forward pass."""
@@ -179,12 +266,17 @@ class ParallelModule(nn.Module):
         return x
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # lowering happens once: the program is what is worth compiling
-    def _program(self, functional: bool) -> fx.GraphModule:
+    def _program(self, functional: bool, loss_only: bool) -> fx.GraphModule:
         mode = Mode(dropout=self.training and self._dropout, statistics=self.training)
-        key = (mode, functional)
+        key = (mode, functional, loss_only)
         if key not in self._programs:
             hooks = Hooks() if functional else hooks_of(self._buckets, self._gatherer, self._reducer.begin)
-            self._programs[key] = lower(self._traced.graph, self._assignment, self._place, self._borders, self._device, mode, hooks)
+            graph, borders = self._graph, self._borders
+            if loss_only:
+                assert self._loss is not None
+                graph = replace(graph, outputs=(graph.outputs[self._loss],))
+                borders = replace(borders, outputs=(self._outputs[self._loss],))
+            self._programs[key] = lower(graph, self._assignment, self._place, borders, self._device, mode, hooks, self._regions)
         return self._programs[key]
 
     @torch.no_grad()
@@ -246,6 +338,15 @@ class ParallelModule(nn.Module):
         super().zero_grad(set_to_none)
         for leaf in self._leaves:
             leaf.tensor.grad = None
+
+
+def loss_of(graph: Graph) -> int | None:
+    """Which output is the loss: the first floating scalar that carries a gradient; None where there is none."""
+    for index, output in enumerate(graph.outputs):
+        value = graph.values[output.value]
+        if value.requires_grad and not value.shape and value.dtype.startswith(("float", "bfloat")):
+            return index
+    return None
 
 
 def owner_of(root: nn.Module, fqn: str) -> tuple[nn.Module, str]:
