@@ -100,6 +100,12 @@ def parts(name: str) -> tuple[str, ...]:
     return tuple(_ANY_NUMBER.split(name))
 
 
+def alike(names: list[str]) -> bool:
+    """Whether `names` differ in their numbers only, so that `fold` makes one of them."""
+    split = list(map(parts, names))
+    return all(pieces[::2] == split[0][::2] for pieces in split)
+
+
 def fold(names: list[str]) -> str:
     """One name for `names`, which differ in their numbers only; the inverse of `expand`."""
     split = list(map(parts, names))
@@ -111,11 +117,11 @@ def fold(names: list[str]) -> str:
         if all(item == piece for item in column):
             text += piece
         else:
-            text += "{" + _range_text([int(item) for item in column]) + "}"
+            text += "{" + range_text([int(item) for item in column]) + "}"
     return text
 
 
-def _range_text(numbers: list[int]) -> str:
+def range_text(numbers: list[int]) -> str:
     """`numbers` in order as ranges: runs of at least three equal steps, or of two neighbours, and single numbers."""
     items = []
     start = 0

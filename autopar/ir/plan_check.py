@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from autopar.errors import PlanError
 from autopar.ir import folded_names
 from autopar.ir.graph import DTYPE_BYTES
 from autopar.ir.placement import Placement, parse
+from autopar.ir.schedules import MOST_ACTIONS, SCHEDULES
 
 if TYPE_CHECKING:
     from autopar.ir.plan import Axes, InputPlan, OutputPlan, ParameterPlan, PipelinePlan, Plan
@@ -109,23 +110,27 @@ def _stages(plan: Plan, pipeline: PipelinePlan) -> Iterator[Problem]:
 
 def _schedule(plan: Plan, pipeline: PipelinePlan) -> Iterator[Problem]:
     """A schedule that is known and takes so many stages and microbatches, and every stage in the group where it places it."""
-    from autopar.ir import schedules
-
-    here = ("pipeline", "schedule")
+    here, name = ("pipeline", "schedule"), pipeline.schedule
     groups, stages = len(pipeline.groups), len(pipeline.stages)
     if not groups or not stages:
         return
-    try:
-        placed = [schedules.group_of(pipeline.schedule, stage, groups) for stage in range(stages)]
-        schedules.validate(pipeline.schedule, groups, stages, plan.microbatches)
-    except PlanError as error:
-        yield Problem(here, _short(str(error)))
+    if name not in SCHEDULES:
+        near = get_close_matches(name, SCHEDULES, 1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        yield Problem(here, f"`{name[:40]}` is no schedule; {hint}there are {', '.join(SCHEDULES)}")
         return
-    for index, (stage, group) in enumerate(zip(pipeline.stages, placed, strict=True)):
-        if stage.group != group and stage.group < groups:
-            yield Problem(
-                ("pipeline", "stages", index, "group"), f"is {stage.group}, and `{pipeline.schedule}` runs this stage on group {group}"
-            )
+    schedule = SCHEDULES[name]
+    wanted = schedule.stages_per_group
+    if stages % groups or (wanted is not None and stages != wanted * groups):
+        takes = "a multiple of that many" if wanted is None else f"{wanted * groups}"
+        yield Problem(here, f"`{name}` on {groups} groups of ranks takes {takes} stages, and the plan has {stages}")
+        return
+    if 3 * stages * plan.microbatches > MOST_ACTIONS:
+        yield Problem(("microbatches",), f"{plan.microbatches} microbatches through {stages} stages are more than can be scheduled")
+    for index, stage in enumerate(pipeline.stages):
+        if (group := schedule.group_of(index, groups)) != stage.group:
+            where = ("pipeline", "stages", index, "group")
+            yield Problem(where, f"is {stage.group}, and `{name}` runs stage {index} on group {group}")
 
 
 def _stage_mesh(plan: Plan, stage: int) -> dict[str, int] | None:

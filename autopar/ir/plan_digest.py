@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.ir import folded_names, units
 from autopar.ir.folded_names import Names, first, pattern
 from autopar.ir.plan import Axes, CollectivePlan, OpPlan, ParameterPlan, Plan, SegmentPlan
 from autopar.ir.plan_roles import Roles, is_heavy, operator_words
 
+WITHOUT_WORK = ("autopar.reshard", "autopar.receive", "autopar.send")
 KIND_WORDS = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all"}
 PHASES = ("forward", "backward", "gradient")
 
@@ -23,9 +24,10 @@ def placements(axes: Axes, mesh: dict[str, int]) -> str:
     return " ".join(f"{text}@{axis}" for axis, text in axes.items() if mesh[axis] > 1 and text != "R") or "R"
 
 
-def real_axes(plan: Plan) -> list[str]:
-    """The axes with more than one rank."""
-    return [axis for axis, size in plan.mesh.items() if size > 1]
+def real_axes(plan: Plan, stage: int | None = None) -> list[str]:
+    """The axes with more than one rank in `stage`, or in any."""
+    meshes = [group.mesh for group in plan.groups] if stage is None else [plan.stage_mesh(stage)]
+    return list(dict.fromkeys(axis for mesh in meshes for axis, size in mesh.items() if size > 1))
 
 
 def gap_words(plan: Plan) -> str:
@@ -45,7 +47,8 @@ def memory_words(plan: Plan) -> str:
     verdict = (
         f"fits, {units.size(limit - total)} to spare" if plan.predicted.fits else f"does not fit: {units.size(total - limit)} are missing"
     )
-    return f"{units.size(total)} of {units.size(limit)} per rank: {verdict}"
+    where = "on the ranks with most" if len(plan.groups) > 1 else "per rank"
+    return f"{units.size(total)} of {units.size(limit)} {where}: {verdict}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,8 @@ class ParameterGroup:
     """Parameters that differ in numbers of their names only and lie alike; `shapes` has one entry unless theirs differ.
 
     `owner` is the repeated module they belong to, `model.layers.{0-31}`, and `name` what follows; `owner` is empty outside repeats.
-    `moved_bytes`: what all of them, and their gradients, move in a step on one rank.
+    `moved_bytes`: what all of them, and their gradients, move in a step on one rank. `tied`: the stages that all read one of them, if
+    more than one does.
     """
 
     owner: str
@@ -65,35 +69,47 @@ class ParameterGroup:
     gather: str
     trainable: bool
     moved_bytes: int
+    tied: tuple[int, ...] = ()
 
 
 def parameter_groups(plan: Plan) -> list[ParameterGroup]:
     """The parameters, folded further than the file folds them: numbers in names that lie alike are joined or written `*`."""
     found: dict[tuple[str, ...], list[ParameterPlan]] = {}
     for item in plan.parameters:
-        stored, used = placements(item.stored, plan.mesh), placements(item.used, plan.mesh)
+        mesh = plan.stage_mesh(item.stage)
+        stored, used = placements(item.stored, mesh), placements(item.used, mesh)
         found.setdefault((pattern(item.name), stored, used, item.gather, str(item.trainable)), []).append(item)
     moved = _moved_bytes(plan)
     groups = []
     for (shared, stored, used, gather, _), items in found.items():
-        names = [item.name for item in items]
-        name = names[0] if len(names) == 1 else _join(names, shared)
+        names = list(dict.fromkeys(item.name for item in items))
         shapes = tuple(dict.fromkeys(item.shape for item in items))
         count = sum(map(folded_names.count, names))
-        owner, name = split_owner(name)
-        groups.append(
-            ParameterGroup(owner, name, count, shapes, stored, used, gather, items[0].trainable, sum(moved[name] for name in names))
-        )
+        owner, name = split_owner(names[0] if len(names) == 1 else join(names, shared))
+        by_group: Counter[int] = Counter()
+        for item in items:
+            by_group[stage_group(plan, item.stage)] += moved[item.stage, item.name]
+        tied = tuple(item.stage for item in items) if len(items) > len(names) == 1 else ()
+        groups.append(ParameterGroup(owner, name, count, shapes, stored, used, gather, items[0].trainable, max(by_group.values()), tied))
     return groups
 
 
-def _moved_bytes(plan: Plan) -> Counter[str]:
-    """Bytes a step on one rank by the name of the parameter that they are of."""
-    names = Names(item.name for item in plan.parameters)
-    moved: Counter[str] = Counter()
-    for item in plan.collectives:
-        if (name := names.find(item.value) or names.find(first(item.value))) is not None:
-            moved[name] += item.bytes * item.count
+def stage_group(plan: Plan, stage: int) -> int:
+    """The number of the group that runs `stage`."""
+    return plan.pipeline.stages[stage].group if plan.pipeline else 0
+
+
+def _moved_bytes(plan: Plan) -> Counter[tuple[int, str]]:
+    """Bytes a step on one rank by stage and name of the parameter that they are of."""
+    rows: dict[int, list[str]] = {}
+    for item in plan.parameters:
+        rows.setdefault(item.stage, []).append(item.name)
+    names = {stage: Names(found) for stage, found in rows.items()}
+    moved: Counter[tuple[int, str]] = Counter()
+    for run in plan.collectives:
+        known = names.get(run.stage)
+        if known and (name := known.find(run.value) or known.find(first(run.value))) is not None:
+            moved[run.stage, name] += run.bytes * run.count
     return moved
 
 
@@ -103,11 +119,15 @@ def split_owner(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", name)
 
 
-def _join(names: list[str], shared: str) -> str:
-    """One name for several of one pattern: `h.{0-11}.w` where only one number varies and none is a range yet, else stars."""
-    if not any("{" in name for name in names):
-        joined = folded_names.fold(names)
-        if joined.count("{") == 1:
+MAX_JOINED = 100_000
+"""Names that stand for more are not written out to be joined."""
+
+
+def join(names: list[str], shared: str) -> str:
+    """One name for several of one pattern: `h.{0-11}.w` where only one number varies, else stars."""
+    if sum(map(folded_names.count, names)) <= MAX_JOINED:
+        single = list(dict.fromkeys(name for item in names for name in folded_names.expand(item)))
+        if folded_names.alike(single) and (joined := folded_names.fold(single)).count("{") == 1:
             return joined
     return shared.replace("#", "*")
 
@@ -154,9 +174,27 @@ def segment_rows(plan: Plan) -> list[tuple[SegmentPlan, list[OpRow]]]:
     return result
 
 
-def _row(plan: Plan, segment: SegmentPlan, op: OpPlan, roles: Roles, serving: dict[str, list[CollectivePlan]]) -> OpRow:
-    axes = {axis: _axis_words(op, axis, roles) for axis in real_axes(plan)}
-    return OpRow((_below(op.module, segment),), (operator_words(op.target),), axes, tuple(serving.get(op.name, ())))
+def joined_segment_rows(plan: Plan) -> list[tuple[list[SegmentPlan], list[OpRow]]]:
+    """`segment_rows`, with the segments of several stages joined where the same is to tell of them."""
+    result: dict[tuple[object, ...], tuple[list[SegmentPlan], list[OpRow]]] = {}
+    for segment, rows in segment_rows(plan):
+        told = tuple((row.names, row.operators, tuple(row.axes.items()), tuple(map(_moves, row.collectives))) for row in rows)
+        key = (pattern(segment.name), segment.length, told) if segment.count > 1 else (segment.stage, segment.start)
+        result.setdefault(key, ([], rows))[0].append(segment)
+    return list(result.values())
+
+
+def _moves(item: CollectivePlan) -> tuple[str, str, str, int]:
+    return item.kind, item.axis, item.phase, item.bytes
+
+
+Serving = dict[tuple[int, str], list[CollectivePlan]]
+"""By stage and name of an operation, the collectives that serve it."""
+
+
+def _row(plan: Plan, segment: SegmentPlan, op: OpPlan, roles: Roles, serving: Serving) -> OpRow:
+    axes = {axis: _axis_words(op, axis, roles, segment.stage) for axis in real_axes(plan, segment.stage)}
+    return OpRow((_below(op.module, segment),), (operator_words(op.target),), axes, tuple(serving.get((segment.stage, op.name), ())))
 
 
 def _kinds(row: OpRow) -> set[tuple[str, str, str]]:
@@ -172,8 +210,8 @@ def _append(rows: list[OpRow], row: OpRow) -> None:
         rows.append(row)
 
 
-def _axis_words(op: OpPlan, axis: str, roles: Roles) -> str:
-    role = "" if op.target == "autopar.reshard" else roles.role(op, axis) or op.split[axis]
+def _axis_words(op: OpPlan, axis: str, roles: Roles, stage: int) -> str:
+    role = "" if op.target in WITHOUT_WORK else roles.role(op, axis, stage) or op.split[axis]
     return f"{role} {op.output[axis]}".strip() if role != "whole" else "whole"
 
 
@@ -188,25 +226,28 @@ def _below(module: str, segment: SegmentPlan) -> str:
     return ".".join(parts[depth:]) or "(layer)"
 
 
-def collectives_by_op(plan: Plan) -> dict[str, list[CollectivePlan]]:
+def collectives_by_op(plan: Plan) -> Serving:
     """The collectives that serve each listed operation, but for those that move parameters and their gradients."""
     parameters = Names(item.name for item in plan.parameters)
-    by_op: dict[str, list[CollectivePlan]] = {}
+    by_op: dict[int, dict[str, list[CollectivePlan]]] = {}
     for item in plan.collectives:
         if item.phase != "gradient" and parameters.find(first(item.value)) is None:
-            by_op.setdefault(item.op, []).append(item)
-    names = Names(by_op)
-    found: dict[str, list[CollectivePlan]] = {}
+            by_op.setdefault(item.stage, {}).setdefault(item.op, []).append(item)
+    names = {stage: Names(served) for stage, served in by_op.items()}
+    found: Serving = {}
     for segment in plan.segments:
-        for op in segment.ops:
-            for name in names.find_all(op.name):
-                found.setdefault(op.name, []).extend(by_op[name])
+        for op in segment.ops if segment.stage in names else ():
+            for name in names[segment.stage].find_all(op.name):
+                found.setdefault((segment.stage, op.name), []).extend(by_op[segment.stage][name])
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """All collectives of one kind on one axis in one phase, a step: `bytes` on one rank, `items` from the most exposed down."""
+    """All collectives of one kind on one axis in one phase, a step: `bytes` on one rank, `items` from the most exposed down.
+
+    `groups`: those of whose ranks it is said; more than one where their numbers are the same (`items` are the first's).
+    """
 
     kind: str
     axis: str
@@ -216,35 +257,44 @@ class Traffic:
     time_s: float
     exposed_s: float
     items: tuple[CollectivePlan, ...]
+    groups: tuple[int, ...] = (0,)
 
 
 def traffic(plan: Plan) -> list[Traffic]:
-    """Collectives by axis, phase and kind, in that order."""
-    found: dict[tuple[str, str, str], list[CollectivePlan]] = {}
+    """Collectives by axis, phase and kind, in that order, and by group of ranks where these differ."""
+    found: dict[tuple[str, str, str], dict[int, list[CollectivePlan]]] = {}
     for item in plan.collectives:
-        found.setdefault((item.axis, item.phase, item.kind), []).append(item)
-    order = {axis: number for number, axis in enumerate(plan.mesh)}
-    keys = sorted(found, key=lambda key: (order[key[0]], PHASES.index(key[1]), key[2]))
-    rows = []
-    for axis, phase, kind in keys:
-        items = sorted(
-            found[axis, phase, kind], key=lambda item: (-item.exposed_s * item.count, -item.bytes * item.count, item.value, item.op)
+        group = stage_group(plan, item.stage)
+        found.setdefault((item.axis, item.phase, item.kind), {}).setdefault(group, []).append(item)
+    axes = list(dict.fromkeys(axis for group in plan.groups for axis in group.mesh))
+    keys = sorted(found, key=lambda key: (axes.index(key[0]), PHASES.index(key[1]), key[2]))
+    return [row for key in keys for row in _traffic(*key, found[key])]
+
+
+def _traffic(axis: str, phase: str, kind: str, by_group: dict[int, list[CollectivePlan]]) -> list[Traffic]:
+    """One row for the groups of equal numbers: the middle of a pipeline is told once."""
+    rows: dict[tuple[object, ...], Traffic] = {}
+    for group, items in sorted(by_group.items()):
+        items = sorted(items, key=lambda item: (-item.exposed_s * item.count, -item.bytes * item.count, item.value, item.op))
+        row = Traffic(
+            kind=KIND_WORDS[kind],
+            axis=axis,
+            phase=phase,
+            count=sum(item.count for item in items),
+            bytes=sum(item.bytes * item.count for item in items),
+            time_s=sum(item.time_s * item.count for item in items),
+            exposed_s=sum(item.exposed_s * item.count for item in items),
+            items=tuple(items),
+            groups=(group,),
         )
-        rows.append(
-            Traffic(
-                kind=KIND_WORDS[kind],
-                axis=axis,
-                phase=phase,
-                count=sum(item.count for item in items),
-                bytes=sum(item.bytes * item.count for item in items),
-                time_s=sum(item.time_s * item.count for item in items),
-                exposed_s=sum(item.exposed_s * item.count for item in items),
-                items=tuple(items),
-            )
-        )
-    return rows
+        same = row.count, row.bytes, units.seconds(row.time_s), units.seconds(row.exposed_s)
+        rows[same] = replace(rows[same], groups=(*rows[same].groups, group)) if same in rows else row
+    return list(rows.values())
 
 
 def bytes_moved(plan: Plan) -> int:
-    """Bytes of all collectives of a step, on one rank."""
-    return sum(item.bytes * item.count for item in plan.collectives)
+    """Bytes of all collectives of a step, on one rank: of the group whose ranks move most."""
+    moved: Counter[int] = Counter()
+    for item in plan.collectives:
+        moved[stage_group(plan, item.stage)] += item.bytes * item.count
+    return max(moved.values(), default=0)

@@ -27,7 +27,7 @@ def write(data: dict[str, Any]) -> str:
     """`data` as indented JSON that ends with a newline, laid out so that a change of one record is a change of one line.
 
     Every field of `data` itself starts a line. Every object in a list is one line, however long, but for a list of objects in it, which
-    is opened below. All else is wrapped at `WIDTH`.
+    is opened below, and with it every object of numbers beside that list. All else is wrapped at `WIDTH`.
     """
     lines = [f" {_compact(key)}: {_write(item, len(key) + 5)}" for key, item in data.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -45,6 +45,8 @@ def _write(data: Any, column: int) -> str:
     """A field of the whole: `column` is where it starts on its line."""
     if _is_records(data):
         return _records(data, 1)
+    if isinstance(data, dict) and any(map(_is_records, data.values())):
+        return _record(data, 1)
     text = _compact(data)
     if column + len(text) < WIDTH or not isinstance(data, dict | list) or not data:
         return text
@@ -75,6 +77,8 @@ def _record(item: Any, indent: int) -> str:
     for key, value in item.items():
         if _is_records(value):
             text += f",\n{' ' * (indent + 1)}{_compact(key)}: {_records(value, indent + 1)}"
+        elif isinstance(value, dict) and not all(isinstance(part, str) for part in value.values()):  # prices apart from decisions
+            text += f",\n{' ' * (indent + 1)}{_compact(key)}: {_compact(value)}"
         else:
             text += f", {_compact(key)}: {_compact(value)}"
     return "{" + text.lstrip(",\n ") + "}"

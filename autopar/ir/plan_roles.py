@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from autopar.ir import folded_names, units
@@ -64,19 +65,22 @@ def is_heavy(op: OpPlan) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """What the axes are used for: looks at operations together with the weights of their modules."""
+    """What the axes are used for: looks at operations together with the weights of their modules, stage by stage."""
 
     plan: Plan
-    weights: dict[str, ParameterPlan]
-    names: Names
+    weights: dict[int, dict[str, ParameterPlan]]
+    names: dict[int, Names]
 
     @classmethod
     def of(cls, plan: Plan) -> Roles:
-        weights = {item.name.removesuffix(".weight"): item for item in plan.parameters if item.name.endswith(".weight")}
-        return cls(plan, weights, Names(weights))
+        weights: dict[int, dict[str, ParameterPlan]] = {}
+        for item in plan.parameters:
+            if item.name.endswith(".weight"):
+                weights.setdefault(item.stage, {})[item.name.removesuffix(".weight")] = item
+        return cls(plan, weights, {stage: Names(found) for stage, found in weights.items()})
 
-    def role(self, op: OpPlan, axis: str) -> str:
-        """What `op` splits over `axis`, in words; empty where the words are not known; `"whole"` where every rank does all of it."""
+    def role(self, op: OpPlan, axis: str, stage: int = 0) -> str:
+        """What `op` of `stage` splits over `axis`, in words; empty where these are not known; `"whole"` where every rank does all of it."""
         if op.split[axis] == "replicate":
             return "whole"
         kind = family(op.target)
@@ -85,7 +89,7 @@ class Roles:
             return "tokens" if output.is_partial else "vocabulary"
         if kind == "embedding" and output.is_partial:
             return "vocabulary"
-        weight = self._weight(op)
+        weight = self._weight(op, stage)
         if weight is not None and (used := parse(weight.used[axis])).is_shard and kind != "embedding":
             transposed = kind in ("mm", "addmm", "matmul")
             return "out features" if (used.dim == 0) != transposed else "in features" if used.dim < 2 else "kernel"
@@ -94,33 +98,49 @@ class Roles:
             return words[output.dim] if output.dim < len(words) else ""
         return ""
 
-    def _weight(self, op: OpPlan) -> ParameterPlan | None:
-        name = self.names.find(op.module) if op.module else None
-        return None if name is None else self.weights[name]
+    def _weight(self, op: OpPlan, stage: int) -> ParameterPlan | None:
+        if not op.module or stage not in self.names:
+            return None
+        name = self.names[stage].find(op.module)
+        return None if name is None else self.weights[stage][name]
 
-    def axis(self, axis: str) -> str:
-        """The roles of one axis: `batch`; `sequence, attention heads, out features, in features, vocabulary`."""
+    def axis(self, axis: str, stages: Collection[int] | None = None) -> str:
+        """The roles of one axis in `stages` (all that have it): `batch`; `sequence, attention heads, out features, vocabulary`."""
+        chosen = [stage for stage in range(self.plan.stage_count) if axis in self.plan.stage_mesh(stage)]
+        chosen = [stage for stage in chosen if stages is None or stage in stages]
         found: Counter[str] = Counter()
         for segment in self.plan.segments:
-            for op in segment.ops:
+            for op in segment.ops if segment.stage in chosen else ():
                 norm = "norm" in op.module.rsplit(".", 1)[-1].lower() and parse(op.output[axis]).is_shard
                 if is_heavy(op) or norm:
-                    found[self.role(op, axis)] += segment.count
+                    found[self.role(op, axis, segment.stage)] += segment.count
         total = sum(found.values())
         if found["batch"] or found["sequence"]:
             del found["tokens"]
         words = [role for role in _ROLE_ORDER if role in found]
-        if sharded := self._sharded_state(axis):
+        if sharded := self._sharded_state(axis, chosen):
             return f"{', '.join(words)}; {sharded}" if words else sharded
         if not words:
             return "nothing: every rank does the same work" if total == found["whole"] else "see the operations"
         return ", ".join(words)
 
-    def _sharded_state(self, axis: str) -> str:
+    def by_stage(self, axis: str) -> list[tuple[list[int], str]]:
+        """The roles of `axis` with the stages that have ranks on it: one entry, unless some split the batch over it and some do not."""
+        stages = [stage for stage in range(self.plan.stage_count) if self.plan.stage_mesh(stage).get(axis, 1) > 1]
+        found: dict[bool, list[int]] = {}
+        for stage in stages:
+            # The first stage embeds and the last ends in the vocabulary: only splitting the batch or not tells stages apart.
+            words = self.axis(axis, [stage]).split("; ")[0].split(", ")
+            found.setdefault("batch" in words or "tokens" in words, []).append(stage)
+        return [(group, self.axis(axis, group)) for group in found.values()]
+
+    def _sharded_state(self, axis: str, stages: Collection[int]) -> str:
         """How much of the parameters is stored split but used whole over `axis`."""
         split = total = 0
         gathers: set[str] = set()
         for item in self.plan.parameters:
+            if item.stage not in stages:
+                continue
             numel = folded_names.count(item.name)
             for length in item.shape:
                 numel *= length

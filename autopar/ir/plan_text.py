@@ -6,19 +6,32 @@ import textwrap
 from collections import Counter
 
 from autopar.ir import units
-from autopar.ir.plan import Plan, SegmentPlan
+from autopar.ir.plan import InputPlan, OutputPlan, Plan, SegmentPlan
 from autopar.ir.plan_digest import (
     KIND_WORDS,
     OpRow,
     ParameterGroup,
+    Traffic,
     gap_words,
+    joined_segment_rows,
     memory_words,
     parameter_groups,
     real_axes,
-    segment_rows,
     traffic,
 )
 from autopar.ir.plan_roles import GATHER_WORDS, Roles
+from autopar.ir.plan_stages import (
+    StageRow,
+    accumulation_words,
+    candidate_words,
+    crossing_words,
+    crossings,
+    numbers_words,
+    recompute_words,
+    schedule_words,
+    sizes_words,
+    stage_rows,
+)
 
 WIDTH = 120
 LEGEND = (
@@ -30,7 +43,8 @@ LEGEND = (
 def summary(plan: Plan) -> str:
     """The plan in a page or two: what it is for, what it costs, how each axis is used, parameters, layers, collectives."""
     roles = Roles.of(plan)
-    parts = [_header(plan, roles), _inputs(plan), _parameters(plan), _segments(plan), _collectives(plan), _remarks(plan), LEGEND]
+    parts = [_header(plan, roles), _stages(plan), _candidates(plan), _inputs(plan), _parameters(plan), _segments(plan)]
+    parts += [_collectives(plan), _remarks(plan), LEGEND]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -46,13 +60,43 @@ def cluster_words(plan: Plan) -> str:
 
 
 def mesh_words(plan: Plan) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) + f" = {units.times(plan.world_size, 'rank')}"
+    sizes = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    if plan.pipeline and len(plan.mesh) == 1:  # the meshes of its groups differ
+        sizes = " + ".join(sizes_words(group.mesh) for group in plan.groups)
+    return f"{sizes} = {units.times(plan.world_size, 'rank')}"
 
 
 def time_words(plan: Plan) -> str:
     predicted = plan.predicted
-    parts = f"{units.seconds(predicted.compute_s)} computing + {units.seconds(predicted.communication_s)} exposed communication"
-    return f"{units.seconds(predicted.cost_s)} a step = {parts}"
+    parts = [f"{units.seconds(predicted.compute_s)} computing", f"{units.seconds(predicted.communication_s)} exposed communication"]
+    if plan.pipeline is None and plan.microbatches == 1:
+        words = f"{units.seconds(predicted.cost_s)} a step = {' + '.join(parts)}"
+        return words + (f"; {units.seconds(predicted.step_s)} simulated" if predicted.step_s else "")
+    if plan.pipeline:
+        parts.append(f"idle for want of work {units.percent(predicted.bubble)}")
+    return f"{units.seconds(predicted.cost_s)} a step, simulated: {', '.join(parts)}"
+
+
+def axis_rows(plan: Plan, roles: Roles) -> list[tuple[str, str]]:
+    """What each axis is used for; told by stage where stages use it differently."""
+    rows = []
+    for axis in real_axes(plan):
+        found = roles.by_stage(axis)
+        for stages, words in found:
+            rows.append((f"  {axis}", words if len(found) == 1 else f"{numbers_words('stage', stages)}: {words}"))
+    return rows
+
+
+def pipeline_rows(plan: Plan) -> list[tuple[str, str]]:
+    """How the batch goes through: schedule, stages, microbatches, what is computed twice."""
+    rows = []
+    if plan.pipeline:
+        rows.append(("pipeline", schedule_words(plan)))
+    elif words := accumulation_words(plan):
+        rows.append(("batch", words))
+    if recomputed := recompute_words(plan):
+        rows.append(("recomputed", ", ".join(recomputed)))
+    return rows
 
 
 def _header(plan: Plan, roles: Roles) -> str:
@@ -61,7 +105,8 @@ def _header(plan: Plan, roles: Roles) -> str:
         ("model", model_words(plan)),
         ("cluster", cluster_words(plan)),
         ("mesh", mesh_words(plan)),
-        *((f"  {axis}", roles.axis(axis)) for axis in real_axes(plan)),
+        *axis_rows(plan, roles),
+        *pipeline_rows(plan),
         ("time", time_words(plan)),
         ("proof", gap_words(plan)),
         ("memory", memory_words(plan)),
@@ -88,12 +133,77 @@ def _table(header: list[str], rows: list[list[str]], right: tuple[int, ...] = ()
     return "\n".join("  " + line(row) for row in [header, *rows])
 
 
-def _inputs(plan: Plan) -> str:
-    rows = []
+STAGE_COLUMNS = ("stage", "layers", "ranks", "mesh", "forward", "backward", "recomputed", "memory", "sends")
+
+
+def stage_cells(row: StageRow) -> tuple[str, ...]:
+    """The cells of `STAGE_COLUMNS`."""
+    sends = ""
+    if row.sends_bytes or row.sends:
+        names = ", ".join(row.sends[:2]) + (f" and {len(row.sends) - 2} more" if len(row.sends) > 2 else "")
+        sends = f"{units.size(row.sends_bytes)} in {units.seconds(row.transfer_s)}" + (f": {names}" if names else "")
+    return (
+        str(row.number), row.name, row.ranks, row.mesh, units.seconds(row.forward_s), units.seconds(row.backward_s),
+        f"{row.recomputed} of {row.repeats}" if row.recomputed else "",
+        "" if row.memory_bytes is None else units.size(row.memory_bytes), sends,
+    )  # fmt: skip
+
+
+def _stages(plan: Plan) -> str:
+    rows = [list(stage_cells(row)) for row in stage_rows(plan)]
+    if not rows:
+        return ""
+    columns = [column for column in range(len(STAGE_COLUMNS)) if any(row[column] for row in rows)]
+    picked = [[row[column] for column in columns] for row in rows]
+    right = tuple(place for place, column in enumerate(columns) if STAGE_COLUMNS[column] in ("forward", "backward", "recomputed", "memory"))
+    text = "stages, times of one microbatch\n" + _table([STAGE_COLUMNS[column] for column in columns], picked, right)
+    relayed = [crossing_words(item) for item in crossings(plan) if len(item.stages) > 2]
+    return "\n".join([text, *(_entry("  handed on: ", words) for words in relayed)])
+
+
+CANDIDATE_COLUMNS = ("groups", "plan", "step", "bubble", "communication", "memory", "")
+
+
+def candidate_cells(plan: Plan) -> list[tuple[str, ...]]:
+    """The cells of `CANDIDATE_COLUMNS`, a row a candidate."""
+    return [
+        (
+            str(item.groups), item.what,
+            "" if item.cost_s is None else units.seconds(item.cost_s),
+            "" if item.bubble is None else units.percent(item.bubble),
+            "" if item.communication_s is None else units.seconds(item.communication_s),
+            "" if item.memory_bytes is None else units.size(item.memory_bytes),
+            candidate_words(plan, item),
+        )
+        for item in plan.candidates
+    ]  # fmt: skip
+
+
+def _candidates(plan: Plan) -> str:
+    rows = [list(cells) for cells in candidate_cells(plan)]
+    return f"{CANDIDATES_TITLE}\n{_table(list(CANDIDATE_COLUMNS), rows, right=(0, 2, 3, 4, 5))}" if rows else ""
+
+
+CANDIDATES_TITLE = "best plan by number of groups that share the stages"
+
+
+def tensor_rows(plan: Plan) -> list[tuple[str, InputPlan | OutputPlan]]:
+    """Inputs and outputs with their words; what several stages read alike, as with a mask, is told once."""
+    rows: dict[tuple[object, ...], tuple[str, InputPlan | OutputPlan]] = {}
     for word, tensors in (("input", plan.inputs), ("output", plan.outputs)):
-        for tensor in tensors:
-            rows.append([word, tensor.path, units.shape(tensor.shape), tensor.dtype, *(tensor.placement[axis] for axis in real_axes(plan))])
-    return "inputs and outputs\n" + _table(["", "", "global shape", "dtype", *real_axes(plan)], rows) if rows else ""
+        for item in tensors:
+            key = word, item.path, item.shape, item.dtype, *item.placement.items()
+            rows.setdefault(key, (word, item))
+    return list(rows.values())
+
+
+def _inputs(plan: Plan) -> str:
+    axes = real_axes(plan)
+    rows = [
+        [word, item.path, units.shape(item.shape), item.dtype, *(item.placement.get(axis, "") for axis in axes)]
+        for word, item in tensor_rows(plan)
+    ]
+    return "inputs and outputs\n" + _table(["", "", "global shape", "dtype", *axes], rows) if rows else ""
 
 
 def _parameters(plan: Plan) -> str:
@@ -114,7 +224,8 @@ def _parameters(plan: Plan) -> str:
 
 def parameter_name(group: ParameterGroup) -> str:
     """The name below the repeated module it belongs to, set in under that."""
-    return ("  " if group.owner else "") + group.name + ("" if group.trainable else " (frozen)")
+    tied = f" (tied: {numbers_words('stage', list(group.tied))})" if group.tied else ""
+    return ("  " if group.owner else "") + group.name + ("" if group.trainable else " (frozen)") + tied
 
 
 def moved_words(group: ParameterGroup) -> str:
@@ -125,18 +236,22 @@ def shape_words(group: ParameterGroup) -> str:
     return units.shape(group.shapes[0]) if len(group.shapes) == 1 else f"{len(group.shapes)} shapes"
 
 
-def segment_title(segment: SegmentPlan) -> str:
-    times = f" (x{segment.count})" if segment.count > 1 else ""
-    return f"{segment.name}{times}: {units.times(segment.length, 'operation')}"
+def segment_title(plan: Plan, segments: list[SegmentPlan]) -> str:
+    """`stage 0 model.layers.{0-15} (x16, 4 recomputed), stage 1 ...: 17 operations`."""
+    words = []
+    for segment in segments:
+        notes = [f"x{segment.count}"] * (segment.count > 1) + [f"{segment.recompute} recomputed"] * (segment.recompute > 0)
+        words.append(f"stage {segment.stage} " * bool(plan.pipeline) + segment.name + (f" ({', '.join(notes)})" if notes else ""))
+    return f"{', '.join(words)}: {units.times(segments[0].length, 'operation')}"
 
 
 def _segments(plan: Plan) -> str:
-    axes = real_axes(plan)
     parts = []
-    for segment, rows in segment_rows(plan):
+    for segments, rows in joined_segment_rows(plan):
+        axes = real_axes(plan, segments[0].stage)
         if rows:
             cells = [_op_cells(row, axes) for row in rows]
-            parts.append(f"{segment_title(segment)}\n{_table(['', '', *axes, 'collectives'], cells)}")
+            parts.append(f"{_entry('', segment_title(plan, segments))}\n{_table(['', '', *axes, 'collectives'], cells)}")
     return "\n\n".join(parts)
 
 
@@ -176,13 +291,20 @@ def collective_words(row: OpRow) -> list[str]:
 def _collectives(plan: Plan) -> str:
     rows = [
         [row.axis, row.phase, row.kind, f"{row.count:,}", units.size(row.bytes), units.seconds(row.time_s), units.seconds(row.exposed_s)]
+        + [groups_words(plan, row)] * bool(plan.pipeline)
         for row in traffic(plan)
     ]
     if not rows:
         return "collectives: none"
-    return "collectives a step, on one rank\n" + _table(
-        ["axis", "phase", "", "count", "bytes", "time", "exposed"], rows, right=(3, 4, 5, 6)
-    )
+    header = ["axis", "phase", "", "count", "bytes", "time", "exposed"] + ["of"] * bool(plan.pipeline)
+    return "collectives a step, on one rank\n" + _table(header, rows, right=(3, 4, 5, 6))
+
+
+def groups_words(plan: Plan, row: Traffic) -> str:
+    """Whose ranks run these collectives: `stages 0-2`."""
+    if plan.pipeline is None or len(row.groups) == len(plan.groups):
+        return "all stages" if plan.pipeline else ""
+    return numbers_words("stage", [number for number, stage in enumerate(plan.pipeline.stages) if stage.group in row.groups])
 
 
 def _remarks(plan: Plan) -> str:

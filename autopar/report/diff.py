@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 from rich.padding import Padding
@@ -12,29 +11,16 @@ from rich.text import Text
 
 from autopar.ir import folded_names, units
 from autopar.ir.folded_names import pattern
-from autopar.ir.plan import OpPlan, ParameterPlan, Plan
-from autopar.ir.plan_digest import bytes_moved, placements, traffic
+from autopar.ir.plan import InputPlan, OpPlan, OutputPlan, ParameterPlan, Plan, SegmentPlan
+from autopar.ir.plan_digest import Traffic, bytes_moved, join, placements, traffic
 from autopar.ir.plan_roles import is_heavy, operator_words
+from autopar.ir.plan_stages import RECEIVE, SEND, segments_by_stage
+from autopar.ir.plan_text import mesh_words
+from autopar.report.diff_stages import Change, stage_changes
 from autopar.report.terminal import heading, table
 
 MAX_OPERATIONS = 1_000_000
 """Plans of more operations are compared by their segments as written; no traced model has as many."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One difference: `before` in the first plan, `after` in the second; empty where a plan has nothing of the kind.
-
-    `section` is `"model"`, `"decisions"` or `"consequences"`; `remark` is said beside (a percentage, or how many there are).
-    `minor` changes are operations that only follow the heavy ones; reports sum them up.
-    """
-
-    section: str
-    what: str
-    before: str
-    after: str
-    remark: str = ""
-    minor: bool = False
 
 
 SECTIONS = {
@@ -46,7 +32,8 @@ SECTIONS = {
 
 def changes(a: Plan, b: Plan) -> list[Change]:
     """Everything in which `a` and `b` differ, in the order to read it; empty exactly where they are equal."""
-    found = [*_settings(a, b), *_mesh_and_pins(a, b), *_parameters(a, b), *_operations(a, b), *_consequences(a, b)]
+    found = [*_settings(a, b), *_mesh_and_pins(a, b), *stage_changes(a, b)]
+    found += [*_parameters(a, b), *_operations(a, b), *_consequences(a, b)]
     if not found and a != b:
         fields = [name for name in type(a).model_fields if getattr(a, name) != getattr(b, name)]
         found = [Change("consequences", f"details of {name}", "as in the first", "as in the second") for name in fields]
@@ -65,8 +52,16 @@ def _settings(a: Plan, b: Plan) -> Iterator[Change]:
         yield from _differ("model", field, getattr(a.predicted, field), getattr(b.predicted, field))
     yield from _differ("model", "replicated operators", ", ".join(a.replicated), ", ".join(b.replicated))
     for word, ours, theirs in (("input", a.inputs, b.inputs), ("output", a.outputs, b.outputs)):
-        kinds = [{item.path: f"{units.shape(item.shape)} {item.dtype}" for item in items} for items in (ours, theirs)]
+        kinds = [_by_path(items, lambda item: f"{units.shape(item.shape)} {item.dtype}") for items in (ours, theirs)]
         yield from _mappings("model", word, *kinds)
+
+
+def _by_path(items: Iterable[InputPlan | OutputPlan], words: Callable[[InputPlan | OutputPlan], str]) -> dict[str, str]:
+    """What is to say of each path; of several stages that read it, what they say differently."""
+    found: dict[str, list[str]] = {}
+    for item in items:
+        found.setdefault(item.path, []).append(words(item))
+    return {path: " and ".join(dict.fromkeys(texts)) for path, texts in found.items()}
 
 
 def _differ(section: str, what: str, before: object, after: object) -> Iterator[Change]:
@@ -81,7 +76,7 @@ def _mappings(section: str, what: str, before: dict[str, str], after: dict[str, 
 
 
 def _mesh_and_pins(a: Plan, b: Plan) -> Iterator[Change]:
-    meshes = [" x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) for plan in (a, b)]
+    meshes = [mesh_words(plan).split(" = ")[0] for plan in (a, b)]
     yield from _differ("decisions", "mesh", *meshes)
     yield from _differ("decisions", "plan", a.name, b.name)
     yield from _mappings("decisions", "pin", a.pins, b.pins)
@@ -94,18 +89,26 @@ def _storage(item: ParameterPlan) -> str:
 
 def _parameters(a: Plan, b: Plan) -> Iterator[Change]:
     """Storage of parameters; rows of one plan that the other folds differently are compared name by name."""
-    ours, theirs = ({item.name: item for item in plan.parameters} for plan in (a, b))
+    ours, theirs = _storages(a), _storages(b)
     rows: list[tuple[str, str, str]] = []
     for name in [name for name in ours if name in theirs]:
-        rows.append((name, _storage(ours[name]), _storage(theirs[name])))
+        rows.append((name, ours[name], theirs[name]))
     left, right = _unfolded(ours, theirs), _unfolded(theirs, ours)
     rows += [(name, left.get(name, ""), right.get(name, "")) for name in dict.fromkeys([*left, *right])]
     yield from _grouped("parameter", [row for row in rows if row[1] != row[2]])
 
 
-def _unfolded(rows: dict[str, ParameterPlan], other: dict[str, ParameterPlan]) -> dict[str, str]:
-    """Storage by single name of the rows that `other` does not have under the same folded name."""
-    return {name: _storage(item) for key, item in rows.items() if key not in other for name in folded_names.expand(key)}
+def _storages(plan: Plan) -> dict[str, str]:
+    """Storage by name; of a tied weight, what the stages that read it store differently."""
+    found: dict[str, list[str]] = {}
+    for item in plan.parameters:
+        found.setdefault(item.name, []).append(_storage(item))
+    return {name: " and ".join(dict.fromkeys(texts)) for name, texts in found.items()}
+
+
+def _unfolded(rows: dict[str, str], other: dict[str, str]) -> dict[str, str]:
+    """The rows, by single name, that `other` does not have under the same folded name."""
+    return {name: text for key, text in rows.items() if key not in other for name in folded_names.expand(key)}
 
 
 def _grouped(what: str, rows: list[tuple[str, str, str]]) -> Iterator[Change]:
@@ -115,47 +118,60 @@ def _grouped(what: str, rows: list[tuple[str, str, str]]) -> Iterator[Change]:
         groups.setdefault((pattern(name), before, after), []).append(name)
     for (shared, before, after), names in groups.items():
         count = sum(folded_names.count(name) for name in names)
-        name = names[0] if len(names) == 1 else _joined(names, shared)
+        name = names[0] if len(names) == 1 else join(names, shared)
         yield Change("decisions", f"{what} {name}", before, after, f"x{count}" if count > 1 else "")
 
 
-def _joined(names: list[str], shared: str) -> str:
-    if not any("{" in name for name in names):
-        folded = folded_names.fold(names)
-        if folded.count("{") == 1:
-            return folded
-    return shared.replace("#", "*")
-
-
 def _operations(a: Plan, b: Plan) -> Iterator[Change]:
-    if a.model.fingerprint != b.model.fingerprint or max(a.model.operations, b.model.operations) > MAX_OPERATIONS:
-        ours, theirs = ({op.name: op for segment in plan.segments for op in segment.ops} for plan in (a, b))
-        pairs = [(ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])]
-        yield from _splits(a, b, [(left, right, 1) for left, right in pairs])
+    sizes = [stage.stop for plan in (a, b) if plan.pipeline for stage in plan.pipeline.stages[-1:]] or [0]
+    left, right = [], []
+    if a.model.fingerprint == b.model.fingerprint and max(a.model.operations, b.model.operations, *sizes) <= MAX_OPERATIONS:
+        rows: dict[int, _Row] = {}
+        left, right = (list(_positions(plan, rows)) for plan in (a, b))
+    if not left or len(left) != len(right):  # other models, or other parts of it before the stages
+        ours, theirs = ({row[1].name: row for row in _rows(plan)} for plan in (a, b))
+        pairs = [(ours.get(name), theirs.get(name), 1) for name in dict.fromkeys([*ours, *theirs])]
+        yield from _splits(a, b, pairs)
         return
-    counted: Counter[tuple[int, int]] = Counter()
-    rows: dict[int, OpPlan] = {}
-    left, right = (_positions(plan, rows) for plan in (a, b))
-    for pair in zip(left, right, strict=False):
-        counted[pair] += 1
+    counted: Counter[tuple[int, int]] = Counter(zip(left, right, strict=True))
     yield from _splits(a, b, [(rows[one], rows[other], count) for (one, other), count in counted.items()])
 
 
-def _positions(plan: Plan, rows: dict[int, OpPlan]) -> Iterator[int]:
-    """For every operation of the unfolded graph the key of its row, which is put into `rows`."""
+_Row = tuple[SegmentPlan, OpPlan]
+
+
+def _rows(plan: Plan) -> Iterator[_Row]:
+    """The listed operations, but for those that only a cut adds."""
     for segment in plan.segments:
-        keys = [id(op) for op in segment.ops]
-        rows.update(zip(keys, segment.ops, strict=True))
-        for _ in range(segment.count):
-            yield from keys
+        yield from ((segment, op) for op in segment.ops if op.target not in (RECEIVE, SEND))
 
 
-def _splits(a: Plan, b: Plan, pairs: list[tuple[OpPlan | None, OpPlan | None, int]]) -> Iterator[Change]:
+def _positions(plan: Plan, rows: dict[int, _Row]) -> Iterator[int]:
+    """For every operation of the unfolded graph of one microbatch the key of its row, which is put into `rows`.
+
+    A stage receives first, computes again what is cheaper made than sent, runs its operations, and sends: counted from its end, the
+    operations are those of the graph.
+    """
+    for stage, segments in segments_by_stage(plan).items():
+        keys: list[int] = []
+        for segment in segments:
+            found = [id(op) for op in segment.ops]
+            rows.update(zip(found, ((segment, op) for op in segment.ops), strict=True))
+            keys += found * segment.count
+        if plan.pipeline:
+            while keys and rows[keys[-1]][1].target == SEND:
+                keys.pop()
+            listed = plan.pipeline.stages[stage].stop - plan.pipeline.stages[stage].start
+            keys = keys[max(0, len(keys) - listed) :]
+        yield from keys
+
+
+def _splits(a: Plan, b: Plan, pairs: Iterable[tuple[_Row | None, _Row | None, int]]) -> Iterator[Change]:
     """Changed splits; operations of one module pattern and operator that change alike are told once."""
     groups: dict[tuple[str, str, str, bool], list[tuple[str, int]]] = {}
     for left, right, count in _comparable(pairs):
         before, after = _split_words(a, left), _split_words(b, right)
-        op = left or right
+        op = (left or right or (None, None))[1]
         if before != after and op is not None:
             where = f"{operator_words(op.target)} in {op.module or 'the model'}"
             groups.setdefault((pattern(where), before, after, is_heavy(op)), []).append((where, count))
@@ -166,21 +182,27 @@ def _splits(a: Plan, b: Plan, pairs: list[tuple[OpPlan | None, OpPlan | None, in
         yield Change("decisions", name, before, after, f"x{count}" if count > 1 else "", not heavy)
 
 
-def _comparable(pairs: list[tuple[OpPlan | None, OpPlan | None, int]]) -> Iterator[tuple[OpPlan | None, OpPlan | None, int]]:
-    """The pairs, taken apart where the two are different operations that happen to have one name."""
+def _comparable(pairs: Iterable[tuple[_Row | None, _Row | None, int]]) -> Iterator[tuple[_Row | None, _Row | None, int]]:
+    """The pairs, taken apart where the two are different operations that happen to have one name or place."""
     for left, right, count in pairs:
-        if left is not None and right is not None and (left.target, left.module) != (right.target, right.module):
+        if left is not None and right is not None and _differ_in_kind(left[1], right[1]):
             yield left, None, count
             yield None, right, count
         else:
             yield left, right, count
 
 
-def _split_words(plan: Plan, op: OpPlan | None) -> str:
+def _differ_in_kind(one: OpPlan, other: OpPlan) -> bool:
+    """Whether the two rows cannot be of one operation: those of repeats list the first, which moves with a cut."""
+    return one.target != other.target or pattern(one.module) != pattern(other.module)
+
+
+def _split_words(plan: Plan, row: _Row | None) -> str:
     """`d0@dp n@tp`: axes of one rank split nothing, whatever their split is called."""
-    if op is None:
+    if row is None:
         return ""
-    return " ".join(f"{split}@{axis}" for axis, split in op.split.items() if plan.mesh[axis] > 1) or "on one rank"
+    mesh = plan.stage_mesh(row[0].stage)
+    return " ".join(f"{split}@{axis}" for axis, split in row[1].split.items() if mesh[axis] > 1) or "on one rank"
 
 
 def _distinct(before: float, after: float, words: Callable[[float], str]) -> tuple[str, str]:
@@ -205,9 +227,12 @@ def _consequences(a: Plan, b: Plan) -> Iterator[Change]:
         ("computing", one.compute_s, two.compute_s),
         ("exposed communication", one.communication_s, two.communication_s),
         ("lower bound", one.lower_bound_s, two.lower_bound_s),
+        ("simulated step", one.step_s, two.step_s),
     ]:
         if before != after:
             yield Change("consequences", what, *_distinct(before, after, units.seconds), _change(before, after))
+    if one.bubble != two.bubble:
+        yield Change("consequences", "idle for want of work", *_distinct(one.bubble, two.bubble, units.percent))
     yield from _differ("consequences", "fits in memory", _yes(one.fits), _yes(two.fits))
     for kind in dict.fromkeys([*one.memory_bytes, *two.memory_bytes]):
         amounts = one.memory_bytes.get(kind, 0), two.memory_bytes.get(kind, 0)
@@ -218,7 +243,10 @@ def _consequences(a: Plan, b: Plan) -> Iterator[Change]:
         yield Change("consequences", "memory in all", *_distinct(*totals, units.size), _change(*totals))
     yield from _traffic(a, b)
     for word, ours, theirs in (("input", a.inputs, b.inputs), ("output", a.outputs, b.outputs)):
-        texts = [{item.path: placements(item.placement, plan.mesh) for item in items} for plan, items in ((a, ours), (b, theirs))]
+        texts = [
+            _by_path(items, lambda item, plan=plan: placements(item.placement, plan.stage_mesh(item.stage)))  # type: ignore[misc]
+            for plan, items in ((a, ours), (b, theirs))
+        ]
         yield from _mappings("consequences", f"placement of {word}", *texts)
     for note in dict.fromkeys([*a.notes, *b.notes]):
         if (note in a.notes) != (note in b.notes):
@@ -230,7 +258,7 @@ def _yes(fits: bool) -> str:
 
 
 def _traffic(a: Plan, b: Plan) -> Iterator[Change]:
-    ours, theirs = ({f"{row.phase} {row.kind}@{row.axis}": row for row in traffic(plan)} for plan in (a, b))
+    ours, theirs = _by_kind(a), _by_kind(b)
     for key in dict.fromkeys([*ours, *theirs]):
         left, right = ours.get(key), theirs.get(key)
         texts = [f"{row.count:,} of {units.size(row.bytes)} in all" if row else "none" for row in (left, right)]
@@ -240,6 +268,16 @@ def _traffic(a: Plan, b: Plan) -> Iterator[Change]:
     moved = bytes_moved(a), bytes_moved(b)
     if moved[0] != moved[1]:
         yield Change("consequences", "bytes moved in all", *_distinct(*moved, units.size), _change(*moved))
+
+
+def _by_kind(plan: Plan) -> dict[str, Traffic]:
+    """Of groups of ranks that move different amounts, the one that moves most."""
+    found: dict[str, Traffic] = {}
+    for row in traffic(plan):
+        key = f"{row.phase} {row.kind}@{row.axis}"
+        if key not in found or row.bytes > found[key].bytes:
+            found[key] = row
+    return found
 
 
 def diff(a: Plan, b: Plan, console: Console, names: tuple[str, str] = ("a", "b"), full: bool = False) -> bool:

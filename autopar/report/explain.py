@@ -17,8 +17,10 @@ from autopar.ir import folded_names, units
 from autopar.ir.folded_names import Names, first, pattern
 from autopar.ir.placement import local_shape, parse
 from autopar.ir.plan import Alternative, Axes, CollectivePlan, OpPlan, ParameterPlan, Plan, SegmentPlan
-from autopar.ir.plan_digest import KIND_WORDS, PHASES, collectives_by_op, placements, real_axes
+from autopar.ir.plan_digest import KIND_WORDS, PHASES, WITHOUT_WORK, collectives_by_op, placements, real_axes, stage_group
 from autopar.ir.plan_roles import Roles, is_heavy
+from autopar.ir.plan_stages import RECEIVE, SEND, crossing_words, crossings, numbers_words, ranks_words
+from autopar.report.explain_stage import explain_stage, stage_number
 from autopar.report.terminal import heading, placed, table
 
 MAX_SHOWN = 12
@@ -92,8 +94,13 @@ def explain(plan: Plan, name: str, console: Console, instead: str | None = None)
     """Print where what `name` means lies, what it costs to lie there, and what each alternative would cost.
 
     `instead` names a storage, such as `"S(0)@tp"`, that is asked about in particular. Raises `PlanError` where the name means
-    nothing, or where `instead` cannot be read or is not for a parameter.
+    nothing, or where `instead` cannot be read or is not for a parameter. `stage 1` means a stage of a pipeline.
     """
+    if (stage := stage_number(plan, name)) is not None:
+        if instead is not None:
+            raise PlanError(f"`{name}` is a stage; --instead asks about the storage of a parameter, so name a parameter")
+        explain_stage(plan, stage, console)
+        return
     found = find(plan, name)
     roles = Roles.of(plan)
     if instead is not None and not found.parameters:
@@ -127,14 +134,16 @@ def _parameter(plan: Plan, parameter: ParameterPlan, roles: Roles, console: Cons
     count = folded_names.count(parameter.name)
     remark = f"{units.shape(parameter.shape)} {parameter.dtype}" + (f", {count} of them" if count > 1 else "")
     alternatives = _alternatives(plan, parameter, instead)
-    console.print(heading(parameter.name, remark + ("" if parameter.trainable else ", frozen")))
-    mesh = tuple(plan.mesh.values())
-    local = local_shape(parameter.shape, tuple(parse(text) for text in parameter.stored.values()), mesh)
+    console.print(heading(parameter.name, remark + ("" if parameter.trainable else ", frozen") + _stage_words(plan, parameter.stage)))
+    mesh = plan.stage_mesh(parameter.stage)
+    local = local_shape(parameter.shape, tuple(parse(text) for text in parameter.stored.values()), tuple(mesh.values()))
     rows: list[tuple[str, RenderableType]] = [
-        ("stored", placed(f"{placements(parameter.stored, plan.mesh)}   {units.shape(local)} on each rank")),
-        ("used", placed(placements(parameter.used, plan.mesh))),
+        ("stored", placed(f"{placements(parameter.stored, mesh)}   {units.shape(local)} on each rank")),
+        ("used", placed(placements(parameter.used, mesh))),
     ]
-    rows += [(axis, axis_words(parameter, axis)) for axis in real_axes(plan)]
+    rows += [(axis, axis_words(parameter, axis)) for axis in real_axes(plan, parameter.stage)]
+    if others := [item.stage for item in plan.parameters if item.name == parameter.name and item.stage != parameter.stage]:
+        rows.append(("tied", f"also read by {numbers_words('stage', others)}: gradients are summed over them, and values kept equal"))
     if parameter.trainable and plan.model.training:
         rows.append(("also", "its gradient and optimizer state lie as it is stored"))
     rows += [("pinned", f"by `{glob}` to {text}") for glob, text in plan.pins.items() if _pinned(parameter.name, glob)]
@@ -143,8 +152,17 @@ def _parameter(plan: Plan, parameter: ParameterPlan, roles: Roles, console: Cons
     console.print(Padding(alternatives, (1, 0, 0, 2)))
     names = Names([parameter.name])
     _collectives(
-        [item for item in plan.collectives if any(names.find(text) or text == parameter.name for text in (item.op, item.value))], console
+        [
+            item
+            for item in plan.collectives
+            if item.stage == parameter.stage and any(names.find(text) or text == parameter.name for text in (item.op, item.value))
+        ],
+        console,
     )
+
+
+def _stage_words(plan: Plan, stage: int) -> str:
+    return f", stage {stage} on ranks {ranks_words(plan.groups[stage_group(plan, stage)])}" if plan.pipeline else ""
 
 
 def _pinned(name: str, glob: str) -> bool:
@@ -158,7 +176,7 @@ def _readers(plan: Plan, parameter: ParameterPlan) -> list[tuple[SegmentPlan, Op
         (segment, op)
         for segment in plan.segments
         for op in segment.ops
-        if op.module == owner and not op.target.startswith("autopar.reshard")
+        if op.module == owner and segment.stage == parameter.stage and op.target not in WITHOUT_WORK
     ]
     return inside[:3] if len(inside) <= 3 else []
 
@@ -192,7 +210,8 @@ def axis_words(parameter: ParameterPlan, axis: str) -> str:
 
 
 def _alternatives(plan: Plan, parameter: ParameterPlan, instead: str | None) -> RenderableType:
-    wanted = [] if instead is None else _asked(plan, parameter, instead)
+    mesh = plan.stage_mesh(parameter.stage)
+    wanted = [] if instead is None else _asked(mesh, parameter, instead)
     if parameter.stored in wanted:
         return Text("That is how it is stored.")
     if not parameter.alternatives:
@@ -203,14 +222,14 @@ def _alternatives(plan: Plan, parameter: ParameterPlan, instead: str | None) -> 
     if instead is not None:
         rows = [item for item in rows if item.stored in wanted]
         if not rows:
-            known = ", ".join(f"`{placements(item.stored, plan.mesh)}`" for item in parameter.alternatives)
+            known = ", ".join(f"`{placements(item.stored, mesh)}`" for item in parameter.alternatives)
             return Text(f"`{instead}` was not priced; the file has {known}.", style="yellow")
     made = table("stored", "step", "", "memory", "", right=("step", "memory"), fold=("",))
     total = sum(plan.memory_bytes.values())
     chosen = Text.assemble(("chosen", "bold green"))
-    made.add_row(placed(placements(parameter.stored, plan.mesh)), units.seconds(plan.cost_s), chosen, units.size(total))
+    made.add_row(placed(placements(parameter.stored, mesh)), units.seconds(plan.cost_s), chosen, units.size(total))
     for item in sorted(rows, key=lambda item: (item.cost_s is None, item.cost_s or 0.0)):
-        made.add_row(placed(placements(item.stored, plan.mesh)), *_price(plan, item))
+        made.add_row(placed(placements(item.stored, mesh)), *_price(plan, item))
     return made
 
 
@@ -227,15 +246,15 @@ def _price(plan: Plan, item: Alternative) -> tuple[str, str, str, str]:
 _STORAGE = re.compile(r"(S\(\s*\d{1,3}\s*(?:,\s*\d{1,6}\s*)?\)|R)(?:@(\w+))?")
 
 
-def _asked(plan: Plan, parameter: ParameterPlan, instead: str) -> list[Axes]:
+def _asked(mesh: dict[str, int], parameter: ParameterPlan, instead: str) -> list[Axes]:
     """The storages that `instead` can mean: `S(0)@tp R@dp` names axes, a bare placement may be on any one axis."""
     if not instead.strip() or _STORAGE.sub("", instead).strip(" ,"):
         raise PlanError(f'--instead: `{instead}` is not a storage; write "S(0)@tp", "S(1)@dp S(0)@tp" or "R@dp"')
     named: dict[str, str] = {}
     bare: list[str] = []
     for text, axis in _STORAGE.findall(instead):
-        if axis and axis not in plan.mesh:
-            raise PlanError(f"--instead: `{axis}` is not an axis of the mesh; it has {', '.join(plan.mesh)}")
+        if axis and axis not in mesh:
+            raise PlanError(f"--instead: `{axis}` is not an axis of the mesh; it has {', '.join(mesh)}")
         placement = parse(text)
         if placement.is_shard and placement.dim >= len(parameter.shape):
             raise PlanError(
@@ -250,42 +269,48 @@ def _asked(plan: Plan, parameter: ParameterPlan, instead: str) -> list[Axes]:
         return [base]
     if len(bare) > 1:
         raise PlanError('--instead: name the axis of each placement, such as "S(0)@tp R@dp"')
-    return [{**base, axis: bare[0]} for axis in plan.mesh if axis not in named]
+    return [{**base, axis: bare[0]} for axis in mesh if axis not in named]
 
 
 def _op(plan: Plan, segment: SegmentPlan, op: OpPlan, roles: Roles, console: Console) -> None:
     remark = op.target + (f", in each of {segment.count} {segment.name}" if segment.count > 1 else "")
-    console.print(heading(op.name, remark))
+    console.print(heading(op.name, remark + _stage_words(plan, segment.stage)))
+    mesh = plan.stage_mesh(segment.stage)
     rows: list[tuple[str, RenderableType]] = [("module", op.module or "the model itself")]
-    rows += [(axis, _split_words(op, axis, roles)) for axis in real_axes(plan)]
+    rows += [(axis, _split_words(op, axis, roles, segment.stage)) for axis in real_axes(plan, segment.stage)]
     if op.module:
-        own = [item for item in plan.parameters if first(item.name).rpartition(".")[0] == op.module]
+        own = [item for item in plan.parameters if item.stage == segment.stage and first(item.name).rpartition(".")[0] == op.module]
         rows += [
-            ("reads", placed(f"{item.name} stored {placements(item.stored, plan.mesh)} used {placements(item.used, plan.mesh)}"))
-            for item in own
+            ("reads", placed(f"{item.name} stored {placements(item.stored, mesh)} used {placements(item.used, mesh)}")) for item in own
         ]
+    if segment.recompute:
+        rows.append(("recomputed", f"in the backward pass, in the first {segment.recompute} of the {segment.count} repeats"))
+    value = op.name.removeprefix("send_").removeprefix("receive_")
+    rows += [("crosses", crossing_words(item)) for item in crossings(plan) if item.value == value]
     if op.target in plan.replicated:
         rows.append(("rule", Text("none for this operator, so that every rank runs all of it", style="yellow")))
     console.print(_facts(rows))
-    _collectives(collectives_by_op(plan).get(op.name, []), console)
+    _collectives(collectives_by_op(plan).get((segment.stage, op.name), []), console)
 
 
-def _split_words(op: OpPlan, axis: str, roles: Roles) -> Text:
+def _split_words(op: OpPlan, axis: str, roles: Roles, stage: int) -> Text:
     split = op.split[axis]
-    if op.target == "autopar.reshard":
-        return Text("passes on ").append_text(placed(op.output[axis]))
+    if op.target in WITHOUT_WORK:
+        words = {RECEIVE: "receives ", SEND: "sends "}.get(op.target, "passes on ")
+        return Text(words).append_text(placed(op.output.get(axis, "R") if op.target != SEND else split))
     if split == "replicate":
         words = "every rank does all of the work"
     elif split == "partial":
         words = "linear: works on terms of a sum and gives terms of a sum"
     else:
-        role = roles.role(op, axis) if is_heavy(op) else ""
+        role = roles.role(op, axis, stage) if is_heavy(op) else ""
         words = f"split `{split}`" + (f" ({role})" if role else "")
     return Text(f"{words}, result ").append_text(placed(op.output[axis]))
 
 
 def _op_words(plan: Plan, segment: SegmentPlan, op: OpPlan, roles: Roles) -> RenderableType:
-    parts = [f"{axis} {roles.role(op, axis) or op.split[axis]} {op.output[axis]}" for axis in real_axes(plan)]
+    axes = real_axes(plan, segment.stage)
+    parts = [f"{axis} {roles.role(op, axis, segment.stage) or op.split[axis]} {op.output[axis]}" for axis in axes]
     return placed(f"{op.name}: {', '.join(parts)}")
 
 

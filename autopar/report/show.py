@@ -9,8 +9,19 @@ from rich.text import Text
 
 from autopar.ir import plan_text, units
 from autopar.ir.plan import Plan, SegmentPlan
-from autopar.ir.plan_digest import OpRow, gap_words, memory_words, parameter_groups, placements, real_axes, segment_rows, traffic
+from autopar.ir.plan_digest import (
+    OpRow,
+    gap_words,
+    joined_segment_rows,
+    memory_words,
+    parameter_groups,
+    placements,
+    real_axes,
+    segment_rows,
+    traffic,
+)
 from autopar.ir.plan_roles import GATHER_WORDS, Roles
+from autopar.ir.plan_stages import crossing_words, crossings, is_chosen, stage_rows
 from autopar.report.terminal import heading, hold, placed, table
 
 MEMORY_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red")
@@ -26,10 +37,13 @@ def show(plan: Plan, console: Console, full: bool = False) -> None:
     """Print `plan`. `full` lists every operation, every parameter and every collective that the file has."""
     roles = Roles.of(plan)
     console.print(_header(plan, roles, console.width))
+    told = [([segment], rows) for segment, rows in segment_rows(plan)] if full else joined_segment_rows(plan)
     for title, body in [
+        (heading("stages", "times of one microbatch"), _stages(plan, full)),
+        (heading(plan_text.CANDIDATES_TITLE), _candidates(plan)),
         (heading("inputs and outputs"), _inputs(plan)),
         (heading("parameters"), _parameters(plan, full, console.width)),
-        *((_segment_heading(segment), _segment(plan, segment, rows, full, console.width)) for segment, rows in segment_rows(plan)),
+        *((_segment_heading(plan, segments), _segment(plan, segments[0], rows, full, console.width)) for segments, rows in told),
         (heading("collectives", "a step, on one rank"), _collectives(plan, full)),
     ]:
         if body is not None:
@@ -52,8 +66,8 @@ def _header(plan: Plan, roles: Roles, width: int) -> RenderableType:
     grid.add_row("model", plan_text.model_words(plan))
     grid.add_row("cluster", plan_text.cluster_words(plan))
     grid.add_row("mesh", Text(plan_text.mesh_words(plan), style="bold"))
-    for axis in real_axes(plan):
-        grid.add_row(f"  {axis}", roles.axis(axis))
+    for name, words in [*plan_text.axis_rows(plan, roles), *plan_text.pipeline_rows(plan)]:
+        grid.add_row(name, words)
     step, rest = plan_text.time_words(plan).split(" a step", 1)
     grid.add_row("time", Text.assemble((step, "bold"), f" a step{rest}"))
     grid.add_row("proof", Text(gap_words(plan), style="green" if plan.predicted.fits and plan.gap < 0.01 else "yellow"))
@@ -86,12 +100,36 @@ def _memory_legend(plan: Plan) -> Text:
     return legend
 
 
+def _stages(plan: Plan, full: bool) -> RenderableType | None:
+    """One line a stage; values that a stage hands on below, with `full` all that cross a cut."""
+    rows = [plan_text.stage_cells(row) for row in stage_rows(plan)]
+    if not rows:
+        return None
+    columns = [number for number in range(len(plan_text.STAGE_COLUMNS)) if any(row[number] for row in rows)]
+    names = [plan_text.STAGE_COLUMNS[number] for number in columns]
+    made = table(*names, right=("forward", "backward", "recomputed", "memory"), fold=("layers", "mesh", "sends"))
+    for row in rows:
+        made.add_row(*(row[number] for number in columns))
+    told = [Text(crossing_words(item)) for item in crossings(plan) if full or len(item.stages) > 2]
+    return Group(made, *(Text("handed on  " if not full else "crosses  ", style="dim").append_text(words) for words in told))
+
+
+def _candidates(plan: Plan) -> RenderableType | None:
+    if not plan.candidates:
+        return None
+    made = table(*plan_text.CANDIDATE_COLUMNS, right=("groups", "step", "bubble", "communication", "memory"), fold=("plan", ""))
+    for item, cells in zip(plan.candidates, plan_text.candidate_cells(plan), strict=True):
+        style = "bold" if is_chosen(plan, item) else "yellow" if item.cost_s is None else ""
+        made.add_row(*cells, style=style)
+    return made
+
+
 def _inputs(plan: Plan) -> RenderableType | None:
     axes = real_axes(plan)
     made = table("", "path", "global shape", "dtype", *axes, fold=("path",))
-    for word, tensors in (("input", plan.inputs), ("output", plan.outputs)):
-        for item in tensors:
-            made.add_row(word, item.path, units.shape(item.shape), item.dtype, *(placed(item.placement[axis]) for axis in axes))
+    for word, item in plan_text.tensor_rows(plan):
+        cells = (placed(item.placement.get(axis, "")) for axis in axes)
+        made.add_row(word, item.path, units.shape(item.shape), item.dtype, *cells)
     return made if made.row_count else None
 
 
@@ -104,10 +142,11 @@ def _parameters(plan: Plan, full: bool, width: int) -> RenderableType | None:
     made = table(*columns, right=("", "moved"), fold=("name", "stored", "used"))
     if full:
         for item in plan.parameters:
-            stored, used = placements(item.stored, plan.mesh), placements(item.used, plan.mesh)
+            mesh = plan.stage_mesh(item.stage)
+            stored, used = placements(item.stored, mesh), placements(item.used, mesh)
             name = item.name + ("" if item.trainable else " (frozen)")
             cells = [units.shape(item.shape), placed(stored), *([placed(used)] if wide else []), GATHER_WORDS[item.gather]]
-            made.add_row(name, "", *cells)
+            made.add_row(name, f"stage {item.stage}" if plan.pipeline else "", *cells)
         return hold(made, width)
     owner = ""
     for group in parameter_groups(plan):
@@ -123,13 +162,13 @@ def _parameters(plan: Plan, full: bool, width: int) -> RenderableType | None:
     return hold(made, width)
 
 
-def _segment_heading(segment: SegmentPlan) -> Text:
-    title, _, remark = plan_text.segment_title(segment).rpartition(": ")
+def _segment_heading(plan: Plan, segments: list[SegmentPlan]) -> Text:
+    title, _, remark = plan_text.segment_title(plan, segments).rpartition(": ")
     return heading(title, remark)
 
 
 def _segment(plan: Plan, segment: SegmentPlan, rows: list[OpRow], full: bool, width: int) -> RenderableType | None:
-    axes = real_axes(plan)
+    axes = real_axes(plan, segment.stage)
     if full:
         made = table("operation", "operator", "module", *axes, fold=("operation", "module", "operator"))
         for op in segment.ops:
@@ -157,15 +196,18 @@ def _collectives(plan: Plan, full: bool) -> RenderableType:
     if not rows:
         return Text("none")
     made = table("axis", "phase", "collective", "count", "bytes", "time", "exposed", right=("count", "bytes", "time", "exposed"))
+    if plan.pipeline:
+        made.add_column("of", overflow="fold")
     if full:
         made.add_column("serves", overflow="fold")
     for row in rows:
         cells = [f"{row.count:,}", units.size(row.bytes), units.seconds(row.time_s), units.seconds(row.exposed_s)]
-        made.add_row(row.axis, row.phase, row.kind, *cells, style="bold" if full else "")
+        whose = [plan_text.groups_words(plan, row)] if plan.pipeline else []
+        made.add_row(row.axis, row.phase, row.kind, *cells, *whose, style="bold" if full else "")
         for item in row.items if full else ():
             amounts = (item.bytes * item.count, item.time_s * item.count, item.exposed_s * item.count)
             cells = [f"{item.count:,}", units.size(amounts[0]), units.seconds(amounts[1]), units.seconds(amounts[2])]
-            made.add_row("", "", "", *cells, item.op if item.op == item.value else f"{item.value} for {item.op}")
+            made.add_row("", "", "", *cells, *[""] * len(whose), item.op if item.op == item.value else f"{item.value} for {item.op}")
     return made
 
 
