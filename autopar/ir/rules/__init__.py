@@ -10,7 +10,7 @@ from typing import Any
 
 from autopar.ir.graph import Arg, Graph, Op, Ref
 from autopar.ir.placement import RP, P, Placement, R
-from autopar.ir.rules.neighbours import RESHARD, blocks_by_op
+from autopar.ir.rules.neighbours import RECEIVE, RESHARD, SEND, blocks_by_op
 from autopar.ir.rules.nest import FLOATS, Blocks, Call, Nest, nest_splits, replicate, replicate_partial_gradient
 from autopar.ir.rules.split import PARTIAL, REPLICATE, REPLICATE_PARTIAL_GRADIENT, Split
 from autopar.ir.rules.table import RULES
@@ -43,12 +43,13 @@ def splits(graph: Graph, op: Op) -> tuple[Split, ...]:
     if op.target == RESHARD:
         return _reshard(graph, op)
     facts = _facts(graph)
-    key = (_structure(graph, op), facts.blocks.get(op.name, ()), op.name in facts.weight_side)
+    blocks = facts.blocks.get(op.name, ()) if op.target not in (RECEIVE, SEND) else ()  # the wire carries parts in one piece
+    key = (_structure(graph, op), blocks, op.name in facts.weight_side)
     found = _SPLITS.get(key)
     if found is None:
         call = _call(graph, op)
         nest = _nest(graph, op)
-        found = (replicate(call),) if nest is None else nest_splits(nest, call, facts.blocks.get(op.name, ()))
+        found = (replicate(call),) if nest is None else nest_splits(nest, call, blocks)
         if op.name in facts.weight_side:
             found = (*found, replicate_partial_gradient(call))
         found = tuple(split for split in found if _consistent(op, split))
@@ -153,7 +154,7 @@ def _weight_side(graph: Graph) -> frozenset[str]:
     dependent = {item.value for item in graph.inputs}
     found = []
     for op in graph.ops:
-        if any(name in dependent for name in op.operands):
+        if op.target == RECEIVE or any(name in dependent for name in op.operands):
             dependent.update(op.outputs)
         elif op.target != RESHARD and any(graph.values[name].requires_grad for name in op.operands):
             found.append(op.name)

@@ -14,6 +14,7 @@ from autopar.ir.graph import Graph, Op
 from autopar.ir.rules.nest import Blocks, Nest, Term
 
 RESHARD = "autopar.reshard"
+RECEIVE, SEND = "autopar.receive", "autopar.send"
 Wish = tuple[int, int]
 AT_MOST = 3
 """So many wishes a value; further ones are dropped."""

@@ -26,6 +26,21 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = -100, labe
     return loss, (target != ignore_index).sum().to(loss.dtype)
 
 
+def target_weight(target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """`target`: `(m,)`. The number of valid rows, a scalar of `dtype`: what `cross_entropy` gives beside the loss."""
+    return (target != ignore_index).sum().to(dtype)
+
+
+def receive() -> Tensor:
+    """What the stage before sends; only the runtime knows."""
+    raise RuntimeError("`autopar.receive` takes a value from another stage: it runs in a pipeline only")
+
+
+def send(x: Tensor) -> None:
+    """Hands `x` to the next stage; only the runtime knows how."""
+    raise RuntimeError("`autopar.send` gives a value to another stage: it runs in a pipeline only")
+
+
 def batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,6 +55,9 @@ _OWN: dict[str, Callable[..., Any]] = {
     "autopar.dropout": dropout,
     "autopar.cross_entropy": cross_entropy,
     "autopar.batch_norm": batch_norm,
+    "autopar.target_weight": target_weight,
+    "autopar.receive": receive,
+    "autopar.send": send,
 }
 
 

@@ -164,3 +164,12 @@ def creation(call: Call) -> Nest | None:
     whole = frozenset({"other"})
     loops = {f"d{index}": size for index, size in enumerate(shape)}
     return Nest(loops, tuple(tuple(() for _ in value.shape) for value in call.operands), (names(len(shape)),), whole=whole)
+
+
+def wire(call: Call) -> Nest | None:
+    """`receive() -> y`, `send(x)`: a value between two stages of a pipeline travels whole or in parts along any dim, and so does its
+    gradient on the way back; terms of sums do not."""
+    (value,) = (*call.operands, *call.outputs)
+    loops = {f"d{dim}": size for dim, size in enumerate(value.shape)}
+    term = names(len(value.shape))
+    return Nest(loops, tuple(term for _ in call.operands), tuple(term for _ in call.outputs), uneven=frozenset(loops))
