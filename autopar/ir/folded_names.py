@@ -117,11 +117,11 @@ def fold(names: list[str]) -> str:
         if all(item == piece for item in column):
             text += piece
         else:
-            text += "{" + range_text([int(item) for item in column]) + "}"
+            text += "{" + _range_text([int(item) for item in column]) + "}"
     return text
 
 
-def range_text(numbers: list[int]) -> str:
+def _range_text(numbers: list[int]) -> str:
     """`numbers` in order as ranges: runs of at least three equal steps, or of two neighbours, and single numbers."""
     items = []
     start = 0

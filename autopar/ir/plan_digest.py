@@ -75,7 +75,9 @@ class ParameterGroup:
 def parameter_groups(plan: Plan) -> list[ParameterGroup]:
     """The parameters, folded further than the file folds them: numbers in names that lie alike are joined or written `*`."""
     found: dict[tuple[str, ...], list[ParameterPlan]] = {}
+    readers: dict[str, list[int]] = {}
     for item in plan.parameters:
+        readers.setdefault(item.name, []).append(item.stage)
         mesh = plan.stage_mesh(item.stage)
         stored, used = placements(item.stored, mesh), placements(item.used, mesh)
         found.setdefault((pattern(item.name), stored, used, item.gather, str(item.trainable)), []).append(item)
@@ -89,7 +91,7 @@ def parameter_groups(plan: Plan) -> list[ParameterGroup]:
         by_group: Counter[int] = Counter()
         for item in items:
             by_group[stage_group(plan, item.stage)] += moved[item.stage, item.name]
-        tied = tuple(item.stage for item in items) if len(items) > len(names) == 1 else ()
+        tied = tuple(readers[names[0]]) if len(names) == 1 and len(readers[names[0]]) > 1 else ()
         groups.append(ParameterGroup(owner, name, count, shapes, stored, used, gather, items[0].trainable, max(by_group.values()), tied))
     return groups
 

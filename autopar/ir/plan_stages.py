@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from autopar.ir import units
-from autopar.ir.folded_names import pattern, range_text
+from autopar.ir.folded_names import first, pattern
 from autopar.ir.plan import Candidate, GroupPlan, OpPlan, Plan, SegmentPlan
 
 RECEIVE, SEND = "autopar.receive", "autopar.send"
@@ -25,8 +25,16 @@ def sizes_words(mesh: dict[str, int]) -> str:
 
 
 def numbers_words(noun: str, numbers: list[int]) -> str:
-    """`stage 1`, `stages 0-2,4`."""
-    return f"{noun} {numbers[0]}" if len(numbers) == 1 else f"{noun}s {range_text(numbers)}"
+    """`stage 1`, `stages 0-2, 4`. `numbers` ascend."""
+    if len(numbers) == 1:
+        return f"{noun} {numbers[0]}"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return f"{noun}s " + ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +131,26 @@ def crossings(plan: Plan) -> list[Crossing]:
         for op in ops:
             if op.target == SEND and (value := _value(op)) not in received:
                 travelling[value] = [stage]
-                made.append((value, _maker(value, ops), travelling[value]))
+                made.append((value, _maker(value, segments), travelling[value]))
     return [Crossing(value, module, tuple(stages)) for value, module, stages in made]
 
 
-def _maker(value: str, ops: list[OpPlan]) -> str:
-    """The module of the operation that makes `value`, as far as the plan lists it: of repeats it lists the first."""
-    like = [op for op in ops if op.target not in (RECEIVE, SEND) and pattern(op.name) == pattern(value)]
-    exact = [op for op in like if op.name == value]
-    return (exact or like)[0].module if exact or like else ""
+def _maker(value: str, segments: list[SegmentPlan]) -> str:
+    """The module of the operation that makes `value`, as far as the plan lists it: of repeats it lists the first, and all are named."""
+    listed = [(segment, op) for segment in segments for op in segment.ops if op.target not in (RECEIVE, SEND)]
+    for _, op in listed:
+        if op.name == value:
+            return op.module
+    for segment, op in reversed(listed):
+        if segment.count > 1 and pattern(op.name) == pattern(value):
+            return ranged(op.module, segment)
+    return ""
+
+
+def ranged(module: str, segment: SegmentPlan) -> str:
+    """`module` with the range of its segment's name in the place of the first repeat's number."""
+    start = first(segment.name)
+    return segment.name + module[len(start) :] if module == start or module.startswith(start + ".") else module
 
 
 def crossing_words(item: Crossing) -> str:
@@ -143,9 +162,13 @@ def crossing_words(item: Crossing) -> str:
     return f"{item.value}{f' of {item.module}' if item.module else ''}: {words}"
 
 
-def recompute_words(plan: Plan) -> list[str]:
-    """`12 of 32 model.layers.{0-31}`, per segment that recomputes."""
-    return [f"{item.recompute} of {item.count} {item.name}" for item in plan.segments if item.recompute]
+def recompute_words(plan: Plan) -> str:
+    """`12 of 32 model.layers.{0-31}`, per segment that recomputes; under a pipeline, whose stages say it each, in all."""
+    found = [item for item in plan.segments if item.recompute]
+    if plan.pipeline is None or not found:
+        return ", ".join(f"{item.recompute} of {item.count} {item.name}" for item in found)
+    rows = stage_rows(plan)
+    return f"{sum(row.recomputed for row in rows)} of {sum(row.repeats for row in rows)} repeats"
 
 
 def schedule_words(plan: Plan) -> str:

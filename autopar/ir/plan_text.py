@@ -6,6 +6,7 @@ import textwrap
 from collections import Counter
 
 from autopar.ir import units
+from autopar.ir.folded_names import pattern
 from autopar.ir.plan import InputPlan, OutputPlan, Plan, SegmentPlan
 from autopar.ir.plan_digest import (
     KIND_WORDS,
@@ -13,6 +14,7 @@ from autopar.ir.plan_digest import (
     ParameterGroup,
     Traffic,
     gap_words,
+    join,
     joined_segment_rows,
     memory_words,
     parameter_groups,
@@ -95,7 +97,7 @@ def pipeline_rows(plan: Plan) -> list[tuple[str, str]]:
     elif words := accumulation_words(plan):
         rows.append(("batch", words))
     if recomputed := recompute_words(plan):
-        rows.append(("recomputed", ", ".join(recomputed)))
+        rows.append(("recomputed", recomputed))
     return rows
 
 
@@ -184,7 +186,7 @@ def _candidates(plan: Plan) -> str:
     return f"{CANDIDATES_TITLE}\n{_table(list(CANDIDATE_COLUMNS), rows, right=(0, 2, 3, 4, 5))}" if rows else ""
 
 
-CANDIDATES_TITLE = "best plan by number of groups that share the stages"
+CANDIDATES_TITLE = "best plan for each depth of pipeline (groups of ranks that share the stages)"
 
 
 def tensor_rows(plan: Plan) -> list[tuple[str, InputPlan | OutputPlan]]:
@@ -237,11 +239,17 @@ def shape_words(group: ParameterGroup) -> str:
 
 
 def segment_title(plan: Plan, segments: list[SegmentPlan]) -> str:
-    """`stage 0 model.layers.{0-15} (x16, 4 recomputed), stage 1 ...: 17 operations`."""
-    words = []
+    """`stages 0-1 model.layers.{0-31} (x16 each, 4 recomputed), stage 2 ...: 17 operations`."""
+    alike: dict[tuple[int, int], list[SegmentPlan]] = {}
     for segment in segments:
-        notes = [f"x{segment.count}"] * (segment.count > 1) + [f"{segment.recompute} recomputed"] * (segment.recompute > 0)
-        words.append(f"stage {segment.stage} " * bool(plan.pipeline) + segment.name + (f" ({', '.join(notes)})" if notes else ""))
+        alike.setdefault((segment.count, segment.recompute), []).append(segment)
+    words = []
+    for (count, recomputed), found in alike.items():
+        each = " each" if len(found) > 1 else ""
+        notes = [f"x{count}{each}"] * (count > 1) + [f"{recomputed} recomputed"] * (recomputed > 0)
+        name = join(list(dict.fromkeys(segment.name for segment in found)), pattern(found[0].name))
+        where = f"{numbers_words('stage', sorted({segment.stage for segment in found}))} " if plan.pipeline else ""
+        words.append(where + name + (f" ({', '.join(notes)})" if notes else ""))
     return f"{', '.join(words)}: {units.times(segments[0].length, 'operation')}"
 
 

@@ -19,7 +19,7 @@ from autopar.ir.placement import local_shape, parse
 from autopar.ir.plan import Alternative, Axes, CollectivePlan, OpPlan, ParameterPlan, Plan, SegmentPlan
 from autopar.ir.plan_digest import KIND_WORDS, PHASES, WITHOUT_WORK, collectives_by_op, placements, real_axes, stage_group
 from autopar.ir.plan_roles import Roles, is_heavy
-from autopar.ir.plan_stages import RECEIVE, SEND, crossing_words, crossings, numbers_words, ranks_words
+from autopar.ir.plan_stages import RECEIVE, SEND, crossing_words, crossings, numbers_words, ranged, ranks_words
 from autopar.report.explain_stage import explain_stage, stage_number
 from autopar.report.terminal import heading, placed, table
 
@@ -77,17 +77,8 @@ def _close(name: str, known: list[str]) -> list[str]:
 def _same_repeat(module: str, segment: SegmentPlan, name: str) -> bool:
     """Whether `name` is the module of a later repeat of an operation that the plan lists for the first repeat."""
     return (
-        segment.count > 1
-        and module != name
-        and pattern(module) == pattern(name)
-        and folded_names.stands_for(_ranged(module, segment), name)
+        segment.count > 1 and module != name and pattern(module) == pattern(name) and folded_names.stands_for(ranged(module, segment), name)
     )
-
-
-def _ranged(module: str, segment: SegmentPlan) -> str:
-    """`module` with the range of its segment's name in the place of the first repeat's number."""
-    start = first(segment.name)
-    return segment.name + module[len(start) :] if module == start or module.startswith(start + ".") else module
 
 
 def explain(plan: Plan, name: str, console: Console, instead: str | None = None) -> None:
