@@ -139,9 +139,9 @@ class _NoDropout(TorchFunctionMode):
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
     """Run `module`, distributed or not, without dropout, attention's included; all else stays in training mode. For comparisons."""
-    from autopar.runtime.module import ParallelModule
+    from autopar.runtime.distributed import DistributedModule
 
-    parallel = [inner for inner in module.modules() if isinstance(inner, ParallelModule)]
+    parallel = [inner for inner in module.modules() if isinstance(inner, DistributedModule)]
     before = [inner._dropout for inner in parallel]
     for inner in parallel:
         inner._dropout = False

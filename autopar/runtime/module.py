@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -24,6 +24,7 @@ from autopar.ir.placement import R, parse
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
 from autopar.runtime.convert import Place, convert
+from autopar.runtime.distributed import DistributedModule
 from autopar.runtime.evaluation import EvaluationCheck
 from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
 from autopar.runtime.gradients import Reducer
@@ -43,7 +44,7 @@ NO_LOSS = (
 )
 
 
-class ParallelModule(nn.Module):
+class ParallelModule(DistributedModule):
     """Runs `traced` on this rank of `mesh` (axes as in the plan) as `plan` says; every rank makes one, with the same plan.
 
     `local_state`: this rank's stored part of every parameter, and every buffer whole, by fully-qualified name; taken over, not copied.
@@ -97,7 +98,6 @@ class ParallelModule(nn.Module):
         self._gatherer = Gatherer(self._buckets)
         self._reducer = Reducer(self._leaves, self._gatherer.gradient_done, self._gatherer.backward_done)
         self._programs: dict[tuple[Mode, bool, bool], fx.GraphModule] = {}
-        self._dropout = True
         # Masks of dropout must agree between ranks that hold the same part.
         seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
         self._counter = torch.tensor([seed, 0])
@@ -300,24 +300,6 @@ class ParallelModule(nn.Module):
             wrapped.append(result)
         leaves = [slot.literal if slot.index is None else wrapped[slot.index] for slot in self._traced.output_slots]
         return pytree.tree_unflatten(leaves, self._traced.out_spec)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelModule:
-        """What `.to`, `.half`, `.cuda` and the like do to every tensor. The program is made for one dtype and one device."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            made = fn(probe)
-            if (made.dtype, made.device) != (probe.dtype, probe.device):
-                raise RuntimeSetupError(
-                    f"a distributed module cannot move from {probe.dtype} on {probe.device} to {made.dtype} on {made.device}: its program "
-                    "and plan are made for the former; convert the model first, then plan and parallelize it"
-                )
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuses `pickle` and `copy.deepcopy`: a process group has no copy."""
-        raise RuntimeSetupError(
-            "a distributed module can be neither pickled nor copied; save and load `state_dict()`, or parallelize a second model"
-        )
 
     # ---- training ---------------------------------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ def messages(shape: tuple[int, ...], source: Layout, target: Layout) -> tuple[Me
         for parts, holders in replicas.items():
             boxes = _boxes(parts, wanted)
             if boxes:
-                sender = min(holders, key=lambda holder: (sent[holder], abs(holder - stands)))  # noqa: B023
+                sender = min(holders, key=lambda holder: (sent[holder], abs(holder - stands)))
                 message = Message(sender, rank, boxes)
                 sent[sender] += message.numel
                 into.append(message)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +23,8 @@ from autopar.errors import PlanMismatchError, RuntimeSetupError
 DEFAULT_TIMEOUT_S = 600.0
 """Timeout of a collective where the caller gives none: PyTorch's own for NCCL, and a third of its own for gloo."""
 
-_Key = tuple[str, tuple[tuple[str, int], ...], float]
+_Axes = tuple[tuple[str, int], ...]
+_Key = tuple[str, _Axes | tuple[_Axes, ...], float]
 _meshes: weakref.WeakKeyDictionary[Any, dict[_Key, DeviceMesh]] = weakref.WeakKeyDictionary()
 """By default process group, so that meshes go when `destroy_process_group` drops it."""
 
@@ -74,13 +76,62 @@ def mesh_for(axes: Mapping[str, int], device: torch.device | str = "cpu", timeou
     key = (device.type, tuple(axes.items()), timeout_s)
     if key not in known:
         groups = [_group_along(numbers, axis, timeout_s) for axis in range(len(shape))]
-        known[key] = DeviceMesh.from_group(groups, device.type, numbers, mesh_dim_names=tuple(axes))
+        mine = [group for group in groups if group is not None]
+        known[key] = DeviceMesh.from_group(mine, device.type, numbers, mesh_dim_names=tuple(axes))
     return known[key]
 
 
-def check_fits(axes: Mapping[str, int], world_size: int) -> None:
-    """Raise `PlanMismatchError` where the axis sizes do not multiply to `world_size`."""
-    ranks = math.prod(axes.values())
+@dataclass(frozen=True, slots=True)
+class GroupMesh:
+    """This rank's place in a pipeline: its group's `index` and `mesh`, and a process group of `everyone` for what passes between groups."""
+
+    index: int
+    mesh: DeviceMesh
+    everyone: dist.ProcessGroup
+
+
+_pipelines: weakref.WeakKeyDictionary[Any, dict[_Key, GroupMesh]] = weakref.WeakKeyDictionary()
+
+
+def group_mesh_for(
+    groups: Sequence[Mapping[str, int]], device: torch.device | str = "cpu", timeout_s: float = DEFAULT_TIMEOUT_S
+) -> GroupMesh:
+    """The mesh of this rank's group, where `groups` (axis names and sizes, outer first) follow each other in rank order.
+
+    A collective call, like `mesh_for`. Raises `PlanMismatchError` where the groups together have not as many ranks as the job.
+    """
+    device = torch.device(device)
+    sizes = [math.prod(axes.values()) for axes in groups]
+    check_fits({f"group {index}": size for index, size in enumerate(sizes)}, ensure_process_group(device, timeout_s), together=True)
+    if not dist.is_initialized():
+        raise RuntimeSetupError("a plan with stages needs a process group, even of one rank; start it with `torchrun`")
+    known = _pipelines.setdefault(dist.group.WORLD, {})
+    key = (device.type, tuple(tuple(axes.items()) for axes in groups), timeout_s)
+    if key not in known:
+        known[key] = _group_mesh(groups, sizes, device, timeout_s)
+    return known[key]
+
+
+def _group_mesh(groups: Sequence[Mapping[str, int]], sizes: Sequence[int], device: torch.device, timeout_s: float) -> GroupMesh:
+    everyone = dist.new_group(timeout=timedelta(seconds=timeout_s))
+    assert isinstance(everyone, dist.ProcessGroup)
+    found = None
+    first_rank = 0
+    for index, (axes, size) in enumerate(zip(groups, sizes, strict=True)):
+        numbers = torch.arange(first_rank, first_rank + size, dtype=torch.int).view(tuple(axes.values()))
+        along = [_group_along(numbers, axis, timeout_s) for axis in range(numbers.dim())]  # every rank makes all groups
+        if first_rank <= dist.get_rank() < first_rank + size:
+            mine = [group for group in along if group is not None]
+            mesh = DeviceMesh.from_group(mine, device.type, numbers, mesh_dim_names=tuple(axes))
+            found = GroupMesh(index, mesh, everyone)
+        first_rank += size
+    assert found is not None
+    return found
+
+
+def check_fits(axes: Mapping[str, int], world_size: int, *, together: bool = False) -> None:
+    """Raise `PlanMismatchError` where the sizes do not multiply (`together`: add up) to `world_size`."""
+    ranks = sum(axes.values()) if together else math.prod(axes.values())
     if ranks == world_size:
         return
     sizes = ", ".join(f"{name}={size}" for name, size in axes.items())
@@ -91,12 +142,13 @@ def check_fits(axes: Mapping[str, int], world_size: int) -> None:
     )
 
 
-def _group_along(numbers: torch.Tensor, axis: int, timeout_s: float) -> dist.ProcessGroup:
-    """This rank's group along `axis`. Our own even where it spans the whole job, so that its timeout and its order are ours alone."""
+def _group_along(numbers: torch.Tensor, axis: int, timeout_s: float) -> dist.ProcessGroup | None:
+    """This rank's group along `axis`, None where it is none of `numbers`. Our own even where it spans the whole job, so that its timeout
+    and its order are ours alone."""
     mine = None
     for row in numbers.movedim(axis, -1).reshape(-1, numbers.shape[axis]).tolist():
         group = dist.new_group(row, timeout=timedelta(seconds=timeout_s))
         if dist.get_rank() in row:
             mine = group
-    assert isinstance(mine, dist.ProcessGroup)
+    assert mine is None or isinstance(mine, dist.ProcessGroup)
     return mine

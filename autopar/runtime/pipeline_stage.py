@@ -1,0 +1,322 @@
+"""One stage on one rank: its program, the microbatches that are alive in it, and the gradients of its parameters.
+
+A stage is lowered like any graph; what it receives are arguments of the program and what it sends are results. Between the two passes
+of a microbatch lives one autograd graph from the received leaves to the sent roots. Gradients of parameters add up in the program's
+leaves over the microbatches and are reduced once, behind the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+# Private in PyTorch; should they move: a backward pass for inputs alone and one for weights alone, as in zero-bubble schedules.
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from autopar.ir.assignment import Assignment
+from autopar.ir.conversion import State
+from autopar.ir.graph import Graph, Op
+from autopar.ir.placement import R
+from autopar.ir.plan import SegmentPlan
+from autopar.ir.stages import Stage
+from autopar.runtime.convert import Place
+from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
+from autopar.runtime.gradients import Reducer
+from autopar.runtime.lower import RECEIVE, SEND, Borders, Mode, lower
+from autopar.runtime.parameters import Leaf, uses
+from autopar.runtime.recompute import regions_of
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What a stage reads besides inputs and received values: parameters by name, constants by value, and how to look up a buffer."""
+
+    parameters: Mapping[str, nn.Parameter]
+    constants: Mapping[str, Tensor]
+    buffer: Callable[[str], Tensor]
+
+
+@dataclass(slots=True)
+class _Alive:
+    """A microbatch between its passes. `roots` are the results that carry a gradient, by position in what the stage sends (None: the
+    loss); `relayed` says which received value a sent one is itself."""
+
+    received: list[Tensor]
+    roots: list[tuple[int | None, Tensor]]
+    relayed: dict[int, int]
+
+
+@dataclass(slots=True)
+class _Owed:
+    """What the weights' backward pass of a microbatch still needs."""
+
+    roots: list[GradientEdge | Tensor]
+    gradients: list[Tensor]
+    groups: list[dict[str, Any]]
+
+
+class LiveStage:
+    """`stage` for the rank at `place`, under `assignment`. `loss`: path of the output that is differentiated, where this stage makes it.
+
+    `segments`: the plan's, of this stage. `numbers`: by which number each operation draws random numbers. `splits_backward`: whether the
+    schedule runs the weights' backward pass apart.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        assignment: Assignment,
+        place: Place,
+        sources: Sources,
+        segments: Sequence[SegmentPlan],
+        numbers: Mapping[str, int],
+        device: torch.device,
+        *,
+        loss: str | None,
+        splits_backward: bool,
+    ) -> None:
+        graph = stage.graph
+        self.stage, self.graph, self.assignment, self.place = stage, graph, assignment, place
+        self.sources, self.numbers, self.device = sources, numbers, device
+        self.splits_backward = splits_backward
+        self.loss = next((index for index, output in enumerate(graph.outputs) if output.path == loss), None)
+        self.receives = tuple(op for op in graph.ops if op.target == RECEIVE)
+        self.sends = tuple(op for op in graph.ops if op.target == SEND)
+        self.differentiable_receives = tuple(graph.values[op.outputs[0]].requires_grad for op in self.receives)
+        self.differentiable_sends = tuple(graph.values[op.operands[0]].requires_grad for op in self.sends)
+        self.regions = regions_of(segments, stage.index)
+        self._uses = uses(graph, assignment, place)
+        self.leaves = [Leaf(use, sources.parameters[use.fqn], place) for use in self._uses]
+        self._buckets = buckets_of(self.leaves, [segment for segment in segments if segment.stage == stage.index])
+        if splits_backward:
+            # The weights' backward pass comes at any later time and reads what the forward pass did: leaves stay for the step.
+            for bucket in self._buckets:
+                bucket.keep = True
+        self._gatherer = Gatherer(self._buckets)
+        self._reducer = _StepReducer(self.leaves, self._gatherer.gradient_done, self._gatherer.backward_done)
+        self._reducer.enabled = False
+        self._programs: dict[tuple[Mode, bool], fx.GraphModule] = {}
+        self._alive: dict[int, _Alive] = {}
+        self._owed: dict[int, _Owed | None] = {}
+        self._reach: tuple[bool, ...] | None = None
+
+    # ---- states on the wire --------------------------------------------------------------------------------------------------------
+
+    def received_state(self, op: Op) -> State:
+        return self.assignment.output_states(op)[0]
+
+    def sent_state(self, op: Op) -> State:
+        return self.assignment.operand_states(op)[0]
+
+    # ---- a step ----------------------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A new step: parameters may have changed since the last."""
+        renewed = [leaf.refresh() for leaf in self.leaves]
+        if any(renewed):
+            self._reducer.watch()
+            for bucket in self._buckets:
+                bucket.renew()
+        self._reducer.reset()
+        self._gatherer.holding = False
+        self._gatherer.start()
+        self._gatherer.holding = True
+        self._alive.clear()
+        self._owed.clear()
+
+    def forward(
+        self, microbatch: int, inputs: Mapping[str, Tensor], received: Sequence[Tensor], counter: Tensor, mode: Mode, *, train: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run the stage on one microbatch: what it returns of the model's outputs (in training the loss alone) and what it sends.
+
+        `inputs` by path; `received` in wire order, this rank's parts. Outputs are whole, what is sent is detached.
+        """
+        graph, program = self._graph(train), self._program(mode, train)
+        leaves = [
+            tensor.detach().requires_grad_(train and differentiable)
+            for tensor, differentiable in zip(received, self.differentiable_receives, strict=True)
+        ]
+        buffers = [self.sources.buffer(item.fqn) for item in graph.buffers]
+        constants = [self.sources.constants[item.value] for item in graph.constants]
+        arguments = [inputs[item.path] for item in graph.inputs]
+        results = list(program(*arguments, *(leaf.tensor for leaf in self.leaves), *buffers, *constants, *leaves, counter))
+        outputs, rest = results[: len(graph.outputs)], results[len(graph.outputs) :]
+        updated = [index for index, item in enumerate(graph.buffers) if item.updated is not None]
+        values, sent = rest[: len(updated)], rest[len(updated) :]
+        if mode.statistics:
+            with torch.no_grad():
+                for index, value in zip(updated, values, strict=True):
+                    buffers[index].copy_(value)
+        if train:
+            self._keep(microbatch, leaves, outputs, sent)
+        return [output.detach() for output in outputs], [tensor.detach() for tensor in sent]
+
+    def _keep(self, microbatch: int, leaves: list[Tensor], outputs: list[Tensor], sent: list[Tensor]) -> None:
+        roots: list[tuple[int | None, Tensor]] = [(None, loss) for loss in outputs if loss.requires_grad]
+        relayed = {}
+        for position, (tensor, differentiable) in enumerate(zip(sent, self.differentiable_sends, strict=True)):
+            origin = next((index for index, leaf in enumerate(leaves) if tensor is leaf), None)
+            if not differentiable or not tensor.requires_grad:
+                continue
+            if origin is not None:
+                relayed[position] = origin
+            else:
+                # Cut loose in place by torch's `stage_backward_input`, which views refuse.
+                roots.append((position, tensor.clone() if self.splits_backward and tensor._is_view() else tensor))
+        self._alive[microbatch] = _Alive(leaves, roots, relayed)
+
+    def backward(self, microbatch: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Both backward passes: from the gradients of what was sent (None for what carries none) to those of what was received."""
+        alive = self._alive.pop(microbatch)
+        roots, given = self._seeds(alive, gradients)
+        if roots:
+            torch.autograd.backward(roots, given)
+        return self._of_received(alive, gradients)
+
+    def backward_input(self, microbatch: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Only the gradients of what was received; `backward_weight` of the same microbatch follows some time.
+
+        A stage that recomputes does both passes at once: each would compute the forward pass again.
+        """
+        if self.regions:
+            self._owed[microbatch] = None
+            return self.backward(microbatch, gradients)
+        alive = self._alive.pop(microbatch)
+        roots, given = self._seeds(alive, gradients)
+        inputs = [leaf for leaf in alive.received if leaf.requires_grad]
+        if not inputs:
+            self._owed[microbatch] = _Owed(list(roots), given, [])
+            return self._of_received(alive, gradients)
+        # torch follows weights until they meet a path to an input. Roots that no input reaches (a table made of weights, on its way to
+        # later stages) have none: their gradients go to the weights directly.
+        if self._reach is None:
+            self._reach = tuple(_reaches(root, inputs) for root in roots)
+        reached = [item for item, reach in zip(zip(roots, given, strict=True), self._reach, strict=True) if reach]
+        others = [item for item, reach in zip(zip(roots, given, strict=True), self._reach, strict=True) if not reach]
+        groups: list[dict[str, Any]] = []
+        if reached:
+            _, groups = stage_backward_input(
+                [root for root, _ in reached],
+                [gradient for _, gradient in reached],
+                inputs,
+                iter(self._weights()),  # type: ignore[arg-type]  # any leaf will do
+            )
+        self._owed[microbatch] = _Owed([get_gradient_edge(root) for root, _ in others], [gradient for _, gradient in others], groups)
+        return self._of_received(alive, gradients)
+
+    def backward_weight(self, microbatch: int) -> None:
+        """The gradients of the weights that `backward_input` left."""
+        owed = self._owed.pop(microbatch)
+        if owed is None:
+            return
+        if owed.roots:
+            # What these roots share with others is still needed.
+            torch.autograd.backward(owed.roots, owed.gradients, retain_graph=bool(owed.groups))
+        if owed.groups:
+            stage_backward_weight(iter(self._weights()), owed.groups)  # type: ignore[arg-type]
+
+    def reduce(self) -> None:
+        """Start reducing the gradients that the microbatches have left, in the background."""
+        self._reducer.launch()
+
+    def finish(self, *, reduced: bool = True) -> None:
+        """End the step: with gradients `reduced` those of the parameters are set, or added to; gathered parameters are freed."""
+        if reduced:
+            self._reducer.land()
+        self._gatherer.holding = False
+        self._gatherer.backward_done()
+
+    def abandon(self) -> None:
+        """After a step that raised: forget all of it."""
+        self._alive.clear()
+        self._owed.clear()
+        self._reducer.reset()
+        self.drop_terms()
+
+    def drop_terms(self) -> None:
+        """Forget gradients that no reduction has taken."""
+        for leaf in self.leaves:
+            leaf.tensor.grad = None
+
+    # ---- inside ----------------------------------------------------------------------------------------------------------------------
+
+    def _weights(self) -> list[Tensor]:
+        return [leaf.tensor for leaf in self.leaves if leaf.tensor.requires_grad]
+
+    def _seeds(self, alive: _Alive, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+        roots, given = [], []
+        for position, root in alive.roots:
+            gradient = torch.ones_like(root) if position is None else gradients[position]
+            assert gradient is not None
+            roots.append(root)
+            given.append(gradient)
+        return roots, given
+
+    def _of_received(self, alive: _Alive, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for leaf in alive.received:
+            found.append(leaf.grad)
+            leaf.grad = None
+        for position, origin in alive.relayed.items():
+            gradient, present = gradients[position], found[origin]
+            found[origin] = gradient if present is None or gradient is None else present + gradient
+        return found
+
+    def _graph(self, train: bool) -> Graph:
+        if not train:
+            return self.graph
+        return replace(self.graph, outputs=() if self.loss is None else (self.graph.outputs[self.loss],))
+
+    def _program(self, mode: Mode, train: bool) -> fx.GraphModule:
+        key = (mode, train)
+        if key not in self._programs:
+            graph, whole = self._graph(train), (R,) * len(self.place.mesh)
+            borders = Borders({}, {use.value: use.leaf for use in self._uses}, (whole,) * len(graph.outputs))
+            hooks = hooks_of(self._buckets, self._gatherer, self._reducer.begin)
+            self._programs[key] = lower(
+                graph, self.assignment, self.place, borders, self.device, mode, hooks, self.regions if train else (), self.numbers
+            )
+        return self._programs[key]
+
+
+class _StepReducer(Reducer):
+    """A `Reducer` that takes what many backward passes have left, when it is told to, and delivers when it is told to."""
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        """Send the gradients that the leaves hold."""
+        for leaf in self.leaves:
+            if leaf.tensor.grad is not None:
+                gradient, leaf.tensor.grad = leaf.tensor.grad, None
+                self._take(leaf, gradient)
+        while self._next < len(self.messages):
+            self._send_next()
+
+    @torch.no_grad()
+    def land(self) -> None:
+        """Wait for what was sent, and set or add to the parameters' gradients."""
+        for message in self.messages:
+            message.halfway()
+        for message in self.messages:
+            self._finish(message)
+        self._next = 0
+
+
+def _reaches(root: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether a gradient of `root` flows to one of `inputs`, which are leaves."""
+    goals = {get_gradient_edge(leaf).node for leaf in inputs}
+    seen: set[Node] = set()
+    pending = [get_gradient_edge(root).node]
+    while pending:
+        node = pending.pop()
+        if node in goals:
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions if following is not None]
+    return False
