@@ -128,7 +128,8 @@ class OpPlan(_Data):
 class SegmentCost(_Data):
     """What one repeat of a segment takes on one rank for one microbatch: the simulator's input.
 
-    `forward_s`, `backward_s`: computing. `forward_comm_s`, `backward_comm_s`: by axis, collectives that computing waits for.
+    `forward_s`, `backward_s`: computing; `weight_s` of the backward pass makes gradients of parameters, for which no other stage waits.
+    `forward_comm_s`, `backward_comm_s`: by axis, collectives that computing waits for.
     `gather_s`: by axis, gathering its parameters for the forward pass, ahead of use, and `regather_s` again for the backward pass, of
     what is freed after use; `step_gather_s`: once a step, ahead of the first microbatch, of what stays gathered. `reduce_s`: by axis,
     reducing its parameters' gradients behind the backward pass of the last microbatch. `activation_bytes`: kept from its forward to its
@@ -139,6 +140,7 @@ class SegmentCost(_Data):
 
     forward_s: Seconds = 0.0
     backward_s: Seconds = 0.0
+    weight_s: Seconds = 0.0
     forward_comm_s: dict[str, Seconds] = {}
     backward_comm_s: dict[str, Seconds] = {}
     gather_s: dict[str, Seconds] = {}
@@ -236,8 +238,9 @@ class Candidate(_Data):
 
 class Predicted(_Data):
     """Predictions for one training step on the worst rank. `cost_s` is the objective of the search: with one microbatch and one stage the
-    sum over operations that `lower_bound_s` bounds, else the simulated time. `step_s` is what the simulator says; `bubble`: the share of
-    the step that the ranks of a pipeline idle for want of work, on average. `stage_memory_bytes`: peak by group."""
+    sum over operations that `lower_bound_s` bounds, else the simulated time. `step_s` is what the simulator says; `bubble`: the time that
+    the groups of a pipeline idle for want of work over the time they compute, (p-1)/m for 1F1B with equal stages. `stage_memory_bytes`:
+    peak by group. `resident_bytes`: by group, what is held all the time beside parameters: inputs, buffers, constants."""
 
     cost_s: Seconds
     lower_bound_s: Seconds
@@ -252,6 +255,7 @@ class Predicted(_Data):
     step_s: Seconds = 0.0
     bubble: Seconds = 0.0
     stage_memory_bytes: tuple[Bytes, ...] = ()
+    resident_bytes: tuple[Bytes, ...] = ()
 
 
 class Plan(_Data):
