@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from autopar.runtime.verify_report import VerifyReport
     from autopar.search.solve import Progress
 
-Mesh = Mapping[str, int] | tuple[int, int]
+Mesh = Mapping[str, int] | Sequence[int] | Sequence[Mapping[str, int]]
 Effort = Literal["fast", "exact"]
 
 
@@ -39,6 +39,10 @@ def plan(
     cluster: Cluster | str | Path,
     *,
     mesh: Mesh | None = None,
+    schedule: str | None = None,
+    microbatches: int | None = None,
+    stages: int | None = None,
+    cuts: Sequence[int] | None = None,
     baseline: str | None = None,
     pins: Mapping[str, str] | None = None,
     effort: Effort = "fast",
@@ -54,7 +58,11 @@ def plan(
     `example_inputs`: one *global* batch: a tensor, a tuple of positional or a dict of keyword arguments, or any pytree; only shapes
     and dtypes count, so `meta` tensors do.
     `cluster`: a `Cluster`, a preset such as `"h100x8"`, `"h100x8:4"` (4 machines) or `"cpu:4"`, or the path of a TOML file.
-    `mesh`: forces `{"dp": 2, "tp": 4}` or `(2, 4)`; by default every factorisation of the device count is searched.
+    `mesh`: forces `{"dp": 2, "tp": 4}` or `(2, 4)`; `{"pp": 2, "dp": 2, "tp": 2}` a pipeline of two groups of ranks with such a mesh each,
+    `[{"dp": 2}, {"tp": 2}]` one of groups with different meshes, in rank order. By default every factorisation is searched.
+    `schedule`: of the pipeline: `"gpipe"`, `"1f1b"`, `"interleaved-1f1b"`, `"interleaved-zb"` or `"zbv"`.
+    `microbatches`: into how many equal parts a step divides the batch, with a pipeline or without (gradients add up).
+    `stages`: of the pipeline, in all; `cuts`: at which operations of one microbatch's graph they begin, see `autopar.ir.stages`.
     `baseline`: a well-known plan instead of the best: `"ddp"`, `"zero1"`, `"fsdp"`, `"tp"` or `"tp-sp"`.
     `pins`: glob over parameter names -> placement, `{"model.layers.*.up_proj.weight": "S(0)@tp"}`.
     `effort`: `"fast"` (Lagrange multipliers under a memory limit; the gap is reported) or `"exact"` (proven by HiGHS).
@@ -70,6 +78,10 @@ def plan(
         _trace(model, example_inputs),
         resolve(cluster),
         mesh=mesh,
+        schedule=schedule,
+        microbatches=microbatches,
+        stages=stages,
+        cuts=cuts,
         baseline=baseline,
         pins=pins,
         effort=effort,

@@ -37,12 +37,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """`cost_s = compute_s + exposed_s` of one step, `summed` memory by kind, the workspace on top, and every collective in order."""
+    """`cost_s = compute_s + exposed_s` of one step, `summed` memory by kind, on top the workspace and what is resident (inputs, buffers,
+    constants), and every collective in order."""
 
     compute_s: float
     exposed_s: float
     summed: dict[str, float]
     workspace_bytes: float
+    resident_bytes: int
     runs: tuple[Run, ...]
 
     @property
@@ -51,9 +53,14 @@ class Account:
 
     def memory_bytes(self) -> dict[str, int]:
         """Peak by kind in whole bytes, rounded up."""
-        total = {kind: self.summed.get(kind, 0.0) for kind in KINDS}
-        total["buffers"] += self.workspace_bytes
-        return {kind: math.ceil(size) for kind, size in total.items()}
+        return memory_bytes((self,))
+
+
+def memory_bytes(accounts: Sequence[Account]) -> dict[str, int]:
+    """Peak by kind of stages on the same ranks, in whole bytes: they work in turns, so that only the largest workspace counts."""
+    total = {kind: sum(one.summed.get(kind, 0.0) for one in accounts) for kind in KINDS}
+    total["buffers"] += max(one.workspace_bytes for one in accounts) + sum(one.resident_bytes for one in accounts)
+    return {kind: math.ceil(size) for kind, size in total.items()}
 
 
 def account(structure: Structure, costs: Costs, assignment: Assignment) -> Account:
@@ -95,7 +102,7 @@ class _Accountant:
         peak = max(peak, min(summed["gradients"], BUCKET_BYTES) if bucketed else 0.0)
         compute_s = _sum([(term.compute_s, count) for term, count in zip(self.terms, self.counts, strict=True)])
         exposed_s = _sum([(term.exposed_s, count) for term, count in zip(self.terms, self.counts, strict=True)])
-        return Account(compute_s, exposed_s, summed, peak + resident_bytes(structure), runs)
+        return Account(compute_s, exposed_s, summed, peak, resident_bytes(structure, self.costs.microbatches), runs)
 
     def _add(self, term: Term, count: int) -> Term:
         self.terms.append(term)
@@ -154,8 +161,9 @@ class _Accountant:
                 times_s = costs.op_times(row.work, row.operands, row.outputs, choice)
                 term = costs.use_term(value, storage, targets, times_s, edge.keeps == "target")
                 if storage.gather == "use":
-                    # The gathered parameter and, before it is scattered, its whole gradient.
-                    whole = sum(costs.of(value, target) for target in targets) * (2 if value.requires_grad and graph.training else 1)
+                    # The gathered parameter and, before it is scattered, its whole gradient (kept all step with several microbatches).
+                    twice = value.requires_grad and graph.training and costs.microbatches == 1
+                    whole = sum(costs.of(value, target) for target in targets) * (2 if twice else 1)
                     np.add.at(gathered, target[members], whole)
             self._add(term, len(members))
             if term.moves:
@@ -173,9 +181,11 @@ def _sum(terms: list[tuple[float, int]]) -> float:
     return math.fsum(chain.from_iterable(repeat(number, count) for number, count in terms))
 
 
-def resident_bytes(structure: Structure) -> int:
-    """Inputs, buffers and constants: whole on every rank."""
-    return sum(structure.graph.values[name].size_bytes for name, kind in structure.graph.source_kind.items() if kind != "parameter")
+def resident_bytes(structure: Structure, microbatches: int = 1) -> int:
+    """Inputs of all microbatches, buffers and constants: whole on every rank."""
+    graph = structure.graph
+    times = {item.value: 1 if item.path.startswith("@") else microbatches for item in graph.inputs}  # "@": what the prologue makes
+    return sum(graph.values[name].size_bytes * times.get(name, 1) for name, kind in graph.source_kind.items() if kind != "parameter")
 
 
 def least_workspace_bytes(structure: Structure, costs: Costs, options: Mapping[int, Sequence[Choice]]) -> float:
@@ -186,4 +196,4 @@ def least_workspace_bytes(structure: Structure, costs: Costs, options: Mapping[i
     for number, choices in options.items():
         row = structure.classes[number]
         least = max(least, min(costs.workspace_bytes(row.work, row.operands, row.outputs, choice) for choice in choices))
-    return least + resident_bytes(structure)
+    return least

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from autopar.ir.assignment import Assignment, Choice, Storage
 from autopar.ir.conversion import State
 from autopar.ir.graph import Value
 from autopar.ir.placement import Placement
-from autopar.search.costs import Costs
+from autopar.search.costs import Costs, Traffic
 from autopar.search.problem import Problem, Segment, Table
 from autopar.search.strategies import Allowed, storages, strategies
 from autopar.search.structure import Edge, Structure
@@ -220,7 +220,7 @@ class _Builder:
         numbers = [self._number(state) for state in rows]
         for j, targets in enumerate(columns):
             for target in targets:
-                size = self.costs.of(value, target) if edge.keeps else 0
+                size = self.costs.of(value, target) * self.costs.live if edge.keeps else 0
                 number = self._number(target)
                 for i, (state, own) in enumerate(zip(rows, numbers, strict=True)):
                     price_s, moved = self._price(value, own, number, state, target)
@@ -240,7 +240,7 @@ class _Builder:
         found = prices.get(key)
         if found is None:
             step = self.costs.conversion(*_kind(value), source, target)
-            found = prices[key] = (step.copy_s[0] + step.copy_s[1] + step.exposed_s, step.moved)
+            found = prices[key] = (self.costs.microbatches * (step.copy_s[0] + step.copy_s[1] + step.exposed_s), step.moved)
         return found
 
     def _use_table(self, value: Value, edge: Edge, source: Options, wanted: list[tuple[State, ...]], target_key: int) -> int:
@@ -251,11 +251,12 @@ class _Builder:
         for i, storage in enumerate(source):
             assert isinstance(storage, Storage)
             traffic = [self.costs.traffic(value, storage, targets, edge.keeps == "target") for targets in columns]
-            copy, forward, backward, gathered = (np.array(column)[column_of] for column in zip(*traffic, strict=True))
-            cost[i] = copy
-            for traffic_s, computing_s in ((forward, forward_s), (backward, backward_s)):
-                cost[i] += np.maximum(traffic_s - computing_s, 0.0) + self.costs.felt_share * np.minimum(traffic_s, computing_s)
-            memory[i] = gathered
+            columns_of: list[Any] = [np.array(column)[column_of] for column in zip(*traffic, strict=True)]
+            all_ = Traffic(*columns_of)
+            cost[i] = all_.copy_s
+            for phase, times, gather_s, reduce_s in self.costs.phases(all_, storage):
+                cost[i] += times * self.costs.exposed_s(gather_s + reduce_s, (forward_s, backward_s)[phase])
+            memory[i] = all_.gathered_bytes + all_.gradient_bytes
             if not self.restriction.gather:
                 gathers = [
                     any(move[0] in ("all_gather", "all_to_all") for state in targets for move in self._moves(value, storage, state))

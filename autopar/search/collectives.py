@@ -18,8 +18,9 @@ for all-to-all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from autopar.ir.cluster import Cluster
+from autopar.ir.cluster import Cluster, Link
 
 ALGORITHM = {"all_reduce": "ring", "all_gather": "ring", "reduce_scatter": "ring", "all_to_all": "pairwise"}
 BUCKET_BYTES = 25 * 2**20
@@ -60,21 +61,32 @@ class Axis:
         return factor * self.hops(kind) * size_bytes / self.size / self.bytes_per_s
 
 
-def axes(cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...]) -> tuple[Axis, ...]:
+def between(cluster: Cluster, one: tuple[int, int], other: tuple[int, int]) -> Link:
+    """The link between two groups of ranks, each given as its first rank and its size: inside a machine only if both are in it."""
+    first, last = min(one[0], other[0]), max(one[0] + one[1], other[0] + other[1]) - 1
+    return cluster.intra if first // cluster.devices_per_node == last // cluster.devices_per_node else cluster.inter
+
+
+def axes(cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...], first_rank: int = 0) -> tuple[Axis, ...]:
     """The axes of a mesh whose last axis is consecutive ranks and each earlier one strides over the later ones.
 
     An axis that stays inside a machine uses `intra`. One that crosses machines uses the slower of `intra` and its share of the
     network cards: each rank of its group in one machine brings its own card, `g` of them carry `g` times one card's bytes
-    (hierarchical rings, one per card).
+    (hierarchical rings, one per card). `first_rank`: where the ranks of the mesh begin.
     """
     found = []
     stride = 1
+    per_node = cluster.devices_per_node
     for name, size in reversed(list(zip(names, mesh, strict=True))):
-        inside = size * stride <= cluster.devices_per_node or size == 1
+        block = size * stride
+        # The mesh begins in the middle of a machine: then a group of ranks may lie on two though it is small enough for one.
+        blocks = range(first_rank, first_rank + prod(mesh), block)
+        apart = first_rank % per_node and any(at // per_node != (at + block - 1) // per_node for at in blocks)
+        inside = (block <= per_node and not apart) or size == 1
         if inside:
             link, rate = cluster.intra, cluster.intra.bytes_per_s
         else:
-            cards = max(1, cluster.devices_per_node // stride)
+            cards = max(1, per_node // stride)
             link, rate = cluster.inter, min(cluster.intra.bytes_per_s, cards * cluster.inter.bytes_per_s)
         found.append(Axis(name, size, link.name, link.latency_s, rate, cluster.device.launch_s + link.start_s, link.gather_factor))
         stride *= size

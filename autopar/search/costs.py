@@ -7,6 +7,11 @@
   of the rest.
 * The optimizer's step reads and writes parameter, gradient and state once.
 
+All is for one step of a stage: what runs for every microbatch counts `microbatches` times, activations are those of the `live`
+microbatches between their forward and backward passes. Parameters gathered once a step, reductions of gradients and the optimizer count
+once; with several microbatches gradients add up where they are used, and that memory is counted. Of what travels between stages, only
+what the devices feel of it is counted here: the simulator says what of it nothing hides.
+
 Every term adds up over nodes and edges, so that a solver may minimise the sum and anyone may add it up again.
 """
 
@@ -15,6 +20,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from autopar.errors import PlanError
 from autopar.ir.assignment import Choice, Storage
@@ -22,7 +31,8 @@ from autopar.ir.cluster import Cluster
 from autopar.ir.conversion import COLLECTIVES, Action, State, steps
 from autopar.ir.graph import DTYPE_BYTES, Value
 from autopar.ir.placement import RP, R, local_shape
-from autopar.search.collectives import axes
+from autopar.search.collectives import axes, between
+from autopar.search.problem import Floats
 from autopar.search.work import Work
 
 OPTIMIZER_STATES = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
@@ -31,7 +41,8 @@ OPTIMIZER_STATES = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One collective: `axis` by index, `bytes` on one rank, `time_s` of which `exposed_s` is not hidden behind computing."""
+    """One collective, run `times` a step: `axis` by index, `bytes` on one rank, `time_s` of which `exposed_s` is not hidden behind
+    computing, both of one run."""
 
     kind: str
     axis: int
@@ -39,6 +50,7 @@ class Move:
     bytes: int
     time_s: float
     exposed_s: float
+    times: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +103,36 @@ _INSIDE: Mapping[str, tuple[tuple[str, int], ...]] = {
 _PASSES: Mapping[str, tuple[int, int]] = {"vocab_cross_entropy": (5, 6)}
 
 
+class Traffic(NamedTuple):
+    """What a parameter's way to an operation and its gradient's way back take, before any is hidden: local copies a step (`copy_s`), one
+    gathering for the forward pass (`gather_s`) and one for the backward pass (`regather_s`), reducing the gradient (`reduce_s`). Memory
+    for a whole step: `gathered_bytes` of the parameter, `gradient_bytes` of the gradient on top of what its storage counts."""
+
+    copy_s: float
+    gather_s: float
+    regather_s: float
+    reduce_s: float
+    gathered_bytes: int
+    gradient_bytes: int
+
+
 class Costs:
-    """Prices on one mesh (`mesh`: axis sizes, outer first) of a cluster."""
+    """Prices on one mesh (`mesh`: axis sizes, outer first) of a cluster, whose first rank is `first_rank`.
+
+    `microbatches` a step; `live`: of how many at once a rank keeps activations; `wire_bytes_per_s`: of the link to other stages."""
 
     def __init__(
-        self, cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...], optimizer: str = "adamw", training: bool = True
-    ) -> None:
+        self, cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...], optimizer: str = "adamw", training: bool = True, *,
+        microbatches: int = 1, live: int = 1, first_rank: int = 0,
+    ) -> None:  # fmt: skip
+        assert 1 <= live <= microbatches
         if optimizer not in OPTIMIZER_STATES:
             raise PlanError(f"optimizer `{optimizer}` is not known; one of {', '.join(OPTIMIZER_STATES)}")
         self.mesh, self.names, self.training = mesh, names, training
-        self.axes = axes(cluster, mesh, names)
+        self.microbatches, self.live = microbatches, live
+        self.axes = axes(cluster, mesh, names, first_rank)
+        ranks = prod(mesh)
+        self.wire_bytes_per_s = between(cluster, (max(0, first_rank - ranks), ranks), (first_rank, ranks)).bytes_per_s
         self.states = OPTIMIZER_STATES[optimizer] if training else 0
         device = cluster.device
         rates = dict(device.flops_per_s)
@@ -167,7 +199,7 @@ class Costs:
         `kept_outputs`: results whose storage lives until the backward pass; `returned`: results the model returns, and whether whole.
         """
         forward_s, backward_s = self.op_times(work, operands, outputs, choice)
-        compute_s, exposed_s = forward_s + backward_s, 0.0
+        compute_s = forward_s + backward_s
         moves = list(self._inside(work, operands, choice))
         kept = 0.0
         for slot in kept_outputs:
@@ -176,14 +208,24 @@ class Costs:
             value = (outputs if work.extra.output else operands)[work.extra.slot]
             state = tuple((split.outputs if work.extra.output else split.inputs)[work.extra.slot] for split in choice)
             kept += work.extra.bytes * self.of(value, state) / max(value.size_bytes, 1)
+        wire_s = 0.0
+        if work.wire:  # what arrives: the value forward, or its gradient backward
+            value = (outputs or operands)[0]
+            state = tuple((split.outputs if outputs else split.inputs)[0] for split in choice)
+            wire_s = self.felt_share * self.wire_s(value, state) if outputs or (value.requires_grad and self.training) else 0.0
         for slot, whole in returned:
             value = outputs[slot]
             state = tuple(split.outputs[slot] for split in choice)
             conversion = self.conversion(value.shape, value.dtype, False, state, home(state, whole))
             compute_s += conversion.copy_s[0]
             moves += self._moves(conversion)
-        exposed_s = sum(move.exposed_s for move in moves)
-        return Term(compute_s, exposed_s, (("activations", kept),) if kept else (), tuple(moves))
+        return self._term(compute_s, moves, kept, wire_s)
+
+    def _term(self, compute_s: float, moves: list[Move], kept: float, wire_s: float = 0.0) -> Term:
+        """Of what every microbatch computes, waits for and keeps."""
+        times = self.microbatches
+        exposed_s = sum(move.exposed_s * move.times for move in moves) + wire_s * times
+        return Term(compute_s * times, exposed_s, (("activations", kept * self.live),) if kept else (), tuple(moves))
 
     def workspace_bytes(self, work: Work, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice) -> float:
         """What the operation holds for a moment on top of what is kept: forward its operands and results, backward their gradients."""
@@ -213,7 +255,7 @@ class Costs:
                 rows = local[0] if split.implementation == "vocab_cross_entropy" else local[1]
                 size = rows * numbers * max(4, DTYPE_BYTES[value.dtype])
                 time_s = self.axes[axis].time_s("all_reduce", size)
-                moves.append(Move("all_reduce", axis, phase, size, time_s, time_s))
+                moves.append(Move("all_reduce", axis, phase, size, time_s, time_s, self.microbatches))
         return moves
 
     # ---- conversions ------------------------------------------------------------------------------------------------------------
@@ -257,7 +299,7 @@ class Costs:
         found = []
         for kind, axis, phase, size in conversion.moves:
             time_s = self.axes[axis].time_s(kind, size)
-            found.append(Move(kind, axis, phase, size, time_s, time_s))
+            found.append(Move(kind, axis, phase, size, time_s, time_s, self.microbatches))
         return found
 
     def edge_term(self, value: Value, source: State, targets: tuple[State, ...], keeps: str) -> Term:
@@ -275,7 +317,7 @@ class Costs:
             moves += self._moves(conversion)
             if keeps == "target" or (keeps == "copy" and conversion.moved):
                 kept += self.of(value, target)
-        return Term(compute_s, sum(move.exposed_s for move in moves), (("activations", kept),) if kept else (), tuple(moves))
+        return self._term(compute_s, moves, kept)
 
     # ---- parameters -------------------------------------------------------------------------------------------------------------
 
@@ -288,47 +330,92 @@ class Costs:
         step_s = size * (3 + 2 * self.states) / self._bytes_per_s + self._launch_s * min(1.0, size / 2**20)
         return Term(step_s, 0.0, (("parameters", size), ("gradients", size), ("optimizer", self.states * size)))
 
-    def _use(
-        self, value: Value, storage: Storage, targets: tuple[State, ...], regather: bool
-    ) -> tuple[float, list[tuple[Action, int, str, int]], int]:
-        """Copying time, collectives and gathered bytes of a parameter on its way from storage to use, and of its gradient back."""
-        compute_s = 0.0
-        found: list[tuple[Action, int, str, int]] = []
-        gathered = 0
+    def traffic(self, value: Value, storage: Storage, targets: tuple[State, ...], regather: bool) -> Traffic:
+        """A parameter on its way from storage to use in states `targets`, and its gradient back. `regather`: the backward pass reads it."""
+        rows, copies_s = self._conversions(value, storage, targets)
+        gather_s, reduce_s = (
+            sum(self.axes[axis].bucketed_s(kind, size) for kind, axis, phase, size in rows if phase == wanted)
+            for wanted in ("forward", "backward")
+        )
+        held = gradients = 0
+        trains = value.requires_grad and self.training
         for target in targets:
-            conversion = self.conversion(value.shape, value.dtype, value.requires_grad, storage.stored, target)
-            compute_s += sum(conversion.copy_s)
-            found += conversion.moves
-            if conversion.gathers and storage.gather == "step":
-                gathered += self.of(value, target)
-            if storage.gather == "use" and regather:
-                found += [(kind, axis, "backward", size) for kind, axis, phase, size in conversion.moves if phase == "forward"]
-        return compute_s, found, gathered
+            whole = self.of(value, target)
+            if storage.gather == "step" and self.conversion(*_kind(value), storage.stored, target).gathers:
+                held += whole
+            if self.microbatches > 1 and trains:
+                gradients += max(0, whole - self.of(value, storage.stored))
+        again = storage.gather == "use"
+        copy_s = copies_s[0] * (self.microbatches if again else 1) + copies_s[1]
+        return Traffic(copy_s, gather_s, gather_s if again and regather else 0.0, reduce_s, held, gradients)
 
-    def traffic(self, value: Value, storage: Storage, targets: tuple[State, ...], regather: bool) -> tuple[float, float, float, int]:
-        """Copying time, traffic time forward and backward before any is hidden, and bytes that stay gathered."""
-        compute_s, found, gathered = self._use(value, storage, targets, regather)
-        forward_s = sum(self.axes[axis].bucketed_s(kind, size) for kind, axis, phase, size in found if phase == "forward")
-        backward_s = sum(self.axes[axis].bucketed_s(kind, size) for kind, axis, phase, size in found if phase == "backward")
-        return compute_s, forward_s, backward_s, gathered
+    def _conversions(
+        self, value: Value, storage: Storage, targets: tuple[State, ...]
+    ) -> tuple[list[tuple[Action, int, str, int]], tuple[float, float]]:
+        """Collectives of one gathering and one reduction, and the time of local copies in each."""
+        copy_s = [0.0, 0.0]
+        found: list[tuple[Action, int, str, int]] = []
+        for target in targets:
+            conversion = self.conversion(*_kind(value), storage.stored, target)
+            copy_s[0] += conversion.copy_s[0]
+            copy_s[1] += conversion.copy_s[1]
+            found += conversion.moves
+        return found, (copy_s[0], copy_s[1])
+
+    def shares(self, value: Value, storage: Storage, targets: tuple[State, ...]) -> tuple[Floats, Floats]:
+        """Seconds of one gathering and of one reduction by axis, `(axes,)` each."""
+        found = np.zeros(len(self.mesh)), np.zeros(len(self.mesh))
+        for kind, axis, phase, size in self._conversions(value, storage, targets)[0]:
+            found[phase == "backward"][axis] += self.axes[axis].bucketed_s(kind, size)
+        return found
+
+    def exposed_s(self, traffic_s: Any, computing_s: Any) -> Any:
+        """Of traffic beside computing: what exceeds it, and what the device feels of the rest. Numbers or arrays."""
+        return np.maximum(traffic_s - computing_s, 0.0) + self.felt_share * np.minimum(traffic_s, computing_s)
+
+    def phases(self, traffic: Traffic, storage: Storage) -> tuple[tuple[int, int, float, float], ...]:
+        """When the traffic of a parameter runs: rows of phase (0 forward, 1 backward), times a step, seconds of gathering and of
+        reducing. Gathered once a step it is gathered for the first microbatch; gradients are reduced after the last."""
+        m = self.microbatches
+        forward = (0, m if storage.gather == "use" else 1, traffic.gather_s, 0.0)
+        last = (1, 1, traffic.regather_s, traffic.reduce_s)
+        return (forward, last) if m == 1 else (forward, (1, m - 1, traffic.regather_s, 0.0), last)
 
     def use_term(self, value: Value, storage: Storage, targets: tuple[State, ...], times_s: tuple[float, float], regather: bool) -> Term:
         """A parameter goes from where it is stored to where an operation uses it, its gradient the way back.
 
-        `times_s`: computing of that operation, forward and backward. `regather`: whether its backward pass reads the parameter.
+        `times_s`: computing of that operation on one microbatch, forward and backward. `regather`: whether its backward pass reads it.
         """
-        compute_s, found, gathered = self._use(value, storage, targets, regather)
-        moves = []
+        traffic = self.traffic(value, storage, targets, regather)
+        rows, _ = self._conversions(value, storage, targets)
+        moves: list[Move] = []
         exposed_s = 0.0
-        for phase, hidden_s in zip(("forward", "backward"), times_s, strict=True):
-            rows = [(row, self.axes[row[1]].bucketed_s(row[0], row[3])) for row in found if row[2] == phase]
-            total_s = sum(time_s for _, time_s in rows)
-            exposed = max(total_s - hidden_s, 0.0) + self.felt_share * min(total_s, hidden_s)
-            exposed_s += exposed
-            for (kind, axis, _, size), time_s in rows:
-                label = "gradient" if phase == "backward" and kind in ("all_reduce", "reduce_scatter") else phase
-                moves.append(Move(kind, axis, label, size, time_s, exposed * time_s / total_s if total_s else 0.0))
-        return Term(compute_s, exposed_s, (("buffers", gathered),) if gathered else (), tuple(moves))
+        for phase, times, gather_s, reduce_s in self.phases(traffic, storage):
+            total_s = gather_s + reduce_s
+            if not total_s:
+                continue
+            exposed = float(self.exposed_s(total_s, times_s[phase]))
+            exposed_s += exposed * times
+            for of, seconds in (("backward", reduce_s), ("forward", gather_s)):
+                if not seconds:
+                    continue
+                for kind, axis, _, size in (row for row in rows if row[2] == of):
+                    time_s = self.axes[axis].bucketed_s(kind, size)
+                    label = ("forward", "backward")[phase]
+                    label = "gradient" if of == "backward" and kind in ("all_reduce", "reduce_scatter") else label
+                    moves.append(Move(kind, axis, label, size, time_s, exposed * time_s / total_s, times))
+        memory = (("buffers", traffic.gathered_bytes), ("gradients", traffic.gradient_bytes))
+        return Term(traffic.copy_s, exposed_s, tuple(item for item in memory if item[1]), tuple(moves))
+
+    # ---- between stages ---------------------------------------------------------------------------------------------------------
+
+    def wire_s(self, value: Value, state: State) -> float:
+        """Time on the link for one rank to receive its part of `value`, of one microbatch."""
+        return self.of(value, state) / self.wire_bytes_per_s
+
+
+def _kind(value: Value) -> tuple[tuple[int, ...], str, bool]:
+    return value.shape, value.dtype, value.requires_grad
 
 
 def home(state: State, whole: bool) -> State:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from autopar.ir import folded_names
 from autopar.ir.assignment import Assignment
@@ -30,41 +31,83 @@ from autopar.ir.plan import (
 )
 from autopar.ir.rules import unruled
 from autopar.search.account import Account, Run
-from autopar.search.costs import home
+from autopar.search.costs import Costs, home
+from autopar.search.segments import Row, segment_costs
 from autopar.search.structure import Structure
 
 T = TypeVar("T", bound=Hashable)
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 
 
-def describe(
-    structure: Structure, cluster: Cluster, assignment: Assignment, account: Account, predicted: Predicted, *, name: str,
-    pins: Mapping[str, str], notes: tuple[str, ...] = (),
-) -> Plan:  # fmt: skip
-    """The plan that says `assignment`."""
-    graph = structure.graph
-    writer = _Writer(structure, assignment)
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stage as it is decided: `structure` of its graph, `costs` on its ranks, the `assignment`, and what it adds up to."""
+
+    structure: Structure
+    costs: Costs
+    assignment: Assignment
+    account: Account
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a plan says of its stages."""
+
+    inputs: tuple[InputPlan, ...]
+    outputs: tuple[OutputPlan, ...]
+    parameters: tuple[ParameterPlan, ...]
+    segments: tuple[SegmentPlan, ...]
+    collectives: tuple[CollectivePlan, ...]
+
+
+def describe(graph: Graph, cluster: Cluster, rows: Rows, predicted: Predicted, **fields: Any) -> Plan:
+    """The plan for the traced `graph` that says `rows`; `fields` are the others of `Plan`."""
     device = cluster.device
     return Plan(
-        name=name,
         model=ModelInfo(
             name=graph.name, fingerprint=graph.fingerprint(), training=graph.training,
             parameters=sum(graph.values[item.value].numel for item in graph.parameters), operations=len(graph.ops),
         ),
         cluster=ClusterInfo(
             name=cluster.name, device=device.name, devices_per_node=cluster.devices_per_node, nodes=cluster.nodes,
-            memory_bytes=device.memory_bytes,
+            memory_bytes=device.memory_bytes, felt_share=device.felt_share,
         ),
-        mesh=dict(zip(assignment.axes, assignment.mesh, strict=True)),
-        inputs=writer.inputs(), outputs=writer.outputs(), pins=dict(pins), predicted=predicted, replicated=unruled(graph), notes=notes,
-        parameters=writer.parameters(), segments=writer.segments(), collectives=writer.collectives(account.runs),
+        predicted=predicted, replicated=unruled(graph), inputs=rows.inputs, outputs=rows.outputs, parameters=rows.parameters,
+        segments=rows.segments, collectives=rows.collectives, **fields,
     )  # fmt: skip
 
 
+def rows_of(graph: Graph, parts: Sequence[Part]) -> Rows:
+    """Rows of all stages, in order; shapes of inputs and outputs are those of the traced `graph`."""
+    writers = [_Writer(part, stage, graph) for stage, part in enumerate(parts)]
+    inputs = tuple(row for writer in writers for row in writer.inputs())
+    return Rows(
+        inputs + _unread(graph, inputs, parts[0].assignment.axes),
+        tuple(row for writer in writers for row in writer.outputs()),
+        tuple(row for writer in writers for row in writer.parameters()),
+        tuple(row for writer in writers for row in writer.segments()),
+        tuple(row for writer in writers for row in writer.collectives()),
+    )
+
+
+def _unread(graph: Graph, inputs: tuple[InputPlan, ...], axes: tuple[str, ...]) -> tuple[InputPlan, ...]:
+    """Inputs that no stage reads: the whole batch's prologue does, or nobody."""
+    known = {row.path for row in inputs}
+    values = [(item.path, graph.values[item.value]) for item in graph.inputs if item.path not in known]
+    return tuple(
+        InputPlan(path=path, shape=value.shape, dtype=value.dtype, placement={axis: str(R) for axis in axes}) for path, value in values
+    )
+
+
 class _Writer:
-    def __init__(self, structure: Structure, assignment: Assignment) -> None:
-        self.structure, self.assignment = structure, assignment
-        self.graph: Graph = structure.graph
+    """Rows of one stage."""
+
+    def __init__(self, part: Part, stage: int, whole: Graph) -> None:
+        self.part, self.stage = part, stage
+        self.structure, self.assignment = part.structure, part.assignment
+        self.graph: Graph = part.structure.graph
+        self.input_shapes = {item.path: whole.values[item.value].shape for item in whole.inputs}
+        self.output_shapes = {item.path: whole.values[item.value].shape for item in whole.outputs}
 
     def _axes(self, state: Sequence[object]) -> Axes:
         return {axis: str(item) for axis, item in zip(self.assignment.axes, state, strict=True)}
@@ -89,10 +132,13 @@ class _Writer:
     def inputs(self) -> tuple[InputPlan, ...]:
         rows = []
         for item in self.graph.inputs:
+            if item.path not in self.input_shapes:  # of the prologue
+                continue
             value = self.graph.values[item.value]
             state = self._first_use(item.value) or (R,) * len(self.assignment.mesh)
             state = tuple(placement if placement.is_shard else R for placement in state)
-            rows.append(InputPlan(path=item.path, shape=value.shape, dtype=value.dtype, placement=self._axes(state)))
+            shape = self.input_shapes[item.path]
+            rows.append(InputPlan(stage=self.stage, path=item.path, shape=shape, dtype=value.dtype, placement=self._axes(state)))
         return tuple(rows)
 
     def outputs(self) -> tuple[OutputPlan, ...]:
@@ -102,7 +148,8 @@ class _Writer:
             op = self.graph.producers.get(item.value)
             made = self.assignment.output_states(op)[op.outputs.index(item.value)] if op else (R,) * len(self.assignment.mesh)
             state = home(made, self.structure.whole(item.value))
-            rows.append(OutputPlan(path=item.path, shape=value.shape, dtype=value.dtype, placement=self._axes(state)))
+            shape = self.output_shapes[item.path]
+            rows.append(OutputPlan(stage=self.stage, path=item.path, shape=shape, dtype=value.dtype, placement=self._axes(state)))
         return tuple(rows)
 
     def parameters(self) -> tuple[ParameterPlan, ...]:
@@ -122,7 +169,7 @@ class _Writer:
             storage = self.assignment.storage[names[0]]
             rows.append(
                 ParameterPlan(
-                    name=folded_names.fold(names), shape=value.shape, dtype=value.dtype, trainable=value.requires_grad,
+                    stage=self.stage, name=folded_names.fold(names), shape=value.shape, dtype=value.dtype, trainable=value.requires_grad,
                     stored=self._axes(storage.stored), gather=cast(Literal["never", "step", "use"], storage.gather), used=self._axes(used),
                 )
             )  # fmt: skip
@@ -133,7 +180,7 @@ class _Writer:
     def segments(self) -> tuple[SegmentPlan, ...]:
         """Repeats that are decided alike stand together; where k of the repeats differ, they are a segment of their own."""
         graph, choices = self.graph, self.assignment.choices
-        rows = []
+        rows: list[tuple[str, Row, tuple[OpPlan, ...]]] = []
         names: Counter[str] = Counter()
         for segment in self.structure.op_segments:
             starts = range(segment.start, segment.stop, segment.length)
@@ -148,8 +195,12 @@ class _Writer:
                 name = self._name(start, segment.length, last - first)
                 names[name] += 1
                 name += f" ({names[name]})" if names[name] > 1 else ""
-                rows.append(SegmentPlan(name=name, start=start, length=segment.length, count=last - first, ops=tuple(ops)))
-        return tuple(rows)
+                rows.append((name, Row(start, segment.length, last - first), tuple(ops)))
+        costs = segment_costs(self.structure, self.part.costs, self.assignment, [row for _, row, _ in rows])
+        return tuple(
+            SegmentPlan(stage=self.stage, name=name, start=row.start, length=row.length, count=row.count, cost=cost, ops=ops)
+            for (name, row, ops), cost in zip(rows, costs, strict=True)
+        )
 
     def _name(self, start: int, length: int, count: int) -> str:
         """Module paths of the repeats with their numbers as a range; for what does not repeat the path that its modules share."""
@@ -173,8 +224,9 @@ class _Writer:
 
     # ---- collectives ------------------------------------------------------------------------------------------------------------
 
-    def collectives(self, runs: tuple[Run, ...]) -> tuple[CollectivePlan, ...]:
+    def collectives(self) -> tuple[CollectivePlan, ...]:
         """Equal collectives of repeated operations as one row, in order of first occurrence."""
+        runs = self.part.account.runs
         groups: dict[Hashable, list[Run]] = {}
         first: dict[int, int] = {}
         seen: dict[str, str] = {}
@@ -202,10 +254,10 @@ class _Writer:
                 if having not in names:
                     names[having] = (_folded([self._value_name(run) for run in members]), _folded([self._op_name(run) for run in members]))
                 row = CollectivePlan(
-                    kind=cast(Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"], move.kind),
+                    stage=self.stage, kind=cast(Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"], move.kind),
                     axis=self.assignment.axes[move.axis], phase=cast(Literal["forward", "backward", "gradient"], move.phase),
                     value=names[having][0], op=names[having][1], bytes=move.bytes,
-                    count=sum(often[number] * kinds[number].count(move) for number in having),
+                    count=sum(often[number] * kinds[number].count(move) for number in having) * move.times,
                     time_s=move.time_s, exposed_s=move.exposed_s,
                 )  # fmt: skip
                 rows.append(((first[id(members[0])], members[0].moves.index(move)), row))

@@ -68,6 +68,20 @@ def read_pins(pins: Mapping[str, str] | None, graph: Graph) -> Pins:
     return found
 
 
+def pins_for(pins: Pins, whole: Graph, graph: Graph) -> Pins:
+    """Those of `pins` that concern `graph`, a stage of the graph `whole` against which they were read; by name."""
+    if not pins.given or whole is graph:
+        return pins
+    parameters = {item.fqn: index for index, item in enumerate(graph.parameters)}
+    of_parameters = {whole.parameters[index].fqn: row for index, row in pins.parameters.items()}
+    of_ops = {whole.ops[position].name: row for position, row in pins.ops.items()}
+    return Pins(
+        pins.given,
+        {parameters[name]: row for name, row in of_parameters.items() if name in parameters},
+        {graph.op_index[name]: row for name, row in of_ops.items() if name in graph.op_index},
+    )
+
+
 def _placements(pattern: str, text: str) -> dict[int, Placement]:
     found: dict[int, Placement] = {}
     # The commas inside of `S(0, 3)` do not separate.

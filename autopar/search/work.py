@@ -32,7 +32,8 @@ class Work:
 
     `forward_flops`, `backward_flops`; `view`: moves no bytes forward and its result shares its first operand's storage;
     `keeps` and `keeps_outputs`: positions of the operands and results that the backward pass reads; `extra`: what else is kept;
-    `trains`: whether it has a backward pass; `kernels`: launches forward (backward counts twice as many).
+    `trains`: whether it has a backward pass; `kernels`: launches forward (backward counts twice as many); `wire`: whether it receives a
+    value from another stage, or sends one there.
     """
 
     forward_flops: float
@@ -43,6 +44,7 @@ class Work:
     extra: Extra | None
     trains: bool
     kernels: int
+    wire: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ FAMILIES: dict[str, Family] = {
         "view", "_unsafe_view", "reshape", "transpose", "t", "permute", "unsqueeze", "squeeze", "expand", "slice", "select", "split",
         "split_with_sizes", "chunk", "unbind", "alias", "detach", "narrow", "diagonal", "unfold", "reshard", "view_as", "movedim",
         "lift_fresh_copy", "contiguous", "flatten", "unflatten", "numpy_T", "expand_as", "real", "imag", "view_as_complex", "view_as_real",
+        "send",
     ), _VIEW),
     **dict.fromkeys((
         "add", "sub", "rsub", "neg", "clone", "_to_copy", "to", "copy", "cat", "stack", "mean", "sum", "cumsum", "repeat", "pad",
@@ -79,10 +82,12 @@ FAMILIES: dict[str, Family] = {
     "batch_norm": Family((0, 1), kernels=2), "embedding": Family((1,)), "where": Family((0,)), "masked_fill": Family((1,)),
     "gather": Family((1,)), "index_select": Family((1,)), "index": Family((1, 2, 3, 4)),
     "scatter": Family((1,)), "scatter_add": Family((1,)),
+    "receive": Family("none", kernels=0),
     "scaled_dot_product_attention": Family((0, 1, 2, 3)), "cross_entropy": Family((1,), kernels=2),
     "cross_entropy_loss": Family((1,), kernels=2),
 }  # fmt: skip
 _DEFAULT = Family()
+RECEIVE, SEND = "autopar.receive", "autopar.send"
 
 
 def base_name(target: str) -> str:
@@ -109,7 +114,8 @@ def work(graph: Graph, op: Op, fused_attention: bool = True) -> Work:
         extra = _extra(name, operands, outputs)
         if name == "scaled_dot_product_attention":
             keeps, keeps_outputs, extra = _attention_keeps(op, operands, outputs, fused_attention)
-    return Work(forward, backward if trains else 0.0, family.view, keeps, keeps_outputs, extra, trains, family.kernels)
+    wire = op.target in (RECEIVE, SEND)
+    return Work(forward, backward if trains else 0.0, family.view, keeps, keeps_outputs, extra, trains, family.kernels, wire)
 
 
 def _keeps(family: Family, name: str, operands: list[Value]) -> tuple[frozenset[int], frozenset[int]]:

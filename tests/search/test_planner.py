@@ -196,7 +196,7 @@ def test_expand_refuses_what_cannot_run() -> None:
 
 def test_mesh_must_have_the_ranks() -> None:
     graph = graph_of("mlp")
-    for mesh, message in (((3, 1), "must be equal"), ({"dp": 2, "pp": 2}, "mesh axes are"), ((2, 2, 1), "two sizes")):
+    for mesh, message in (((3, 1), "must be equal"), ({"dp": 2, "sp": 2}, "mesh axes are"), ((2, 2, 1), "two sizes")):
         with pytest.raises(PlanError, match=message):
             plan_graph(graph, CPU, mesh=mesh)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="baseline"):

@@ -1,0 +1,129 @@
+"""Plans without a pipeline: all ranks as one mesh, every mesh searched, the best one kept.
+
+for every mesh: structure + prices -> problem -> solution;  the best one -> assignment -> account
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from autopar.errors import InfeasibleError, PinError
+from autopar.ir.assignment import conflict
+from autopar.ir.cluster import Cluster
+from autopar.search.account import account, memory_bytes
+from autopar.search.build import Built, Restriction, build
+from autopar.search.costs import Costs
+from autopar.search.follow import batch_splits
+from autopar.search.meshes import AXES, Mesh, candidates
+from autopar.search.pins import Pins, check_options
+from autopar.search.place import Found, Settings, rank
+from autopar.search.remedies import remedies
+from autopar.search.structure import Structure
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What is searched: the graph of one microbatch as one stage on all ranks."""
+
+    structure: Structure
+    settings: Settings
+    microbatches: int = 1
+
+    def costs(self, mesh: Mesh, cluster: Cluster | None = None) -> Costs:
+        settings, graph = self.settings, self.structure.graph
+        return Costs(cluster or settings.cluster, mesh, AXES, settings.optimizer, graph.training, microbatches=self.microbatches)
+
+
+def best_of(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pins: Pins, what: str) -> tuple[Found, float]:
+    """The best choice on any of `meshes` under `restriction` (called `what`), and what none within the limit can beat.
+
+    Raises `InfeasibleError` where it cannot run at all."""
+    try:
+        return _best(search, meshes, restriction, pins)
+    except InfeasibleError:
+        if restriction.gather:
+            raise
+    # A weight that two operations can only use in different splits must move for one of them.
+    try:
+        return _best(search, meshes, replace(restriction, gather=True), pins)
+    except InfeasibleError as error:
+        sizes = ", ".join(f"{dp} x {tp}" for dp, tp in meshes)
+        raise InfeasibleError(f"`{search.structure.graph.name}` cannot run on mesh {sizes} under {what}: {error}") from error
+
+
+def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pins: Pins) -> tuple[Found, float]:
+    """Meshes whose relaxed bound cannot win are not solved."""
+    usable = [mesh for mesh in meshes if pins.fits(mesh)] or list(meshes)
+    built: list[tuple[float, Built]] = []
+    for mesh in usable:
+        one = build(search.structure, search.costs(mesh), restriction)
+        try:
+            check_options(one, pins)
+        except PinError:
+            if not pins.given or (mesh == usable[-1] and not built):
+                raise
+            continue
+        built.append((relaxed_bound_s(one), one))
+    built.sort(key=lambda pair: pair[0])
+    best: Found | None = None
+    bound_s = float("inf")
+    for relaxed_s, one in built:
+        if best is not None and best.fits and relaxed_s >= best.cost_s:
+            bound_s = min(bound_s, relaxed_s)
+            continue
+        found = search.settings.solve((one,))
+        bound_s = min(bound_s, max(found.bound_s, relaxed_s) if found.fits else found.bound_s)
+        if best is None or rank(found) < rank(best):
+            best = found
+    assert best is not None
+    return best, min(bound_s, best.cost_s)
+
+
+def relaxed_bound_s(built: Built) -> float:
+    """A bound without solving: every node takes its cheapest strategy and no edge costs anything."""
+    least = [float(table.cost_s.min()) if table.cost_s.size and table.cost_s.ndim == 1 else 0.0 for table in built.problem.tables]
+    return sum(least[table] for table in built.problem.nodes)
+
+
+def named_for_what_it_does(search: Search, best: Found) -> Found:
+    """A mesh of one axis is searched under the name `dp`; where its plan does not split the batch it is called `tp`.
+
+    Only where both lie on the same links; choices are in the same order on both."""
+    (built,), (assignment,) = best.builts, best.assignments
+    size, inner = built.costs.mesh
+    if inner != 1 or size == 1 or (1, size) in candidates(search.settings.cluster, None):
+        return best
+    batch = batch_splits(search.structure.graph)
+    ops = search.structure.graph.ops
+    carrying = sum(assignment.choices[op.name][0].name in names for op, names in zip(ops, batch, strict=True))
+    sharding = sum(assignment.choices[op.name][0].work == "split" for op in ops)
+    if 2 * carrying >= sharding:
+        return best
+    built = build(search.structure, search.costs((1, size)))
+    assignment = built.assignment(best.choices[0])
+    one = account(search.structure, built.costs, assignment)
+    return replace(best, builts=(built,), assignments=(assignment,), accounts=(one,))
+
+
+def shortfall(search: Search, best: Found) -> tuple[str, ...]:
+    """What is missing and what would help, as notes. Every number is that of a plan in hand: `best` under another optimizer or on more
+    machines with its `dp` axis longer; a search on those may need less."""
+    settings = search.settings
+
+    def on_cluster(cluster: Cluster) -> int | None:
+        (dp, tp), times = best.builts[0].costs.mesh, cluster.world_size // settings.cluster.world_size
+        graph, mesh = search.structure.graph, (dp * times, tp)
+        assignment = replace(best.assignments[0], mesh=mesh)
+        # One check for equal operations with equal choices; the assignment keeps choices alive, so an id means one.
+        kinds = {(search.structure.class_of[at], id(assignment.choices[op.name])): op for at, op in enumerate(graph.ops)}
+        if any(conflict(graph, op, assignment.choices[op.name], AXES, mesh) for op in kinds.values()):
+            return None
+        return sum(memory_bytes((account(search.structure, search.costs(mesh, cluster), assignment),)).values())
+
+    missing = best.memory_bytes - settings.limit_bytes
+    found = remedies(search.structure, settings.cluster, settings.limit_bytes, settings.optimizer, best.accounts[0], on_cluster)
+    return (
+        f"does not fit: this plan needs the least memory of those found, and {missing / 2**30:.2f} GiB ({missing} bytes) per rank more "
+        "than there is. What would fit:",
+        *(f"{number}. {text}" for number, text in enumerate(found, 1)),
+    )

@@ -1,0 +1,171 @@
+"""What one repeat of every segment takes on one rank for one microbatch: `SegmentCost`s of a decided plan, the simulator's input.
+
+Times here are before overlap: what hides behind what is for the simulator to say. Repeats that are decided alike may still differ at
+their ends (the first converts what enters), so a row has their mean, and a row's cost times its count is their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autopar.ir.assignment import Assignment, Storage
+from autopar.ir.graph import Graph
+from autopar.ir.plan import SegmentCost
+from autopar.search.build import target_states
+from autopar.search.costs import Costs, Move, Traffic
+from autopar.search.problem import Floats
+from autopar.search.rows import groups_of
+from autopar.search.structure import Structure
+
+_SCALARS = (
+    "forward_s", "backward_s", "optimizer_s", "activation_bytes", "parameter_bytes", "gradient_bytes", "optimizer_bytes",
+)  # fmt: skip
+_BY_AXIS = ("forward_comm_s", "backward_comm_s", "gather_s", "regather_s", "step_gather_s", "reduce_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`count` repeats of `length` operations from position `start` on."""
+
+    start: int
+    length: int
+    count: int
+
+
+def segment_costs(structure: Structure, costs: Costs, assignment: Assignment, rows: Sequence[Row]) -> tuple[SegmentCost, ...]:
+    """Costs of the `rows` of a graph under `assignment`."""
+    return _Segments(structure, costs, assignment).rows(rows)
+
+
+class _Segments:
+    """Numbers per operation, of shape `(operations,)` or `(operations, axes)`; parameters count for the first operation to read them."""
+
+    def __init__(self, structure: Structure, costs: Costs, assignment: Assignment) -> None:
+        self.structure, self.costs, self.graph = structure, costs, structure.graph
+        self.chosen = [assignment.choices[op.name] for op in self.graph.ops]
+        self.stored = [assignment.storage[item.fqn] for item in self.graph.parameters]
+        self.choice = np.array([id(choice) for choice in self.chosen], np.int64)
+        size = len(self.graph.ops)
+        self.scalars: dict[str, Floats] = {name: np.zeros(size) for name in _SCALARS}
+        self.by_axis: dict[str, Floats] = {name: np.zeros((size, len(costs.mesh))) for name in _BY_AXIS}
+        self.workspace, self.gathered = np.zeros(size), np.zeros(size)
+        self._operations()
+        self._edges()
+        self._parameters()
+
+    def _add_moves(self, members: Sequence[int] | np.ndarray, moves: Sequence[Move]) -> None:
+        for move in moves:
+            row = self.by_axis["forward_comm_s" if move.phase == "forward" else "backward_comm_s"]
+            np.add.at(row[:, move.axis], members, move.time_s)
+
+    def _operations(self) -> None:
+        structure, costs = self.structure, self.costs
+        for members in groups_of(np.array(structure.class_of, np.int64), self.choice):
+            row, choice = structure.classes[structure.class_of[members[0]]], self.chosen[members[0]]
+            forward_s, backward_s = costs.op_times(row.work, row.operands, row.outputs, choice)
+            term = costs.op_term(row.work, row.operands, row.outputs, choice, row.kept, row.returned)
+            # Copies on the way out are forward.
+            self.scalars["forward_s"][members] += max(forward_s, term.compute_s / costs.microbatches - backward_s)
+            self.scalars["backward_s"][members] += backward_s
+            self.scalars["activation_bytes"][members] += term.memory_bytes / costs.live
+            self.workspace[members] = costs.workspace_bytes(row.work, row.operands, row.outputs, choice)
+            self._add_moves(members, term.moves)
+
+    def _edges(self) -> None:
+        structure, costs, values = self.structure, self.costs, self.graph.values
+        if not structure.edges:
+            return
+        source, target, slot, kind = structure.edge_ends
+        storages: dict[Storage, int] = {}
+        stored = np.array([storages.setdefault(item, len(storages)) for item in self.stored] or [0], np.int64)
+        reads = slot < 0
+        start = np.where(reads, stored[np.where(reads, source, 0)], self.choice[np.where(reads, 0, source)])
+        for members in groups_of(kind, start, self.choice[target]):
+            edge, ends = structure.edges[members[0]], target[members]
+            value, choice = values[edge.value], self.chosen[int(ends[0])]
+            targets = target_states(choice, edge.slots)
+            if edge.slot >= 0:
+                state = tuple(split.outputs[edge.slot] for split in self.chosen[int(source[members[0]])])
+                copies_s = [0.0, 0.0]
+                for wanted in targets:
+                    conversion = costs.conversion(value.shape, value.dtype, value.requires_grad, state, wanted)
+                    copies_s = [copies_s[0] + conversion.copy_s[0], copies_s[1] + conversion.copy_s[1]]
+                term = costs.edge_term(value, state, targets, edge.keeps)
+                np.add.at(self.scalars["forward_s"], ends, copies_s[0])
+                np.add.at(self.scalars["backward_s"], ends, copies_s[1])
+                np.add.at(self.scalars["activation_bytes"], ends, term.memory_bytes / costs.live)
+                self._add_moves(ends, term.moves)
+            else:
+                storage = self.stored[int(source[members[0]])]
+                traffic = costs.traffic(value, storage, targets, edge.keeps == "target")
+                self._add_use(
+                    ends, storage, traffic, sum(costs.of(value, target) for target in targets), costs.shares(value, storage, targets)
+                )
+
+    def _add_use(self, ends: np.ndarray, storage: Storage, traffic: Traffic, whole_bytes: int, shares: tuple[Floats, Floats]) -> None:
+        """A parameter read by the operations at `ends`. `shares`: by axis, of gathering and of reducing, in seconds."""
+        gather_s, reduce_s = shares
+        np.add.at(self.by_axis["gather_s" if storage.gather == "use" else "step_gather_s"], ends, gather_s)
+        if traffic.regather_s:
+            np.add.at(self.by_axis["regather_s"], ends, gather_s)
+        np.add.at(self.by_axis["reduce_s"], ends, reduce_s)
+        np.add.at(self.scalars["forward_s"], ends, traffic.copy_s / self.costs.microbatches)
+        np.add.at(self.scalars["parameter_bytes"], ends, traffic.gathered_bytes)
+        np.add.at(self.scalars["gradient_bytes"], ends, traffic.gradient_bytes)
+        if storage.gather == "use":
+            np.add.at(self.gathered, ends, whole_bytes)
+
+    def _parameters(self) -> None:
+        graph = self.graph
+        for index, item in enumerate(graph.parameters):
+            readers = graph.consumers[item.value]
+            at = graph.op_index[readers[0].name] if readers else 0
+            term = self.costs.parameter_term(graph.values[item.value], self.stored[index])
+            self.scalars["optimizer_s"][at : at + 1] += term.compute_s
+            for kind, size in term.memory:
+                name = {"parameters": "parameter_bytes", "gradients": "gradient_bytes", "optimizer": "optimizer_bytes"}[kind]
+                self.scalars[name][at : at + 1] += size
+
+    # ---- rows -------------------------------------------------------------------------------------------------------------------
+
+    def rows(self, rows: Sequence[Row]) -> tuple[SegmentCost, ...]:
+        names = self.costs.names
+        found = []
+        for row in rows:
+            here = slice(row.start, row.start + row.length * row.count)
+            means = {name: float(column[here].sum()) / row.count for name, column in self.scalars.items()}
+            by_axis = {
+                name: {axis: float(total) / row.count for axis, total in zip(names, table[here].sum(0), strict=True) if total}
+                for name, table in self.by_axis.items()
+            }
+            gathered = float(self.gathered[here].max(initial=0.0))
+            # Both are for a moment, not always the same: together they are what one operation needs at most.
+            workspace = float((self.workspace[here] + self.gathered[here]).max(initial=0.0)) - gathered
+            fields: dict[str, Any] = {name: round(mean) if name.endswith("_bytes") else mean for name, mean in means.items()}
+            fields |= {"gathered_bytes": round(gathered), "workspace_bytes": round(workspace)}
+            fields |= by_axis
+            found.append(SegmentCost(**fields, checkpoint_bytes=self._checkpoint_bytes(row)))
+        return tuple(found)
+
+    def _checkpoint_bytes(self, row: Row) -> int:
+        """What a repeat reads that other operations made: all that is left of it where its forward pass runs again."""
+        graph = self.graph
+        start = row.start + (row.length if row.count > 1 else 0)
+        entering = entering_values(graph, start, start + row.length)
+        producers = {name: graph.producers[name] for name in entering}
+        total = 0
+        for name, op in producers.items():
+            choice = self.chosen[graph.op_index[op.name]]
+            total += self.costs.of(graph.values[name], tuple(split.outputs[op.outputs.index(name)] for split in choice))
+        return total
+
+
+def entering_values(graph: Graph, start: int, stop: int) -> tuple[str, ...]:
+    """Values that operations before `start` make and operations `start..stop` read, in order of reading."""
+    made = {name for op in graph.ops[start:stop] for name in op.outputs}
+    read = dict.fromkeys(name for op in graph.ops[start:stop] for name in op.operands)
+    return tuple(name for name in read if name in graph.producers and name not in made)
