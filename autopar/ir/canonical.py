@@ -6,7 +6,8 @@ A pass is a function from a graph to a graph; `EACH_ALONE`, then `ALL_TOGETHER` 
   memory: the runtime reshapes);
 - operations that change nothing (`alias`, a `_to_copy` to the same dtype, `detach` of what has no gradient, ...) are gone;
 - dropout, cross-entropy and training-mode batch norm are the operators `autopar.dropout`, `autopar.cross_entropy`, `autopar.batch_norm`,
-  whose parts can be computed on several ranks (each one's docstring below says exactly what it computes);
+  whose parts can be computed on several ranks (each one's docstring says exactly what it computes); other losses are computed row by row
+  or element by element, and then summed or averaged (`canonical_losses`);
 - what nobody reads is gone, and each module makes an equal constant tensor (`arange`, `full`, ...) once;
 - values and operations have names that depend on the graph alone, so that two traces of one model are equal texts.
 """
@@ -18,7 +19,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.ir.graph import Arg, Buffer, Constant, Graph, Input, Op, Output, Parameter, Ref, Symbol, Value
+from autopar.ir import canonical_losses
+from autopar.ir.graph import Arg, Buffer, Constant, Graph, Input, Op, Parameter, Ref, Symbol, Value
+from autopar.ir.rewriter import Rewriter
 
 Pass = Callable[[Graph], Graph]
 
@@ -51,47 +54,6 @@ def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> Graph:
     for run in passes:
         graph = run(graph)
     return graph
-
-
-class Rewriter:
-    """Builds a new list of operations while reading an old one; `stands_for` maps names of old values to what replaces them."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.values = dict(graph.values)
-        self.ops: list[Op] = []
-        self.stands_for: dict[str, str] = {}
-
-    def resolved(self, arg: Arg) -> Arg:
-        if isinstance(arg, Ref):
-            name = self.stands_for.get(arg.name)
-            return arg if name is None else Ref(name)
-        if isinstance(arg, tuple):
-            return tuple(self.resolved(item) for item in arg)
-        return arg
-
-    def read(self, op: Op) -> Op:
-        """`op` with replaced values in its arguments."""
-        if not self.stands_for or self.stands_for.keys().isdisjoint(op.operands):
-            return op
-        return replace(
-            op, args=tuple([self.resolved(arg) for arg in op.args]), kwargs=tuple((key, self.resolved(arg)) for key, arg in op.kwargs)
-        )
-
-    def drop(self, op: Op, instead: str) -> None:
-        """Leave `op` out; readers of its only result read `instead`."""
-        (name,) = op.outputs
-        self.stands_for[name] = instead
-        del self.values[name]
-
-    def done(self) -> Graph:
-        graph, stands_for = self.graph, self.stands_for
-        outputs = tuple(Output(stands_for.get(item.value, item.value), item.path) for item in graph.outputs)
-        buffers = tuple(
-            replace(item, updated=stands_for.get(item.updated, item.updated)) if item.updated is not None else item
-            for item in graph.buffers
-        )
-        return replace(graph, values=self.values, ops=tuple(self.ops), outputs=outputs, buffers=buffers)
 
 
 def _read_names(graph: Graph) -> set[str]:
@@ -141,33 +103,6 @@ def _dropout(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
     return True
 
 
-def _cross_entropy(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
-    """`autopar.cross_entropy(logits, target, ignore_index, label_smoothing) -> (loss_sum, weight_sum)`, then their quotient for a mean.
-
-    `logits`: `(m, v)` floating; `target`: `(m,)` classes. `loss_sum`: the sum of the losses of the rows whose target is not
-    `ignore_index`; `weight_sum`: the number of such rows, in the dtype of the loss. Class weights, class probabilities and
-    `reduction="none"` stay aten's.
-    """
-    logits, target, weight = op.args[0], op.args[1], op.arg(2, "weight")
-    reduction, ignore_index, smoothing = op.arg(3, "reduction", 1), op.arg(4, "ignore_index", -100), op.arg(5, "label_smoothing", 0.0)
-    assert isinstance(logits, Ref) and isinstance(target, Ref)
-    classes = rewriter.values[target.name].dtype in ("int64", "int32", "uint8")
-    if len(rewriter.values[logits.name].shape) != 2 or not classes or weight is not None or reduction not in (1, 2):
-        return False
-    (loss,) = op.outputs
-    scalar = rewriter.values[loss]
-    total, count = f"{loss}.sum", f"{loss}.count"
-    rewriter.values |= {count: replace(scalar, name=count)}
-    args = (logits, target, ignore_index, smoothing)
-    if reduction == 2:
-        rewriter.ops.append(replace(op, target="autopar.cross_entropy", args=args, kwargs=(), outputs=(loss, count)))
-        return True
-    rewriter.values |= {total: replace(scalar, name=total)}
-    rewriter.ops.append(replace(op, name=f"{op.name}.sum", target="autopar.cross_entropy", args=args, kwargs=(), outputs=(total, count)))
-    rewriter.ops.append(replace(op, target="aten.div.Tensor", args=(Ref(total), Ref(count)), kwargs=()))
-    return True
-
-
 def _batch_norm(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
     """`autopar.batch_norm(x, weight, bias, running_mean, running_var, momentum, eps) -> (y, new_mean, new_var)`, training mode.
 
@@ -198,9 +133,9 @@ def _batch_norm_evaluated(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
 _FORMS: dict[str, Callable[[Rewriter, Op, set[str]], bool]] = {
     "aten.native_dropout.default": _dropout,
     "aten.dropout.default": _dropout,
-    "aten.cross_entropy_loss.default": _cross_entropy,
     "aten._native_batch_norm_legit_functional.default": _batch_norm,
     "aten._native_batch_norm_legit_no_training.default": _batch_norm_evaluated,
+    **canonical_losses.FORMS,
 }
 
 

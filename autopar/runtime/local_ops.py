@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.ir.rules.local_context import AxisContext, LocalContext
-from autopar.ir.rules.operators import operator
 from autopar.runtime.collectives import resolve
 
 __all__ = ["LOCAL_OPS", "AxisContext", "LocalContext"]
@@ -86,16 +85,6 @@ def mean_of_part(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> 
         count *= shape[dim]
     summed: Tensor = torch.sum(x, over, keepdim, dtype=dtype)
     return summed / count
-
-
-def mean_loss_of_part(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> Tensor:
-    """`mse_loss(x, y, reduction)` and its kin with reduction `mean` (1): the sum (2) of the part over the global count."""
-    summed = (*args[:2], 2, *args[3:])
-    loss: Tensor = operator(context.target)(*summed, **{key: arg for key, arg in kwargs.items() if key != "reduction"})
-    count = 1
-    for size in context.operand_shapes[0]:
-        count *= size
-    return loss / count
 
 
 # ---- vocabulary -----------------------------------------------------------------------------------------------------------------
@@ -250,7 +239,6 @@ def _named(args: Sequence[Any], kwargs: Kwargs, names: tuple[str, ...], defaults
 LOCAL_OPS: dict[str, Callable[[Sequence[Any], Kwargs, LocalContext], Any]] = {
     "squeeze_part": squeeze_part,
     "mean_of_part": mean_of_part,
-    "mean_loss_of_part": mean_loss_of_part,
     "vocab_embedding": vocab_embedding,
     "vocab_cross_entropy": vocab_cross_entropy,
     "sync_batch_norm": sync_batch_norm,

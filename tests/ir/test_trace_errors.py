@@ -102,6 +102,14 @@ def test_wrong_arguments() -> None:
         trace(Model(branches), (torch.randn(3, 4),), {"nonsense": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("example", [(), {"mode": 1}])
+def test_missing_argument(example: Any) -> None:
+    """However torch says that `x` was not given, it is told as example inputs that do not fit."""
+    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
+    with pytest.raises(TraceError, match=r"(?s)example inputs do not fit a forward: .*'x'.*give a tuple"):
+        trace(Model(branches), args, kwargs)
+
+
 def test_opaque_input() -> None:
     with pytest.raises(TraceError, match=r"`mode` is a Opaque.*\n?.*register"):
         trace(Model(branches), (torch.randn(3, 4),), {"mode": Opaque()})

@@ -13,12 +13,23 @@ Shape = tuple[int, ...]
 _POSITIVE = {
     "log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "pow", "acos", "asin", "atanh", "logit", "erfinv", "lgamma", "digamma",
     "xlogy", "prod", "cumprod", "float_power", "div", "true_divide", "addcdiv", "fmod", "remainder", "floor_divide",
+    "binary_cross_entropy", "poisson_nll_loss", "kl_div",
 }  # fmt: skip
 """Operators whose operands are drawn from (0.25, 0.9), where they and their gradients are finite."""
 
 
 _NO_DERIVATIVE = {"copy", "detach_copy", "floor_divide", "heaviside"}
 """Operators on floats for which torch has no derivative."""
+
+
+_FIRST_WITH_GRADIENT = {
+    "soft_margin_loss": 1, "hinge_embedding_loss": 1, "cosine_embedding_loss": 2, "margin_ranking_loss": 3, "nll_loss": 1, "nll_loss_nd": 1,
+    "nll_loss2d": 1, "cross_entropy_loss": 2, "binary_cross_entropy": 2, "binary_cross_entropy_with_logits": 2,
+}  # fmt: skip
+"""How many operands, the first ones, have a gradient, where not all of them have: signs and weights of classes have none."""
+
+_SIGNS = {"hinge_embedding_loss": 1, "margin_ranking_loss": 2, "cosine_embedding_loss": 2}
+"""Operands that are 1 or -1."""
 
 
 def differentiable(op: Op) -> list[bool]:
@@ -29,7 +40,7 @@ def differentiable(op: Op) -> list[bool]:
         return [False] * count
     if "batch_norm" in name:
         return [slot < count - 2 for slot in range(count)]
-    return [slot == 0 or name != "soft_margin_loss" for slot in range(count)]
+    return [slot < _FIRST_WITH_GRADIENT.get(name, count) for slot in range(count)]
 
 
 def random_operands(op: Op, shapes: Sequence[Shape], dtypes: Sequence[str], seed: int) -> list[Tensor]:
@@ -51,6 +62,8 @@ def _random(op: Op, name: str, slot: int, shapes: Sequence[Shape], dtype: str, g
         return torch.rand(shape, generator=generator) < 0.6
     if dtype.startswith(("float", "bfloat")):
         x = torch.rand(shape, generator=generator, dtype=torch.float64)
+        if _SIGNS.get(name) == slot:
+            return (x - 0.5).sign()
         # The fourth and fifth operand of a batch norm are statistics; a variance is positive.
         return x * 0.65 + 0.25 if name in _POSITIVE or "batch_norm" in name else x * 4 - 2
     kind = getattr(torch, dtype)
@@ -107,9 +120,11 @@ _INDICES: dict[str, Callable[[Op, int, Sequence[Shape]], Range]] = {
     "embedding": lambda op, slot, shapes: (0, shapes[0][0], None),
     "cross_entropy": _classes,
     "cross_entropy_loss": _classes,
+    "target_weight": lambda op, slot, shapes: (0, 5, -100),
     "nll_loss": _classes,
     "nll_loss_nd": _classes,
     "nll_loss2d": _classes,
+    "multilabel_margin_loss": lambda op, slot, shapes: (-1, shapes[0][-1], None),
     "gather": _along,
     "scatter": _along,
     "scatter_add": _along,

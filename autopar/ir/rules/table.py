@@ -7,7 +7,7 @@ ranks or arguments. Targets are operator names with their overload; `aten.` is l
 from __future__ import annotations
 
 from autopar.ir.rules import notation
-from autopar.ir.rules.families import contractions, cuts, indexing, pointwise, reductions, views
+from autopar.ir.rules.families import contractions, cuts, indexing, losses, pointwise, reductions, views
 from autopar.ir.rules.families.common import Family
 from autopar.ir.rules.nest import Call, Nest
 
@@ -191,6 +191,9 @@ family(reductions.batch_norm_inference, "_native_batch_norm_legit_no_training.de
 family(reductions.batch_norm_eval, "batch_norm.default native_batch_norm.default cudnn_batch_norm.default")
 family(indexing.batch_norm, "autopar.batch_norm")
 
+# Between the stages of a pipeline.
+family(cuts.wire, "autopar.receive autopar.send")
+
 # Looking up.
 family(indexing.embedding, "embedding.default")
 family(indexing.gather, "gather.default")
@@ -201,11 +204,11 @@ family(indexing.index_put, "index_put.default _unsafe_index_put.default")
 family(indexing.one_hot, "one_hot.default")
 
 # Losses.
-family(indexing.cross_entropy, "autopar.cross_entropy")
-family(indexing.nll_loss, "cross_entropy_loss.default nll_loss.default nll_loss_nd.default nll_loss2d.default")
-family(
-    reductions.elementwise_loss(2), "mse_loss.default l1_loss.default smooth_l1_loss.default huber_loss.default soft_margin_loss.default"
-)
+family(losses.cross_entropy, "autopar.cross_entropy")
+rule("autopar.target_weight", "m ->", uneven="m")
+family(losses.nll_loss, "cross_entropy_loss.default nll_loss.default nll_loss_nd.default nll_loss2d.default")
+family(losses.elementwise, " ".join(name.removeprefix("aten.") for name in losses.LOSSES))
+family(losses.distance, "cosine_similarity.default pairwise_distance.default")
 
 # Replicated on purpose: made from nothing, and too small or not a sum over ranks.
 family(replicated, _RANDOM)

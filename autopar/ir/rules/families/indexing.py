@@ -1,4 +1,4 @@
-"""Operators that look up positions, and the losses that look up classes."""
+"""Operators that look up positions."""
 
 from __future__ import annotations
 
@@ -21,27 +21,6 @@ def embedding(call: Call) -> Nest | None:
     vocabulary = Split("v", inputs=(S(0), R), outputs=(P,), size=weight[0], uneven=True, implementation="vocab_embedding")
     extra = (vocabulary,) if weight[0] > 1 else ()
     return Nest(loops, (((), ("h",)), names(len(ids))), ((*names(len(ids)), ("h",)),), extra=extra)
-
-
-def cross_entropy(call: Call) -> Nest | None:
-    """`autopar.cross_entropy(logits[m v], target[m]) -> loss_sum, weight_sum`. Split `m`: both are sums over rows. Split `v`: the
-    normaliser of the softmax is reduced over the axis, the logits stay where they are."""
-    rows, classes = call.operands[0].shape
-    vocabulary = Split("v", inputs=(S(1), R), outputs=(R, R), size=classes, uneven=True, implementation="vocab_cross_entropy")
-    return Nest({"m": rows}, ((("m",), ()), (("m",),)), ((), ()), extra=(vocabulary,) if classes > 1 else ())
-
-
-def nll_loss(call: Call) -> Nest | None:
-    """`cross_entropy_loss`, `nll_loss` with class indices and without class weights: row by row where nothing is averaged."""
-    logits, target = call.operands[0], call.operands[1]
-    if len(call.operands) != 2 or len(call.outputs) != 1 or call.op.arg(3, "reduction", 1) == 1 or logits.shape[:1] != target.shape[:1]:
-        return None
-    if len(target.shape) != len(logits.shape) - 1 or len(logits.shape) < 2:
-        return None
-    space = names(len(target.shape))
-    loops = {f"d{dim}": size for dim, size in enumerate(target.shape)}
-    result: Term = space if call.op.arg(3, "reduction", 1) == 0 else ()
-    return Nest(loops, ((space[0], (), *space[1:]), space), (result,))
 
 
 def batch_norm(call: Call) -> Nest | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from autopar.ir.graph import Ref
 from autopar.ir.rules.families.common import Family, dims, names, positive, sizes
 from autopar.ir.rules.nest import Call, Nest, Term
 
@@ -134,24 +133,3 @@ def softmax(call: Call) -> Nest | None:
     term: Term = tuple(() if index == dim else (f"d{index}",) for index in range(rank))
     loops = {f"d{index}": size for index, size in enumerate(call.operands[0].shape) if index != dim}
     return Nest(loops, (term,), (term,))
-
-
-def elementwise_loss(position: int) -> Family:
-    """`mse_loss(x, y, reduction)` and its kin: a sum, a mean, or element by element.
-
-    `position` is the argument `reduction`: 0 none, 1 mean, 2 sum (`at::Reduction`).
-    """
-
-    def family(call: Call) -> Nest | None:
-        reduction = call.op.arg(position, "reduction", 1)
-        shape = call.operands[0].shape
-        if any(value.shape != shape for value in call.operands[1:]) or any(not isinstance(arg, Ref) for arg in call.op.args[:2]):
-            return None
-        full, loops = names(len(shape)), sizes(shape)
-        operands = tuple(full for _ in call.operands)
-        if reduction == 0:
-            return Nest(loops, operands, (full,))
-        implementations = dict.fromkeys(loops, "mean_loss_of_part") if reduction == 1 else {}
-        return Nest(loops, operands, ((),), implementations=implementations)
-
-    return family
