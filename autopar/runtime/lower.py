@@ -25,6 +25,7 @@ from autopar.ir.graph import Arg, Graph, Op, Ref, Symbol
 from autopar.ir.placement import RP, Placement, R
 from autopar.ir.rules.local_args import local_args
 from autopar.ir.rules.local_context import AxisContext, LocalContext
+from autopar.ir.rules.neighbours import RECEIVE, SEND
 from autopar.ir.rules.operators import operator
 from autopar.runtime import dropout
 from autopar.runtime.convert import Place, convert, convert_value, local_steps
@@ -33,7 +34,6 @@ from autopar.runtime.recompute import Around, folded
 
 Hook = Callable[[], None]
 ATTENTION = "aten.scaled_dot_product_attention.default"
-RECEIVE, SEND = "autopar.receive", "autopar.send"
 
 
 @dataclass(frozen=True, slots=True)

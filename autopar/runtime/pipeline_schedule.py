@@ -269,7 +269,8 @@ class Interpreter(_PipelineScheduleRuntime):
     """Runs `orders` (one order of actions a group) for the group of `stages`, which are all of this rank's."""
 
     def __init__(self, stages: Sequence[PipelineStage], orders: Orders, stage_groups: Sequence[int], microbatches: int) -> None:
-        super().__init__(list(stages), n_microbatches=microbatches, scale_grads=False)
+        super().__init__(list(stages), n_microbatches=microbatches, scale_grads=False)  # type: ignore[no-untyped-call]
+        self._mine = tuple(stages)
         self.stage_index_to_group_rank = dict(enumerate(stage_groups))
         actions = {
             group: _add_reduce_grad([_Action.from_str(str(action)) for action in order], microbatches) for group, order in enumerate(orders)
@@ -285,7 +286,7 @@ class Interpreter(_PipelineScheduleRuntime):
 
     def run(self, batch: Batch) -> None:
         """All actions of this group, on `batch`."""
-        for stage in self._stages:
+        for stage in self._mine:
             stage.start(batch)
         try:
             with _own_words():
@@ -294,7 +295,7 @@ class Interpreter(_PipelineScheduleRuntime):
             # A run that raised leaves receives behind that the next must not take for its own.
             self.fwd_recv_ops.clear()
             self.bwd_recv_ops.clear()
-            for stage in self._stages:
+            for stage in self._mine:
                 stage.end()
 
 

@@ -23,11 +23,11 @@ from autopar.ir.conversion import State
 from autopar.ir.graph import Graph, Op
 from autopar.ir.placement import R
 from autopar.ir.plan import SegmentPlan
-from autopar.ir.stages import Stage
+from autopar.ir.stages import RECEIVE, SEND, Stage
 from autopar.runtime.convert import Place
 from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
 from autopar.runtime.gradients import Reducer
-from autopar.runtime.lower import RECEIVE, SEND, Borders, Mode, lower
+from autopar.runtime.lower import Borders, Mode, lower
 from autopar.runtime.parameters import Leaf, uses
 from autopar.runtime.recompute import regions_of
 
@@ -55,13 +55,14 @@ class _Alive:
 class _Owed:
     """What the weights' backward pass of a microbatch still needs."""
 
-    roots: list[GradientEdge | Tensor]
+    roots: list[GradientEdge]
     gradients: list[Tensor]
     groups: list[dict[str, Any]]
 
 
 class LiveStage:
-    """`stage` for the rank at `place`, under `assignment`. `loss`: path of the output that is differentiated, where this stage makes it.
+    """`stage` for the rank at `place`, under `assignment`. `loss`: path of the output that is differentiated, where this stage makes it;
+    the whole loss is the sum of those of all `microbatches` (`loss_terms`), or equal in all and counts once.
 
     `segments`: the plan's, of this stage. `numbers`: by which number each operation draws random numbers. `splits_backward`: whether the
     schedule runs the weights' backward pass apart.
@@ -78,12 +79,15 @@ class LiveStage:
         device: torch.device,
         *,
         loss: str | None,
+        loss_terms: bool,
+        microbatches: int,
         splits_backward: bool,
     ) -> None:
         graph = stage.graph
         self.stage, self.graph, self.assignment, self.place = stage, graph, assignment, place
         self.sources, self.numbers, self.device = sources, numbers, device
         self.splits_backward = splits_backward
+        self._counts = range(microbatches) if loss_terms else range(microbatches - 1, microbatches)
         self.loss = next((index for index, output in enumerate(graph.outputs) if output.path == loss), None)
         self.receives = tuple(op for op in graph.ops if op.target == RECEIVE)
         self.sends = tuple(op for op in graph.ops if op.target == SEND)
@@ -173,7 +177,7 @@ class LiveStage:
     def backward(self, microbatch: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Both backward passes: from the gradients of what was sent (None for what carries none) to those of what was received."""
         alive = self._alive.pop(microbatch)
-        roots, given = self._seeds(alive, gradients)
+        roots, given = self._seeds(microbatch, alive, gradients)
         if roots:
             torch.autograd.backward(roots, given)
         return self._of_received(alive, gradients)
@@ -187,10 +191,10 @@ class LiveStage:
             self._owed[microbatch] = None
             return self.backward(microbatch, gradients)
         alive = self._alive.pop(microbatch)
-        roots, given = self._seeds(alive, gradients)
+        roots, given = self._seeds(microbatch, alive, gradients)
         inputs = [leaf for leaf in alive.received if leaf.requires_grad]
         if not inputs:
-            self._owed[microbatch] = _Owed(list(roots), given, [])
+            self._owed[microbatch] = _Owed([get_gradient_edge(root) for root in roots], given, [])
             return self._of_received(alive, gradients)
         # torch follows weights until they meet a path to an input. Roots that no input reaches (a table made of weights, on its way to
         # later stages) have none: their gradients go to the weights directly.
@@ -248,10 +252,10 @@ class LiveStage:
     def _weights(self) -> list[Tensor]:
         return [leaf.tensor for leaf in self.leaves if leaf.tensor.requires_grad]
 
-    def _seeds(self, alive: _Alive, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    def _seeds(self, microbatch: int, alive: _Alive, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
         roots, given = [], []
         for position, root in alive.roots:
-            gradient = torch.ones_like(root) if position is None else gradients[position]
+            gradient = torch.full_like(root, microbatch in self._counts) if position is None else gradients[position]
             assert gradient is not None
             roots.append(root)
             given.append(gradient)

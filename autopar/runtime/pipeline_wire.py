@@ -8,7 +8,7 @@ backend that serves a pair of ranks one transfer at a time (nccl) cannot deadloc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,7 @@ class Flight:
 
 
 @contextmanager
-def peer_errors(doing: str, peer: int | None = None) -> Iterator[None]:
+def peer_errors(doing: str | Callable[[], str], peer: int | None = None) -> Iterator[None]:
     """What the backend raises where another rank is gone or does not come, as a `PeerError` that says what this rank was `doing`."""
     try:
         yield
@@ -48,8 +48,9 @@ def peer_errors(doing: str, peer: int | None = None) -> Iterator[None]:
             raise
         whom = "another rank" if peer is None else f"rank {peer}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        was = doing if isinstance(doing, str) else doing()
         raise PeerError(
-            f"rank {dist.get_rank()} lost {whom} while {doing}: {reason}. That rank ended or did not answer in time; look at what it "
+            f"rank {dist.get_rank()} lost {whom} while {was}: {reason}. That rank ended or did not answer in time; look at what it "
             "printed for why, and start all ranks again"
         ) from error
 

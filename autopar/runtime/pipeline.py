@@ -1,0 +1,379 @@
+"""`PipelineModule`: a model whose stages run on different groups of ranks, microbatch after microbatch, as a schedule says.
+
+Each rank holds the parameters of its group's stages and sees every global batch whole. `step` runs the schedule, forward and backward;
+calling the module runs the forward passes alone. What the model returns is the same on every rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopar.errors import PlanError, RuntimeSetupError
+from autopar.ir.assignment import Expanded, expand_stages
+from autopar.ir.conversion import State
+from autopar.ir.placement import R
+from autopar.ir.plan import Plan
+from autopar.ir.schedule_check import check
+from autopar.ir.schedules import Action, Orders, named
+from autopar.ir.stages import RECEIVE, SEND
+from autopar.ir.trace import TracedModel
+from autopar.runtime.distributed import DistributedModule
+from autopar.runtime.evaluation import EvaluationCheck
+from autopar.runtime.handshake import agree
+from autopar.runtime.inputs import InputBinder
+from autopar.runtime.lower import Mode
+from autopar.runtime.microbatches import Microbatches, joined
+from autopar.runtime.module import NO_LOSS, loss_of, owner_of, place_on, sharded
+from autopar.runtime.pipeline_schedule import Batch, Interpreter, PipelineStage, Progress, Wire, wire
+from autopar.runtime.pipeline_stage import LiveStage, Sources
+from autopar.runtime.pipeline_tied import TiedWeight, exchange
+from autopar.runtime.pipeline_transfer import Layout, messages
+from autopar.runtime.pipeline_wire import Outbox, peer_errors, warm_up
+from autopar.runtime.process_mesh import GroupMesh
+
+
+class PipelineModule(DistributedModule):
+    """Runs `traced` as `plan` (one with a pipeline) says, on this rank of `group`; every rank makes one, with the same plan.
+
+    `local_state`: this rank's stored part of every parameter of its group's stages (`storage_of`), and their buffers whole, by
+    fully-qualified name; taken over, not copied. `expanded`: what `plan` expands to, where the caller has it already. `signature` and
+    `evaluation` as for `ParallelModule`.
+
+    Parameters are DTensors on the group's mesh under the names they have in the model, gradients too. A weight that several groups hold
+    stays equal on all of them under optimizers that work element by element.
+    """
+
+    def __init__(
+        self,
+        traced: TracedModel,
+        plan: Plan,
+        group: GroupMesh,
+        local_state: Mapping[str, Tensor],
+        *,
+        signature: inspect.Signature | None = None,
+        device: torch.device | None = None,
+        expanded: Expanded | None = None,
+        evaluation: EvaluationCheck | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        super().__init__()
+        assert plan.pipeline is not None
+        self._traced, self._plan, self._group = traced, plan, group
+        self._evaluation = evaluation
+        self._expanded = expanded or expand_stages(plan, traced.graph)
+        self._stage_groups = tuple(stage.group for stage in plan.pipeline.stages)
+        self._mine = tuple(index for index, owner in enumerate(self._stage_groups) if owner == group.index)
+        self._place = place_on(group.mesh)
+        self._device = device or next((tensor.device for tensor in local_state.values()), torch.device("cpu"))
+        body = self._expanded.microbatched.body
+        loss = loss_of(body)
+        if loss is None:
+            raise PlanError("a plan with a pipeline needs a loss to differentiate: " + NO_LOSS)
+        self._loss = loss
+        self._constants = {name: tensor.to(self._device) for name, tensor in traced.constants.items()}
+        self._storage = storage_of(self._expanded, self._mine)
+        self._register(local_state)
+        self._outbox, self._progress = Outbox(), Progress()
+        self._make_stages(plan, body.outputs[loss].path)
+        self._tied = self._find_tied()
+        self._make_binder(signature, timeout_s)
+        # Masks of dropout must agree between ranks that hold the same part.
+        seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
+        self._counter = torch.tensor([seed, 0])
+        self._sync = True
+        self._failure = ""
+        if dist.get_backend(group.everyone) == "nccl":
+            warm_up(self._pairs(), group.everyone, self._device)
+        self.register_load_state_dict_pre_hook(_leave_out_others)  # type: ignore[no-untyped-call]
+        self.train(body.training)
+
+    # ---- making ----------------------------------------------------------------------------------------------------------------------
+
+    def _register(self, local_state: Mapping[str, Tensor]) -> None:
+        """This rank's parameters and buffers under their own names."""
+        self._parameters_of: dict[str, nn.Parameter] = {}
+        graph = self._traced.graph
+        values = {item.fqn: (item, graph.values[item.value]) for item in graph.parameters}
+        buffers = {item.fqn: item for item in graph.buffers}
+        self._buffer_owners: dict[str, tuple[nn.Module, str]] = {}
+        for fqn, local in local_state.items():
+            if fqn in buffers:
+                owner, name = self._buffer_owners[fqn] = owner_of(self, fqn)
+                owner.register_buffer(name, local, persistent=buffers[fqn].persistent)
+                continue
+            item, value = values[fqn]
+            wrapped = sharded(local, self._group.mesh, self._storage[fqn], value.shape)
+            parameter = self._parameters_of[fqn] = nn.Parameter(wrapped, requires_grad=value.requires_grad)
+            for alias in (fqn, *item.aliases):
+                owner, name = owner_of(self, alias)
+                owner.register_parameter(name, parameter)
+        self._all_names = {name for item in graph.parameters for name in (item.fqn, *item.aliases)} | buffers.keys()
+
+    def _buffer(self, fqn: str) -> Tensor:
+        owner, name = self._buffer_owners[fqn]
+        buffer = owner._buffers[name]
+        assert buffer is not None
+        return buffer
+
+    def _make_stages(self, plan: Plan, loss: str) -> None:
+        assert plan.pipeline is not None
+        count, groups = self._expanded.microbatched.count, len(plan.pipeline.groups)
+        schedule = named(plan.pipeline.schedule)
+        orders = schedule.orders(groups, len(self._stage_groups) // groups, count)
+        check(orders, self._stage_groups, count)
+        numbers = self._traced.graph.op_index
+        sources = Sources(self._parameters_of, self._constants, self._buffer)
+        self._stages: list[PipelineStage] = []
+        for index in self._mine:
+            assignment = self._expanded.assignments[index]
+            stage = self._expanded.stages[index]
+            live = LiveStage(
+                stage,
+                replace(assignment, storage={fqn: replace(item, stored=self._storage[fqn]) for fqn, item in assignment.storage.items()}),
+                self._place,
+                sources,
+                plan.segments,
+                numbers,
+                self._device,
+                loss=loss,
+                loss_terms=self._expanded.microbatched.outputs[self._loss].is_partial,
+                microbatches=count,
+                splits_backward=schedule.splits_backward,
+            )
+            before = self._wires(index - 1, self._group.everyone) if index else []
+            after = self._wires(index, self._group.everyone) if index + 1 < len(self._stage_groups) else []
+            self._stages.append(PipelineStage(live, before, after, self._outbox, self._progress, self._group.index, groups))
+        forwards = [[index for index, owner in enumerate(self._stage_groups) if owner == group] for group in range(groups)]
+        evaluation: Orders = tuple(tuple(Action("F", stage, m) for stage in mine for m in range(count)) for mine in forwards)
+        self._training_run = Interpreter(self._stages, orders, self._stage_groups, count)
+        self._evaluation_run = Interpreter(self._stages, evaluation, self._stage_groups, count)
+
+    def _layout(self, group: int, state: State) -> Layout:
+        assert self._plan.pipeline is not None
+        item = self._plan.pipeline.groups[group]
+        return Layout(state, tuple(item.mesh.values()), item.first_rank)
+
+    def _wire_layouts(self, index: int) -> Iterator[tuple[str, Layout, Layout]]:
+        """What stage `index` sends to the next, in wire order: name, and how it lies on both groups."""
+        sender, receiver = self._expanded.stages[index], self._expanded.stages[index + 1]
+        sending, receiving = self._expanded.assignments[index], self._expanded.assignments[index + 1]
+        sent = {op.operands[0]: sending.operand_states(op)[0] for op in sender.graph.ops if op.target == SEND}
+        received = {op.outputs[0]: receiving.output_states(op)[0] for op in receiver.graph.ops if op.target == RECEIVE}
+        for name in sender.sends:
+            yield name, self._layout(self._stage_groups[index], sent[name]), self._layout(self._stage_groups[index + 1], received[name])
+
+    def _wires(self, index: int, everyone: dist.ProcessGroup) -> list[Wire]:
+        values = self._expanded.stages[index + 1].graph.values
+        return [
+            wire(
+                name,
+                values[name].shape,
+                getattr(torch, values[name].dtype),
+                values[name].requires_grad,
+                source,
+                target,
+                everyone,
+                self._device,
+            )
+            for name, source, target in self._wire_layouts(index)
+        ]
+
+    def _find_tied(self) -> list[TiedWeight]:
+        """The weights that other groups hold too."""
+        graph = self._traced.graph
+        groups = self._plan.groups
+        stored = [
+            storage_of(self._expanded, tuple(index for index, owner in enumerate(self._stage_groups) if owner == group))
+            for group in range(len(groups))
+        ]
+        found = []
+        for item in graph.parameters:
+            holders = {group: self._layout(group, states[item.fqn]) for group, states in enumerate(stored) if item.fqn in states}
+            if len(holders) > 1 and self._group.index in holders:
+                value = graph.values[item.value]
+                dtype = getattr(torch, value.dtype)
+                parameter = self._parameters_of[item.fqn]
+                found.append(
+                    TiedWeight(item.fqn, value.shape, dtype, holders, self._group.index, parameter, self._group.everyone, self._device)
+                )
+        return found
+
+    def _make_binder(self, signature: inspect.Signature | None, timeout_s: float) -> None:
+        whole: State = (R,) * len(self._place.mesh)
+        paths = [item.path for item in self._traced.graph.inputs]
+        given = dict.fromkeys(paths, whole)
+        batched = self._expanded.microbatched
+        if not any(item.path.startswith("@") for stage in self._stages for item in stage.live.graph.inputs):
+            batched = replace(batched, prologue=None)  # not for this rank
+        self._microbatches = Microbatches(batched, paths, given, self._place, self._device, self._constants)
+        self._binder = InputBinder(
+            self._traced, given, self._place, whole=True, device=self._device, signature=signature, timeout_s=timeout_s
+        )
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        """All pairs of ranks that ever send to each other."""
+        found: set[tuple[int, int]] = set()
+        for index in range(len(self._stage_groups) - 1):
+            values = self._expanded.stages[index + 1].graph.values
+            for name, source, target in self._wire_layouts(index):
+                if source.first_rank != target.first_rank:
+                    for there in (messages(values[name].shape, source, target), messages(values[name].shape, target, source)):
+                        found |= {(min(m.source, m.target), max(m.source, m.target)) for m in there}
+        return sorted(found)
+
+    # ---- calls -----------------------------------------------------------------------------------------------------------------------
+
+    def step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward and backward pass of one global batch, in as many microbatches as the plan has; arguments as of the model.
+
+        Adds the gradients of the global batch to `p.grad` of this rank's parameters. Returns the model's loss, a detached scalar `()`
+        that is the same on every rank. A collective call: every rank passes the same whole batch.
+        Raises `InputError` where the inputs are not of the traced shapes and types, and `PeerError` where another rank is lost.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeSetupError("`step` computes gradients, but is called under `torch.no_grad()`; call the module itself to evaluate")
+        batch = self._batch(args, kwargs, train=True)
+        with self._running("a training step"):
+            for weight in self._tied:
+                weight.set_aside()
+            self._begin()
+            self._training_run.run(batch)
+            self._progress.doing = "reducing gradients"
+            for stage in self._stages:
+                stage.live.finish(reduced=self._sync)
+            if self._sync:
+                self._progress.doing = "adding up the gradients of weights that several stages read"
+                exchange(self._tied)
+            else:
+                for weight in self._tied:
+                    weight.restore()
+            self._outbox.settle_all()
+            return self._whole_output(self._loss, train=True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own `forward`, without gradients; every rank gets all outputs, whole.
+
+        A collective call. Raises `RuntimeSetupError` in training mode while gradients are on: then `step` is what to call.
+        """
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeSetupError(
+                "this plan trains in the stages of a pipeline: call `loss = module.step(...)` in place of `module(...)` and "
+                "`loss.backward()`, then the optimizer's step as ever; to evaluate, call the module after `.eval()` or under "
+                "`torch.no_grad()`"
+            )
+        batch = self._batch(args, kwargs, train=False)
+        with self._running("an evaluation"), torch.no_grad():
+            self._begin()
+            self._evaluation_run.run(batch)
+            for stage in self._stages:
+                stage.live.finish(reduced=False)
+            self._outbox.settle_all()
+            results = [self._whole_output(index, train=False) for index in range(len(self._traced.graph.outputs))]
+        leaves = [slot.literal if slot.index is None else results[slot.index] for slot in self._traced.output_slots]
+        return pytree.tree_unflatten(leaves, self._traced.out_spec)
+
+    def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, train: bool) -> Batch:
+        if self._failure:
+            raise RuntimeSetupError(f"this module cannot go on: {self._failure}. Start all ranks again, from the last checkpoint")
+        if self.training and not self._traced.graph.training:
+            raise RuntimeSetupError(
+                "this module was planned in evaluation mode but is called in training mode; call `.eval()`, or plan after `model.train()`"
+            )
+        if not self.training and self._evaluation is not None:
+            if why := self._evaluation.problem():
+                raise RuntimeSetupError(
+                    f"this module was planned in training mode, and the model does something else in evaluation mode: {why}. "
+                    "Plan a second module after `model.eval()` for evaluation"
+                )
+            self._evaluation = None
+        buffers = {fqn: self._buffer(fqn) for fqn in self._buffer_owners}
+        inputs = self._microbatches.cut(self._binder.bind(args, kwargs), buffers)
+        counters = []
+        for _ in inputs:
+            self._counter[1] += 1
+            counters.append(self._counter.clone())
+        return Batch(inputs, counters, Mode(dropout=self.training and self._dropout, statistics=self.training), train, self._sync)
+
+    def _begin(self) -> None:
+        for stage in self._stages:
+            stage.live.begin()
+
+    @contextmanager
+    def _running(self, what: str) -> Iterator[None]:
+        """A run that raises leaves this rank and the others at different places: nothing of it may reach a next one."""
+        self._progress.doing = f"starting {what}"
+        try:
+            with peer_errors(lambda: self._progress.doing):
+                yield
+        except BaseException as error:
+            self._failure = f"{what} failed ({type(error).__name__}: {error})"
+            for stage in self._stages:
+                stage.live.abandon()
+            for weight in self._tied:
+                weight.restore()
+            self._outbox.drop()
+            raise
+
+    def _whole_output(self, index: int, *, train: bool) -> Tensor:
+        """Output `index` of the model, whole, on every rank: joined by the group that makes it, and sent to all."""
+        output = self._expanded.microbatched.body.outputs[index]
+        maker = next(i for i, stage in enumerate(self._expanded.stages) if output.path in {item.path for item in stage.graph.outputs})
+        value = self._traced.graph.values[self._traced.graph.outputs[index].value]
+        self._progress.doing = f"sending `{output.path}` to all ranks"
+        owner = self._plan.groups[self._stage_groups[maker]]
+        if self._stage_groups[maker] == self._group.index:
+            [stage] = [stage for stage in self._stages if stage.stage_index == maker]
+            position = 0 if train else [item.path for item in stage.live.graph.outputs].index(output.path)
+            terms = [stage.outputs[microbatch][position] for microbatch in sorted(stage.outputs)]
+            result = joined(terms, self._expanded.microbatched.outputs[index]).contiguous()
+        else:
+            result = torch.empty(value.shape, dtype=getattr(torch, value.dtype), device=self._device)
+        if result.numel():
+            dist.broadcast(result.view(-1).view(torch.uint8), src=owner.first_rank, group=self._group.everyone)
+        return result
+
+    # ---- training ----------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within, `step` keeps each rank's own terms of the gradients; the first step outside reduces their sum.
+
+        Costs a whole gradient's memory for parameters that are stored in parts. `p.grad` is unchanged until the reducing step.
+        """
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `nn.Module.zero_grad`; also drops terms kept under `no_sync`."""
+        super().zero_grad(set_to_none)
+        for stage in self._stages:
+            stage.live.drop_terms()
+
+
+def storage_of(expanded: Expanded, stages: Sequence[int]) -> dict[str, State]:
+    """How one group that runs `stages` stores its parameters, by name. One that several of them read is stored as the first says."""
+    found: dict[str, State] = {}
+    for index in stages:
+        for fqn, storage in expanded.assignments[index].storage.items():
+            found.setdefault(fqn, storage.stored)
+    return found
+
+
+def _leave_out_others(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
+    """A `load_state_dict` pre-hook: a state dict of the whole model may be loaded on every rank."""
+    assert isinstance(module, PipelineModule)
+    mine = {name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))}
+    for name in module._all_names - mine:
+        state_dict.pop(prefix + name, None)

@@ -1,0 +1,177 @@
+"""Random legal plans with stages, and the comparison of a model under one with itself on one device. Runs on real ranks: each calls
+`run_case`. Also a command:
+
+    python -m tests.runtime.pipeline_plans llama --seeds 0-9 --meshes 1x1,1x1 --schedule 1f1b --microbatches 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autopar.ir.assignment import Expanded
+from autopar.ir.graph import Graph
+from autopar.ir.microbatch import microbatched
+from autopar.ir.placement import R
+from autopar.ir.plan import GroupPlan, PipelinePlan, Plan, StagePlan
+from autopar.ir.schedules import named
+from autopar.ir.stages import candidates, cut
+from autopar.ir.trace import TracedModel, trace
+from autopar.runtime.checkpoint import whole_tensor
+from autopar.runtime.dropout import without_dropout
+from autopar.runtime.launch import RankPool
+from autopar.runtime.pipeline import PipelineModule, storage_of
+from autopar.runtime.process_mesh import group_mesh_for
+from autopar.runtime.shards import coordinate_of, local_part
+from tests.runtime.random_plans import AXES, Facts, Mesh, Wide, difference, example, float64, random_assignment, total, widened
+
+
+@dataclass(frozen=True)
+class Case:
+    """A zoo `model` (built with `sizes`) in stages on groups of `meshes`. `starts`: where stages start; by default spread evenly over the
+    places that make sense."""
+
+    model: str
+    meshes: tuple[Mesh, ...] = ((1, 1), (1, 1))
+    schedule: str = "1f1b"
+    microbatches: int = 2
+    stages_per_group: int = 1
+    seed: int = 0
+    starts: tuple[int, ...] | None = None
+    sizes: tuple[tuple[str, Any], ...] = ()
+    gather: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        return sum(dp * tp for dp, tp in self.meshes)
+
+
+def plan_of(case: Case, graph: Graph) -> tuple[Plan, Expanded]:
+    """A random plan; only what runs a pipeline is in it."""
+    groups, first = [], 0
+    for mesh in case.meshes:
+        groups.append(GroupPlan(first_rank=first, mesh=dict(zip(AXES, mesh, strict=True))))
+        first += mesh[0] * mesh[1]
+    count = len(groups) * case.stages_per_group
+    parts = microbatched(graph, case.microbatches)
+    starts = case.starts or _spread(candidates(parts.body), count, random.Random(case.seed))
+    stages = cut(parts.body, starts)
+    schedule = named(case.schedule)
+    rows = tuple(
+        StagePlan(name=f"stage{stage.index}", start=stage.start, stop=stage.stop, group=schedule.group_of(stage.index, len(groups)))
+        for stage in stages
+    )
+    assignments = tuple(
+        random_assignment(stage.graph, case.meshes[row.group], case.seed + stage.index) for stage, row in zip(stages, rows, strict=True)
+    )
+    pipeline = PipelinePlan(schedule=case.schedule, groups=tuple(groups), stages=rows)
+    plan = Plan.model_construct(
+        inputs=(), outputs=(), segments=(), parameters=(), mesh={"pp": len(groups)}, microbatches=case.microbatches, pipeline=pipeline
+    )
+    return plan, Expanded(parts, stages, assignments)
+
+
+def _spread(places: tuple[int, ...], count: int, choose: random.Random) -> tuple[int, ...]:
+    """`count` starts, at 0 and at random places."""
+    return (0, *sorted(choose.sample(places, count - 1)))
+
+
+def pipeline_module(model: nn.Module, traced: TracedModel, plan: Plan, expanded: Expanded, timeout_s: float = 120.0) -> PipelineModule:
+    """This rank's part of `model`, which is not changed. A collective call."""
+    assert plan.pipeline is not None
+    group = group_mesh_for([item.mesh for item in plan.pipeline.groups], "cpu", timeout_s)
+    mine = [index for index, stage in enumerate(plan.pipeline.stages) if stage.group == group.index]
+    stored = storage_of(expanded, mine)
+    sources: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names = dict.fromkeys(stored)
+    for index in mine:
+        names |= dict.fromkeys(item.fqn for item in expanded.stages[index].graph.buffers)
+    prologue = expanded.microbatched.prologue
+    names |= dict.fromkeys(item.fqn for item in (prologue.buffers if prologue else ()))
+    coordinate, sizes = coordinate_of(group.mesh), tuple(group.mesh.shape)
+    local = {
+        fqn: local_part(sources[fqn].detach(), stored.get(fqn, (R, R)), sizes, coordinate).clone(memory_format=torch.contiguous_format)
+        for fqn in names
+    }
+    return PipelineModule(traced, plan, group, local, expanded=expanded, timeout_s=timeout_s)
+
+
+def prepared(case: Case) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], TracedModel]:
+    model, args, kwargs = example(case.model, **dict(case.sizes))
+    with float64():
+        return model, args, kwargs, widened(trace(model, args, kwargs))
+
+
+def run_case(case: Case) -> tuple[float, str]:
+    """The difference between this rank's loss, gradients and buffers and those of the model on one device. Runs on every rank."""
+    torch.manual_seed(0)
+    model, args, kwargs, traced = prepared(case)
+    plan, expanded = plan_of(case, traced.graph)
+    with float64():
+        module = pipeline_module(model, traced, plan, expanded)
+        with without_dropout(module):
+            loss = module.step(*args, **kwargs)
+        found = facts_of(module, loss)
+    expected = reference(model, args, kwargs)
+    missing = expected.keys() - found.keys()
+    held = {f"gradient of {name}" for name, _ in module.named_parameters()} | {f"buffer {name}" for name, _ in module.named_buffers()}
+    if missing & held:
+        return float("inf"), f"missing: {sorted(missing & held)}"
+    return difference({name: expected[name] for name in found}, found)
+
+
+def reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
+    """Loss, gradients and buffers of `model` on one device, which get them."""
+    with float64(), without_dropout(model), Wide():
+        loss = total(model(*args, **kwargs))
+        loss.backward()  # type: ignore[no-untyped-call]
+    found = {"loss": loss.detach()}
+    found |= {f"gradient of {name}": p.grad for name, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    return found | {f"buffer {name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+def facts_of(module: PipelineModule, loss: Tensor) -> Facts:
+    found = {"loss": loss}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter.grad is not None:
+            found[f"gradient of {name}"] = whole_tensor(parameter.grad)
+    return found | {f"buffer {name}": buffer.detach().clone() for name, buffer in module.named_buffers()}
+
+
+def on_ranks(pool: RankPool, function: Callable[..., Any], case: Case, *args: Any) -> list[Any]:
+    assert case.world_size == pool.world_size == (dist.get_world_size() if dist.is_initialized() else pool.world_size)
+    return pool.run(function, case, *args, timeout_s=180)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare models under random plans with stages with themselves on one device.")
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--seeds", default="0-3")
+    parser.add_argument("--meshes", default="1x1,1x1")
+    parser.add_argument("--schedule", default="1f1b")
+    parser.add_argument("--microbatches", type=int, default=2)
+    parser.add_argument("--stages-per-group", type=int, default=1)
+    options = parser.parse_args()
+    first, last = (options.seeds.split("-") * 2)[:2]
+    meshes = tuple((int(mesh.split("x")[0]), int(mesh.split("x")[1])) for mesh in options.meshes.split(","))
+    world = sum(dp * tp for dp, tp in meshes)
+    with RankPool(world, threads=1, collective_timeout_s=60) as pool:
+        for name in options.models:
+            for seed in range(int(first), int(last) + 1):
+                case = Case(name, meshes, options.schedule, options.microbatches, options.stages_per_group, seed)
+                try:
+                    error, where = max(on_ranks(pool, run_case, case))
+                    print(f"{name} seed {seed}: {error:.1e} {where}{'' if error < 1e-10 else '   <----'}", flush=True)
+                except Exception as failure:
+                    print(f"{name} seed {seed}: {type(failure).__name__}: {failure}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
