@@ -37,6 +37,7 @@ Size = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Bytes = Size
 Seconds = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Data(BaseModel):
@@ -62,6 +63,8 @@ class ClusterInfo(_Data):
     nodes: Count
     memory_bytes: Bytes
     """Memory of one device; the budget is `Predicted.memory_limit_bytes`."""
+    felt_share: Share = 0.0
+    """Of the time of traffic that runs beside computing, so much is felt by what computes (`autopar.ir.cluster.Device`)."""
 
 
 class InputPlan(_Data):
