@@ -1,0 +1,100 @@
+"""Stages priced by tables, and the most plainly written simulator, for tests of the stage search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.ir.schedules import named
+from autopar.search.stage_search import Group, Pipeline, Simulated, StageCost
+
+
+@dataclass(frozen=True)
+class Unit:
+    forward_s: float
+    backward_s: float
+    parameter_bytes: float = 0.0
+    activation_bytes: float = 0.0
+    """Per global batch, kept and sent on."""
+
+
+@dataclass(frozen=True)
+class TableCosts:
+    """Replicas of stages: a microbatch's samples split over the devices of a group, gradients reduced at the end."""
+
+    rows: tuple[Unit, ...]
+    inner_s: float = 0.1
+    outer_s: float = 1.0
+    """Per byte, inside a node and between nodes."""
+    weight_share: float = 0.5
+    slow_lean: bool = False
+    """Also offer to keep half of the activations, for a third more backward time."""
+
+    @property
+    def units(self) -> int:
+        return len(self.rows)
+
+    def kind(self, unit: int) -> Unit:
+        return self.rows[unit]
+
+    def options(self, start: int, stop: int, group: Group, microbatches: int, live: int) -> tuple[StageCost, ...]:
+        rows = self.rows[start:stop]
+        part = 1 / (microbatches * group.size)
+        parameters = sum(row.parameter_bytes for row in rows)
+        link = self.inner_s if len(group.devices) == 1 else self.outer_s
+        backward = sum(row.backward_s for row in rows) * part
+        kept = sum(row.activation_bytes for row in rows) * part
+        plain = StageCost(
+            forward_s=sum(row.forward_s for row in rows) * part,
+            backward_s=backward,
+            weight_s=self.weight_share * backward,
+            after_s=2 * link * parameters * (group.size - 1) / group.size,
+            fixed_bytes=2 * parameters,
+            live_bytes=kept,
+        )
+        if not self.slow_lean:
+            return (plain,)
+        lean = StageCost(
+            plain.forward_s, plain.backward_s * 4 / 3, plain.weight_s, 0.0, plain.after_s, plain.fixed_bytes, kept / 2, 0.0, "lean"
+        )
+        return plain, lean
+
+    def transfer(self, cut: int, sender: Group, receiver: Group, microbatches: int) -> tuple[float, float]:
+        same = len({node for node, _ in sender.devices + receiver.devices}) == 1
+        seconds = (self.inner_s if same else self.outer_s) * self.rows[cut - 1].activation_bytes / microbatches
+        return seconds / min(sender.size, receiver.size), seconds / receiver.size
+
+
+def replay(pipeline: Pipeline) -> Simulated:
+    """Each group does its actions in order, each as soon as what it reads is there; transfers take their time and disturb nobody."""
+    stages, m = pipeline.stages, pipeline.microbatches
+    schedule = named(pipeline.schedule)
+    orders = schedule.orders(pipeline.groups, len(stages) // pipeline.groups, m)
+    done: dict[tuple[str, int, int], float] = {}
+    clock = [0.0] * pipeline.groups
+    place = [0] * pipeline.groups
+    while any(place[group] < len(order) for group, order in enumerate(orders)):
+        for group, order in enumerate(orders):
+            while place[group] < len(order):
+                kind, stage, number = order[place[group]]
+                cost = stages[stage].cost
+                split = schedule.splits_backward
+                ready = 0.0
+                if kind == "F":
+                    seconds = cost.forward_s
+                    if stage:
+                        if ("F", stage - 1, number) not in done:
+                            break
+                        ready = done["F", stage - 1, number] + stages[stage].transfer_s[0]
+                elif kind == "W":
+                    seconds = cost.weight_s
+                else:
+                    seconds = cost.backward_s - (cost.weight_s if split else 0.0)
+                    if stage + 1 < len(stages):
+                        if ("B", stage + 1, number) not in done:
+                            break
+                        ready = done["B", stage + 1, number] + stages[stage + 1].transfer_s[1]
+                clock[group] = max(clock[group], ready) + seconds
+                done["B" if kind == "I" else kind, stage, number] = clock[group]
+                place[group] += 1
+    ends = [clock[schedule.group_of(number, pipeline.groups)] + stage.cost.after_s for number, stage in enumerate(stages)]
+    return Simulated(max(ends), 0.0, 0.0, ())
