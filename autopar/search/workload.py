@@ -1,0 +1,183 @@
+"""What a step consists of: the simulator's input, plain data that plans, profiles and tests fill alike.
+
+A `Stage` is a row of `Piece`s (repeats of layers, or one piece for all), on one group of ranks. All ranks of a group do the same at the
+same time, so one stands for all of them. A `Flow` is communication: so many seconds if it had its links for itself.
+
+`of_plan` reads all of this from a plan file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from autopar.errors import PlanError
+from autopar.ir.plan import GroupPlan, Plan, SegmentPlan, StagePlan
+from autopar.ir.schedules import Orders, named
+
+Links = tuple[tuple[str, float], ...]
+"""Ends of links that a flow occupies, and the share of each that it takes when it runs alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Communication that takes `seconds` alone. Flows of one `stream` of a group run one after the other, as they were issued."""
+
+    seconds: float
+    links: Links = ()
+    stream: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A repeat of layers on one rank; times and activations are of one microbatch.
+
+    `backward_s` is the whole backward pass, of which `weight_s` are gradients of weights (`I` takes the difference, `W` takes `weight_s`).
+    `forward_comm`, `backward_comm`: collectives that computing waits for. `gather`, `regather`: parameters, fetched ahead of each forward
+    or backward pass; `step_gather`: ahead of the first forward pass only. `reduce`: gradients, behind the last backward pass.
+    `recompute`: the backward pass runs the forward pass again. Bytes are those of `autopar.ir.plan.SegmentCost`.
+    """
+
+    name: str
+    forward_s: float
+    backward_s: float
+    weight_s: float = 0.0
+    forward_comm: tuple[Flow, ...] = ()
+    backward_comm: tuple[Flow, ...] = ()
+    gather: tuple[Flow, ...] = ()
+    regather: tuple[Flow, ...] = ()
+    step_gather: tuple[Flow, ...] = ()
+    reduce: tuple[Flow, ...] = ()
+    optimizer_s: float = 0.0
+    recompute: bool = False
+    activation_bytes: float = 0.0
+    checkpoint_bytes: float = 0.0
+    parameter_bytes: float = 0.0
+    gradient_bytes: float = 0.0
+    optimizer_bytes: float = 0.0
+    gathered_bytes: float = 0.0
+    workspace_bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """`pieces` in forward order, on `group`. `receive`: one microbatch from the stage before; `returns`: its gradients back to that
+    stage. Both None for the first stage and where the stage before is on the same group."""
+
+    name: str
+    group: int
+    pieces: tuple[Piece, ...]
+    receive: Flow | None = None
+    returns: Flow | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One step: `stages` in order, `orders` of actions by group (`autopar.ir.schedules`).
+
+    `felt_share`: of the time that a group communicates beside computing, so much is lost to its computing (`Device.felt_share`).
+    `resident_bytes`: by group, held all the time beside parameters (inputs, buffers). `ranks`: by group, for labels.
+    """
+
+    stages: tuple[Stage, ...]
+    orders: Orders
+    felt_share: float = 0.0
+    resident_bytes: tuple[float, ...] = ()
+    ranks: tuple[range, ...] = ()
+
+    @property
+    def groups(self) -> int:
+        return len(self.orders)
+
+    @property
+    def microbatches(self) -> int:
+        return 1 + max(action.microbatch for action in self.orders[0])
+
+
+def of_plan(plan: Plan) -> Workload:
+    """The step that `plan` describes. Raises `PlanError` where its schedule cannot have its stages and microbatches."""
+    groups = plan.groups
+    if plan.pipeline is None:
+        stages: Sequence[StagePlan] = (StagePlan(name="", start=0, stop=plan.model.operations, group=0),)
+        orders = named("gpipe" if plan.microbatches == 1 else "1f1b").orders(1, 1, plan.microbatches)
+    else:
+        stages = plan.pipeline.stages
+        if not stages or len(stages) % len(groups):
+            raise PlanError(f"{len(stages)} stages cannot be laid on {len(groups)} groups evenly; give each group as many as the others")
+        schedule = named(plan.pipeline.schedule)
+        orders = schedule.orders(len(groups), len(stages) // len(groups), plan.microbatches)
+        for index, stage in enumerate(stages):
+            if stage.group != (right := schedule.group_of(index, len(groups))):
+                raise PlanError(f"stage {index} is on group {stage.group}; schedule {schedule.name} has it on group {right}")
+    places = [_Place(plan, index, group) for index, group in enumerate(groups)]
+    found = []
+    for index, row in enumerate(stages):
+        place = places[row.group]
+        pieces = [piece for segment in plan.segments if segment.stage == index for piece in _pieces(segment, place)]
+        before = places[stages[index - 1].group] if index else place
+        receive = returns = None
+        if before is not place:
+            receive, returns = before.to(place, row.receives_s), place.to(before, row.returns_s)
+        found.append(Stage(row.name or f"stage {index}", row.group, tuple(pieces), receive, returns))
+    ranks = tuple(place.ranks for place in places)
+    return Workload(tuple(found), orders, plan.cluster.felt_share, tuple(map(float, plan.predicted.resident_bytes)), ranks)
+
+
+def _pieces(segment: SegmentPlan, place: _Place) -> list[Piece]:
+    cost = segment.cost
+
+    def flows(by_axis: Mapping[str, float]) -> tuple[Flow, ...]:
+        return tuple(place.collective(axis, seconds) for axis, seconds in by_axis.items() if seconds > 0)
+
+    def piece(repeat: int) -> Piece:
+        return Piece(
+            segment.name if segment.count == 1 else f"{segment.name} #{repeat}",
+            cost.forward_s, cost.backward_s, min(cost.weight_s, cost.backward_s), flows(cost.forward_comm_s), flows(cost.backward_comm_s),
+            flows(cost.gather_s), flows(cost.regather_s), flows(cost.step_gather_s), flows(cost.reduce_s), cost.optimizer_s,
+            repeat < segment.recompute, cost.activation_bytes, cost.checkpoint_bytes, cost.parameter_bytes, cost.gradient_bytes,
+            cost.optimizer_bytes, cost.gathered_bytes, cost.workspace_bytes,
+        )  # fmt: skip
+
+    return [piece(repeat) for repeat in range(segment.count)]
+
+
+class _Place:
+    """Where a group lies: which links its collectives and transfers take.
+
+    Every device has its own end of the link inside the machine and its own network card (`autopar.ir.cluster.Link`), so that ranks of
+    one machine are in each other's way only where a collective borrows the cards of its neighbours: the ring of an axis that crosses
+    machines runs over all cards of a machine (`autopar.search.collectives.axes`), also where groups share it.
+    """
+
+    def __init__(self, plan: Plan, index: int, group: GroupPlan) -> None:
+        self.index, self.mesh = index, group.mesh
+        self.per_node = plan.cluster.devices_per_node
+        self.ranks = range(group.first_rank, group.first_rank + prod(group.mesh.values()))
+        self.nodes = range(self.ranks[0] // self.per_node, self.ranks[-1] // self.per_node + 1)
+
+    def collective(self, axis: str, seconds: float) -> Flow:
+        sizes = list(self.mesh.values())
+        position = list(self.mesh).index(axis) if axis in self.mesh else 0
+        block = prod(sizes[position:])
+        crosses = any(at // self.per_node != (at + block - 1) // self.per_node for at in range(self.ranks[0], self.ranks[-1] + 1, block))
+        if not crosses:
+            return Flow(seconds, tuple((f"group {self.index} inside {way}", 1.0) for way in ("out", "in")), axis)
+        links = [(f"group {self.index} {way}", 1.0) for way in ("out", "in")]
+        links += [(f"node {node} {way}", 1.0) for node in self.nodes for way in ("out", "in")]
+        return Flow(seconds, tuple(links), axis)
+
+    def to(self, other: _Place, seconds: float) -> Flow:
+        """One microbatch to `other`; where more ranks receive than send, each sender's link serves several."""
+        fan = max(1.0, len(other.ranks) / len(self.ranks))
+        if self.nodes[0] == self.nodes[-1] == other.nodes[0] == other.nodes[-1]:
+            return Flow(seconds, ((f"group {self.index} inside out", fan), (f"group {other.index} inside in", 1.0)))
+        links = [(f"group {self.index} out", fan), (f"group {other.index} in", 1.0)]
+        links += [(f"node {node} out", fan * self._cards(node)) for node in self.nodes]
+        links += [(f"node {node} in", other._cards(node)) for node in other.nodes]
+        return Flow(seconds, tuple(links))
+
+    def _cards(self, node: int) -> float:
+        """The share of a machine's network cards that belong to the group's ranks."""
+        first, last = node * self.per_node, (node + 1) * self.per_node
+        return len(range(max(first, self.ranks[0]), min(last, self.ranks[-1] + 1))) / self.per_node
