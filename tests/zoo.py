@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,6 +88,37 @@ class ConvNet(nn.Module):
         return {"loss": F.cross_entropy(scores, label), "scores": scores}
 
 
+class UNet(nn.Module):
+    """Down and up again, each level handed across to the way up; a class for every pixel. `norm`: `"none"`, `"group"` or `"batch"`."""
+
+    def __init__(self, width: int = 8, layers: int = 2, norm: str = "none", classes: int = 5) -> None:
+        super().__init__()
+        widths = [width * 2**level for level in range(layers + 1)]
+        pairs = list(pairwise(widths))
+        self.stem = UNetBlock(3, width, norm)
+        self.down = nn.ModuleList(UNetBlock(narrow, wide, norm) for narrow, wide in pairs)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 2, stride=2) for narrow, wide in reversed(pairs))
+        self.join = nn.ModuleList(UNetBlock(2 * narrow, narrow, norm) for narrow, _ in reversed(pairs))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        x = self.stem(image)
+        skips = []
+        for block in self.down:
+            skips.append(x)
+            x = block(F.max_pool2d(x, 2))
+        for up, join in zip(self.up, self.join, strict=True):
+            x = join(torch.cat([skips.pop(), up(x)], 1))
+        scores = self.head(x)
+        return {"loss": F.cross_entropy(scores, mask), "scores": scores}
+
+
+class UNetBlock(nn.Sequential):
+    def __init__(self, inside: int, outside: int, norm: str) -> None:
+        norms = {"none": nn.Identity, "group": lambda: nn.GroupNorm(2, outside), "batch": lambda: nn.BatchNorm2d(outside)}
+        super().__init__(nn.Conv2d(inside, outside, 3, padding=1), norms[norm](), nn.SiLU())
+
+
 def _hf(model_class: str, config_class: str, layers_name: str, **defaults: Any) -> Callable[..., nn.Module]:
     def build(layers: int = 2, device: str = "cpu", seed: int = 0, **overrides: Any) -> nn.Module:
         import transformers
@@ -101,13 +133,26 @@ def _hf(model_class: str, config_class: str, layers_name: str, **defaults: Any) 
     return build
 
 
-def _plain(model_class: type[nn.Module]) -> Callable[..., nn.Module]:
+def _plain(model_class: type[nn.Module], **defaults: Any) -> Callable[..., nn.Module]:
     def build(layers: int = 2, device: str = "cpu", seed: int = 0, **overrides: Any) -> nn.Module:
         torch.manual_seed(seed)
         with torch.device(device):
-            return model_class(layers=layers, **overrides).train()
+            return model_class(layers=layers, **(defaults | overrides)).train()
 
     return build
+
+
+def _statistics_kept(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`build` with its batch norms in evaluation mode, as when a trained model is tuned: rows of the batch do not depend on each other."""
+
+    def frozen(**options: Any) -> nn.Module:
+        model = build(**options)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return model
+
+    return frozen
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -147,7 +192,25 @@ def _image_and_label(model: nn.Module, batch: int = 4, sequence: int = 16, devic
     return {"image": named["pixel_values"][:, :, ::2, ::2].contiguous(), "label": named["labels"]}
 
 
+def _image_and_mask(model: nn.Module, batch: int = 4, sequence: int = 16, device: str = "cpu", seed: int = 1) -> dict[str, Tensor]:
+    """`image`: `(batch, 3, 16, 16)`; `mask`: `(batch, 16, 16)` classes, some ignored (-100), unevenly over the rows."""
+    image = _images(model, batch, sequence, device, seed)["pixel_values"][:, :, ::2, ::2].contiguous()
+    mask = torch.randint(0, 5, (batch, 16, 16), generator=_generator(seed))
+    mask[0, :5] = -100
+    return {"image": image, "mask": mask.to(device)}
+
+
 _ATTENTION = {"num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
+
+_RESNET = _hf(
+    "ResNetForImageClassification",
+    "ResNetConfig",
+    "depths",
+    embedding_size=16,
+    hidden_sizes=[16, 32],
+    layer_type="basic",
+    num_labels=10,
+)
 
 _ENTRIES = (
     Entry(
@@ -184,23 +247,33 @@ _ENTRIES = (
         _tokens,
     ),
     Entry(
+        "bart",
+        _hf(
+            "BartForConditionalGeneration",
+            "BartConfig",
+            "encoder_layers",
+            decoder_layers=2,
+            d_model=32,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            vocab_size=256,
+            max_position_embeddings=32,
+            forced_eos_token_id=2,
+        ),
+        _tokens,
+    ),
+    Entry(
         "vit",
         _hf("ViTForImageClassification", "ViTConfig", "num_hidden_layers", **_ATTENTION, image_size=32, patch_size=8, num_labels=10),
         _images,
     ),
-    Entry(
-        "resnet",
-        _hf(
-            "ResNetForImageClassification",
-            "ResNetConfig",
-            "depths",
-            embedding_size=16,
-            hidden_sizes=[16, 32],
-            layer_type="basic",
-            num_labels=10,
-        ),
-        _images,
-    ),
+    Entry("resnet", _RESNET, _images),
+    Entry("resnet-tuned", _statistics_kept(_RESNET), _images),
+    Entry("unet", _plain(UNet), _image_and_mask),
+    Entry("unet-groups", _plain(UNet, norm="group"), _image_and_mask),
+    Entry("unet-batch", _plain(UNet, norm="batch"), _image_and_mask),
     Entry("mlp", _plain(MLP), _rows, has_loss=False),
     Entry("encoder", _plain(Encoder), _token_pair),
     Entry("convnet", _plain(ConvNet), _image_and_label),
