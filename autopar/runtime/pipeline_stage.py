@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-# Private in PyTorch; should they move: a backward pass for inputs alone and one for weights alone, as in zero-bubble schedules.
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+# Private in PyTorch; should they move: a backward pass for inputs alone and one for weights alone, as in zero-bubble schedules, and
+# what goes with them to walk an autograd graph against its arrows.
+from torch.distributed.pipelining._backward import (
+    construct_reverse_graph,
+    reverse_closure,
+    stage_backward_input,
+    stage_backward_weight,
+)
 
 from autopar.ir.assignment import Assignment
 from autopar.ir.conversion import State
@@ -107,7 +113,7 @@ class LiveStage:
         self._programs: dict[tuple[Mode, bool], fx.GraphModule] = {}
         self._alive: dict[int, _Alive] = {}
         self._owed: dict[int, _Owed | None] = {}
-        self._reach: tuple[bool, ...] | None = None
+        self._at_once: frozenset[int] | None = None
 
     # ---- states on the wire --------------------------------------------------------------------------------------------------------
 
@@ -193,24 +199,15 @@ class LiveStage:
         alive = self._alive.pop(microbatch)
         roots, given = self._seeds(microbatch, alive, gradients)
         inputs = [leaf for leaf in alive.received if leaf.requires_grad]
-        if not inputs:
+        if not inputs or not roots:
             self._owed[microbatch] = _Owed([get_gradient_edge(root) for root in roots], given, [])
             return self._of_received(alive, gradients)
-        # torch follows weights until they meet a path to an input. Roots that no input reaches (a table made of weights, on its way to
-        # later stages) have none: their gradients go to the weights directly.
-        if self._reach is None:
-            self._reach = tuple(_reaches(root, inputs) for root in roots)
-        reached = [item for item, reach in zip(zip(roots, given, strict=True), self._reach, strict=True) if reach]
-        others = [item for item, reach in zip(zip(roots, given, strict=True), self._reach, strict=True) if not reach]
-        groups: list[dict[str, Any]] = []
-        if reached:
-            _, groups = stage_backward_input(
-                [root for root, _ in reached],
-                [gradient for _, gradient in reached],
-                inputs,
-                iter(self._weights()),  # type: ignore[arg-type]  # any leaf will do
-            )
-        self._owed[microbatch] = _Owed([get_gradient_edge(root) for root, _ in others], [gradient for _, gradient in others], groups)
+        if self._at_once is None:
+            self._at_once = _not_apart(roots, inputs, self._weights())
+        at_once = [weight for index, weight in enumerate(self._weights()) if index in self._at_once]
+        apart = [weight for index, weight in enumerate(self._weights()) if index not in self._at_once]
+        _, groups = stage_backward_input(roots, given, [*inputs, *at_once], iter(apart))  # type: ignore[arg-type]  # any leaf will do
+        self._owed[microbatch] = _Owed([], [], groups)
         return self._of_received(alive, gradients)
 
     def backward_weight(self, microbatch: int) -> None:
@@ -219,8 +216,7 @@ class LiveStage:
         if owed is None:
             return
         if owed.roots:
-            # What these roots share with others is still needed.
-            torch.autograd.backward(owed.roots, owed.gradients, retain_graph=bool(owed.groups))
+            torch.autograd.backward(owed.roots, owed.gradients)
         if owed.groups:
             stage_backward_weight(iter(self._weights()), owed.groups)  # type: ignore[arg-type]
 
@@ -311,16 +307,26 @@ class _StepReducer(Reducer):
         self._next = 0
 
 
-def _reaches(root: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether a gradient of `root` flows to one of `inputs`, which are leaves."""
-    goals = {get_gradient_edge(leaf).node for leaf in inputs}
-    seen: set[Node] = set()
-    pending = [get_gradient_edge(root).node]
-    while pending:
-        node = pending.pop()
-        if node in goals:
-            return True
-        if node not in seen:
-            seen.add(node)
-            pending += [following for following, _ in node.next_functions if following is not None]
-    return False
+def _not_apart(roots: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> frozenset[int]:
+    """Positions of those `weights` whose gradients must be computed together with those of the `inputs`.
+
+    PyTorch's backward pass for weights starts where a weight's path meets the path to an input. A weight that meets it in several places
+    (one used twice) would have it run the path between them again, and one that reaches a root on a path of its own (a table that is
+    sent on to later stages) would lose that part of its gradient.
+    """
+    ends = [get_gradient_edge(root).node for root in roots]
+    behind = construct_reverse_graph(ends)
+    goals = [get_gradient_edge(leaf).node for leaf in inputs]
+    nodes = [get_gradient_edge(weight).node for weight in weights]
+    found: set[int] = set()
+    while True:
+        toward, _ = reverse_closure([*goals, *(nodes[index] for index in found)], set(), behind)
+        more = set()
+        for index, node in enumerate(nodes):
+            if index not in found:
+                own, meets = reverse_closure([node], toward, behind)
+                if len(meets) > 1 or any(end in own for end in ends):
+                    more.add(index)
+        if not more:
+            return frozenset(found)
+        found |= more
