@@ -16,6 +16,9 @@ from autopar.errors import PlanError
 from autopar.ir.plan import GroupPlan, Plan, SegmentPlan, StagePlan
 from autopar.ir.schedules import Orders, named
 
+MOST_PIECES = 1_000_000
+"""More repeats than any model has; a plan file that says more would fill the memory of whoever simulates it."""
+
 Links = tuple[tuple[str, float], ...]
 """Ends of links that a flow occupies, and the share of each that it takes when it runs alone."""
 
@@ -98,6 +101,8 @@ class Workload:
 def of_plan(plan: Plan) -> Workload:
     """The step that `plan` describes. Raises `PlanError` where its schedule cannot have its stages and microbatches."""
     groups = plan.groups
+    if (repeats := sum(segment.count for segment in plan.segments)) > MOST_PIECES:
+        raise PlanError(f"the segments of the plan have {repeats:,} repeats; more than {MOST_PIECES:,} cannot be simulated")
     if plan.pipeline is None:
         stages: Sequence[StagePlan] = (StagePlan(name="", start=0, stop=plan.model.operations, group=0),)
         orders = named("gpipe" if plan.microbatches == 1 else "1f1b").orders(1, 1, plan.microbatches)
