@@ -200,7 +200,10 @@ class _Builder:
             graph = self.structure.graph
             value = graph.values[graph.parameters[index].value]
             terms = [self.costs.parameter_term(value, storage) for storage in options if isinstance(storage, Storage)]
-            found = self._add(np.array([term.cost_s for term in terms]), np.array([term.memory_bytes for term in terms]))
+            # With one microbatch, gradients come as activations go: the peak is above the sum of all else, and often no more than that.
+            left = ("gradients",) if self.costs.microbatches == 1 else ()
+            memory = [sum(size for kind, size in term.memory if kind not in left) for term in terms]
+            found = self._add(np.array([term.cost_s for term in terms]), np.array(memory, np.float64))
             self._table_of["parameter", key] = found
         return found
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal, TypeVar, cast
 
@@ -27,26 +27,36 @@ from autopar.ir.plan import (
     ParameterPlan,
     Plan,
     Predicted,
+    SegmentCost,
     SegmentPlan,
 )
 from autopar.ir.rules import unruled
 from autopar.search.account import Account, Run
 from autopar.search.costs import Costs, home
-from autopar.search.segments import Row, segment_costs
+from autopar.search.segments import Row, decided_rows, segment_costs
 from autopar.search.structure import Structure
 
 T = TypeVar("T", bound=Hashable)
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Part:
-    """A stage as it is decided: `structure` of its graph, `costs` on its ranks, the `assignment`, and what it adds up to."""
+    """A stage as it is decided: `structure` of its graph, `costs` on its ranks, the `assignment`, and what it adds up to: in all, and for
+    a repeat of every row of the plan."""
 
     structure: Structure
     costs: Costs
     assignment: Assignment
     account: Account
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        return decided_rows(self.structure, self.assignment)
+
+    @cached_property
+    def row_costs(self) -> tuple[SegmentCost, ...]:
+        return segment_costs(self.structure, self.costs, self.assignment, self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,24 +192,19 @@ class _Writer:
         graph, choices = self.graph, self.assignment.choices
         rows: list[tuple[str, Row, tuple[OpPlan, ...]]] = []
         names: Counter[str] = Counter()
-        for segment in self.structure.op_segments:
-            starts = range(segment.start, segment.stop, segment.length)
-            bodies = [tuple(choices[op.name] for op in graph.ops[start : start + segment.length]) for start in starts]
-            for first, last in _runs(bodies):
-                start = starts[first]
-                ops = []
-                for op in graph.ops[start : start + segment.length]:
-                    split = {axis: item.name for axis, item in zip(self.assignment.axes, choices[op.name], strict=True)}
-                    output = self._axes(self.assignment.output_states(op)[0]) if op.outputs else self._axes((R,) * len(split))
-                    ops.append(OpPlan(name=op.name, target=op.target, module=op.module, split=split, output=output))
-                name = self._name(start, segment.length, last - first)
-                names[name] += 1
-                name += f" ({names[name]})" if names[name] > 1 else ""
-                rows.append((name, Row(start, segment.length, last - first), tuple(ops)))
-        costs = segment_costs(self.structure, self.part.costs, self.assignment, [row for _, row, _ in rows])
+        for row in self.part.rows:
+            ops = []
+            for op in graph.ops[row.start : row.start + row.length]:
+                split = {axis: item.name for axis, item in zip(self.assignment.axes, choices[op.name], strict=True)}
+                output = self._axes(self.assignment.output_states(op)[0]) if op.outputs else self._axes((R,) * len(split))
+                ops.append(OpPlan(name=op.name, target=op.target, module=op.module, split=split, output=output))
+            name = self._name(row.start, row.length, row.count)
+            names[name] += 1
+            name += f" ({names[name]})" if names[name] > 1 else ""
+            rows.append((name, row, tuple(ops)))
         return tuple(
             SegmentPlan(stage=self.stage, name=name, start=row.start, length=row.length, count=row.count, cost=cost, ops=ops)
-            for (name, row, ops), cost in zip(rows, costs, strict=True)
+            for (name, row, ops), cost in zip(rows, self.part.row_costs, strict=True)
         )
 
     def _name(self, start: int, length: int, count: int) -> str:
@@ -300,9 +305,3 @@ def _folded(names: list[str]) -> str:
     if len({tuple(part[::2]) for part in parts}) == 1 and len(numbers) <= 1:
         return folded_names.fold(unique)
     return f"{unique[0]} (and {len(unique) - 1} more)"
-
-
-def _runs(items: Sequence[T]) -> list[tuple[int, int]]:
-    """Half-open runs of equal neighbours."""
-    starts = [0, *(index for index in range(1, len(items)) if items[index] != items[index - 1]), len(items)]
-    return list(pairwise(starts))

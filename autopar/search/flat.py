@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from autopar.errors import InfeasibleError, PinError
 from autopar.ir.assignment import conflict
 from autopar.ir.cluster import Cluster
-from autopar.search.account import account, memory_bytes
+from autopar.search.account import account
 from autopar.search.build import Built, Restriction, build
 from autopar.search.costs import Costs
+from autopar.search.describe import Part
 from autopar.search.follow import batch_splits
 from autopar.search.meshes import AXES, Mesh, candidates
 from autopar.search.pins import Pins, check_options
-from autopar.search.place import Found, Settings, rank
+from autopar.search.place import Found, Settings, alone, peak, rank
 from autopar.search.remedies import remedies
 from autopar.search.structure import Structure
 
@@ -71,7 +72,7 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
         if best is not None and best.fits and relaxed_s >= best.cost_s:
             bound_s = min(bound_s, relaxed_s)
             continue
-        found = search.settings.solve((one,))
+        found = search.settings.solve(alone(one))
         bound_s = min(bound_s, max(found.bound_s, relaxed_s) if found.fits else found.bound_s)
         if best is None or rank(found) < rank(best):
             best = found
@@ -89,7 +90,8 @@ def named_for_what_it_does(search: Search, best: Found) -> Found:
     """A mesh of one axis is searched under the name `dp`; where its plan does not split the batch it is called `tp`.
 
     Only where both lie on the same links; choices are in the same order on both."""
-    (built,), (assignment,) = best.builts, best.assignments
+    (built,), (part,) = best.place.builts, best.parts
+    assignment = part.assignment
     size, inner = built.costs.mesh
     if inner != 1 or size == 1 or (1, size) in candidates(search.settings.cluster, None):
         return best
@@ -102,7 +104,7 @@ def named_for_what_it_does(search: Search, best: Found) -> Found:
     built = build(search.structure, search.costs((1, size)))
     assignment = built.assignment(best.choices[0])
     one = account(search.structure, built.costs, assignment)
-    return replace(best, builts=(built,), assignments=(assignment,), accounts=(one,))
+    return replace(best, place=alone(built), parts=(Part(search.structure, built.costs, assignment, one),))
 
 
 def shortfall(search: Search, best: Found) -> tuple[str, ...]:
@@ -111,17 +113,19 @@ def shortfall(search: Search, best: Found) -> tuple[str, ...]:
     settings = search.settings
 
     def on_cluster(cluster: Cluster) -> int | None:
-        (dp, tp), times = best.builts[0].costs.mesh, cluster.world_size // settings.cluster.world_size
+        (dp, tp), times = best.place.builts[0].costs.mesh, cluster.world_size // settings.cluster.world_size
         graph, mesh = search.structure.graph, (dp * times, tp)
-        assignment = replace(best.assignments[0], mesh=mesh)
+        assignment = replace(best.parts[0].assignment, mesh=mesh)
         # One check for equal operations with equal choices; the assignment keeps choices alive, so an id means one.
         kinds = {(search.structure.class_of[at], id(assignment.choices[op.name])): op for at, op in enumerate(graph.ops)}
         if any(conflict(graph, op, assignment.choices[op.name], AXES, mesh) for op in kinds.values()):
             return None
-        return sum(memory_bytes((account(search.structure, search.costs(mesh, cluster), assignment),)).values())
+        costs = search.costs(mesh, cluster)
+        part = Part(search.structure, costs, assignment, account(search.structure, costs, assignment))
+        return sum(peak((part,), best.place.numbers, best.place.order).values())
 
     missing = best.memory_bytes - settings.limit_bytes
-    found = remedies(search.structure, settings.cluster, settings.limit_bytes, settings.optimizer, best.accounts[0], on_cluster)
+    found = remedies(search.structure, settings.cluster, settings.limit_bytes, settings.optimizer, best.memory, on_cluster)
     return (
         f"does not fit: this plan needs the least memory of those found, and {missing / 2**30:.2f} GiB ({missing} bytes) per rank more "
         "than there is. What would fit:",

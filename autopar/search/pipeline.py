@@ -17,20 +17,20 @@ import numpy as np
 from autopar.errors import PlanError
 from autopar.ir.graph import Graph
 from autopar.ir.microbatch import microbatched
-from autopar.ir.plan import GroupPlan, PipelinePlan, Plan, Predicted, StagePlan
+from autopar.ir.plan import GroupPlan, PipelinePlan, Plan, StagePlan
 from autopar.ir.rules import splits
 from autopar.ir.schedule_check import live_by_stage
-from autopar.ir.schedules import named
+from autopar.ir.schedules import Orders, named
 from autopar.ir.stages import Stage, candidates, cut, is_loss
-from autopar.search.account import memory_bytes
 from autopar.search.build import FREE, Built, build
 from autopar.search.collectives import between
 from autopar.search.costs import Costs
-from autopar.search.describe import Part, describe, rows_of
+from autopar.search.describe import Part
 from autopar.search.flat import relaxed_bound_s
 from autopar.search.meshes import AXES, Mesh
 from autopar.search.pins import Pins, apply_pins, check_options, pins_for
-from autopar.search.place import Found, Settings
+from autopar.search.place import Found, Place, Settings
+from autopar.search.predict import predicted_plan
 from autopar.search.problem import Floats
 from autopar.search.structure import Structure
 
@@ -56,10 +56,14 @@ class Pipeline:
         return named(self.schedule).group_of(stage, len(self.meshes))
 
     @cached_property
+    def orders(self) -> Orders:
+        groups = len(self.meshes)
+        return named(self.schedule).orders(groups, len(self.starts) // groups, self.microbatches)
+
+    @cached_property
     def live(self) -> tuple[int, ...]:
         """By stage, of how many microbatches it keeps activations at most."""
-        groups = len(self.meshes)
-        return live_by_stage(named(self.schedule).orders(groups, len(self.starts) // groups, self.microbatches))
+        return live_by_stage(self.orders)
 
 
 def plan_stages(
@@ -164,7 +168,11 @@ class Pipelined:
         self.stages: tuple[Stage, ...] = cut(self.body, pipeline.starts)
         groups = range(len(pipeline.meshes))
         self.of_group = [[stage for stage in range(len(self.stages)) if pipeline.group_of(stage) == group] for group in groups]
-        self.found: list[Found] = [settings.solve([self._built(stage) for stage in stages]) for stages in self.of_group]
+        places = [
+            Place(tuple(self._built(stage) for stage in stages), tuple(stages), order)
+            for stages, order in zip(self.of_group, pipeline.orders, strict=True)
+        ]
+        self.found: list[Found] = [settings.solve(place) for place in places]
 
     def _built(self, stage: int) -> Built:
         pipeline, settings = self.pipeline, self.settings
@@ -192,24 +200,12 @@ class Pipelined:
     # ---- as a plan --------------------------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
-        pipeline, settings = self.pipeline, self.settings
-        by_group = [memory_bytes(found.accounts) for found in self.found]
-        worst = max(by_group, key=lambda memory: sum(memory.values()))
-        fits = sum(worst.values()) <= settings.limit_bytes
-        slowest = max(self.found, key=lambda found: found.cost_s)
-        times = [found.cost_s for found in self.found]
-        step_s = max(times) + (sum(times) - max(times)) / pipeline.microbatches
-        bound_s = max(sum(relaxed_bound_s(built) for built in found.builts) for found in self.found)
-        predicted = Predicted(
-            cost_s=step_s, lower_bound_s=min(bound_s, step_s), compute_s=sum(one.compute_s for one in slowest.accounts),
-            communication_s=sum(one.exposed_s for one in slowest.accounts), memory_bytes=worst, memory_limit_bytes=settings.limit_bytes,
-            fits=fits, optimizer=settings.optimizer, effort=settings.effort, step_s=step_s,
-            stage_memory_bytes=tuple(sum(memory.values()) for memory in by_group),
-        )  # fmt: skip
+        pipeline = self.pipeline
+        bound_s = max(sum(relaxed_bound_s(built) for built in found.place.builts) for found in self.found)
         meshes = [dict(zip(AXES, mesh, strict=True)) for mesh in pipeline.meshes]
         shared = meshes[0] if all(mesh == meshes[0] for mesh in meshes) else {}
-        return describe(
-            self.graph, settings.cluster, rows_of(self.graph, self.parts), predicted, name="searched",
+        return predicted_plan(
+            self.graph, self.settings, self.found, self.parts, bound_s, name="searched",
             mesh={"pp": len(meshes)} | shared, microbatches=pipeline.microbatches, pins=self.pins.given,
             pipeline=PipelinePlan(
                 schedule=pipeline.schedule,

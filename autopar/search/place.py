@@ -5,50 +5,94 @@ Without a pipeline there is one stage, the whole graph. With several, their prob
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from time import perf_counter
 from typing import Literal
 
-from autopar.ir.assignment import Assignment
 from autopar.ir.cluster import Cluster
-from autopar.search.account import Account, account, least_workspace_bytes, memory_bytes, resident_bytes
+from autopar.ir.plan import SegmentCost
+from autopar.ir.schedules import Order, named
+from autopar.search import timeline
+from autopar.search.account import account, least_workspace_bytes, resident_bytes
 from autopar.search.build import Built
 from autopar.search.describe import Part
 from autopar.search.problem import Problem, Segment, Solution
+from autopar.search.segments import Row
 from autopar.search.solve import Progress, solve, solve_with
+from autopar.search.workload import Flow, Piece, Stage, Workload
 
 Effort = Literal["fast", "exact"]
 _ROUNDS = 4  # of giving back memory for the workspace of the plan found
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The best choice for some stages on their ranks, what it adds up to, and a bound that no choice within the limit can beat.
-
-    `cost_s`, `bound_s`: of all stages one after the other, for one step."""
+@dataclass(frozen=True)
+class Place:
+    """The stages `numbers` of a pipeline, in order, on one group of ranks, and the `order` of what the group does. Without a pipeline: one
+    stage, its microbatches in turn."""
 
     builts: tuple[Built, ...]
+    numbers: tuple[int, ...]
+    order: Order
+
+
+def alone(built: Built) -> Place:
+    """A whole graph on all ranks."""
+    return Place((built,), (0,), named("1f1b").orders(1, 1, built.costs.microbatches)[0])
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best choice for the stages of a `place`, what it adds up to, and a bound that no choice within the limit can beat.
+
+    `cost_s`, `bound_s`: of all stages one after the other, for one step. `fits`: by the peak of memory."""
+
+    place: Place
     choices: tuple[tuple[int, ...], ...]
-    assignments: tuple[Assignment, ...]
-    accounts: tuple[Account, ...]
+    parts: tuple[Part, ...]
     bound_s: float
-    fits: bool
+    limit_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_bytes <= self.limit_bytes
 
     @property
     def cost_s(self) -> float:
-        return sum(one.cost_s for one in self.accounts)
+        return sum(part.account.cost_s for part in self.parts)
+
+    @cached_property
+    def memory(self) -> dict[str, int]:
+        """By kind at the peak, as the simulator will say."""
+        return peak(self.parts, self.place.numbers, self.place.order)
 
     @property
     def memory_bytes(self) -> int:
-        return sum(memory_bytes(self.accounts).values())
+        return sum(self.memory.values())
 
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        return tuple(
-            Part(built.structure, built.costs, assignment, one)
-            for built, assignment, one in zip(self.builts, self.assignments, self.accounts, strict=True)
-        )
+
+def peak(parts: Sequence[Part], numbers: Sequence[int], order: Order) -> dict[str, int]:
+    """Memory by kind, where it is largest, of a group that runs the stages `numbers` in this order. See `autopar.search.timeline`."""
+    stages = [Stage("", -1, ())] * (max(numbers) + 1)
+    for number, part in zip(numbers, parts, strict=True):
+        rows = zip(part.rows, part.row_costs, strict=True)
+        stages[number] = Stage("", 0, tuple(piece for row, cost in rows for piece in _pieces(row, cost)))
+    resident = float(sum(part.account.resident_bytes for part in parts))
+    workload = Workload(tuple(stages), (order,), 0.0, (resident,))
+    levels = [tuple(math.ceil(size) for size in level) for _, _, level in timeline.walk(workload, 0)]
+    return dict(zip(timeline.KINDS, max(levels, key=sum), strict=True))
+
+
+def _pieces(row: Row, cost: SegmentCost) -> tuple[Piece, ...]:
+    """What counts for memory of the repeats of a row."""
+    gather, regather, reduce = ((Flow(1.0),) if flows else () for flows in (cost.gather_s, cost.regather_s, cost.reduce_s))
+    return (Piece(
+        "", 0.0, 0.0, gather=gather, regather=regather, reduce=reduce, activation_bytes=cost.activation_bytes,
+        checkpoint_bytes=cost.checkpoint_bytes, parameter_bytes=cost.parameter_bytes, gradient_bytes=cost.gradient_bytes,
+        optimizer_bytes=cost.optimizer_bytes, gathered_bytes=cost.gathered_bytes, workspace_bytes=cost.workspace_bytes,
+    ),) * row.count  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,38 +109,37 @@ class Settings:
     def seconds_left(self) -> float | None:
         return None if self.deadline_s is None else max(0.1, self.deadline_s - perf_counter())
 
-    def solve(self, builts: Sequence[Built]) -> Found:
-        """Solve the stages `builts` of one group. The solver's limit leaves room for the least workspace that any plan needs; where the
-        plan found needs more, room for that is left and it is solved again. The bound is that of the first round, which every plan within
-        the limit obeys."""
-        problem = beside([built.problem for built in builts])
-        resident = sum(resident_bytes(built.structure, built.costs.microbatches) for built in builts)
-        reserve = max(least_workspace_bytes(built.structure, built.costs, built.op_choices()) for built in builts) + resident
+    def solve(self, place: Place) -> Found:
+        """Solve the stages of one group. What adds up in the problem is below the peak: the solver's limit leaves room for the least
+        workspace that any plan needs, and where the plan found needs more, room for that is left and it is solved again. The bound is that
+        of the first round, which every plan within the limit obeys."""
+        problem = beside([built.problem for built in place.builts])
+        least = max(least_workspace_bytes(built.structure, built.costs, built.op_choices()) for built in place.builts)
+        reserve = least + sum(resident_bytes(built.structure, built.costs.microbatches) for built in place.builts)
         best: Found | None = None
         bound = 0.0
         for attempt in range(_ROUNDS):
             limited = replace(problem, memory_limit_bytes=max(0.0, self.limit_bytes - reserve))
             solution = solve(limited, effort=self.effort, time_limit_s=self.seconds_left(), progress=self.progress)
             bound = solution.lower_bound_s if attempt == 0 else bound
-            found = self.found(builts, solution, bound)
+            found = self.found(place, solution, bound)
             if best is None or rank(found) < rank(best):
                 best = found
             if found.fits or not solution.feasible:
                 break
-            needed = max(one.workspace_bytes for one in found.accounts) + resident
-            reserve = max(reserve, needed) + (0.01 * self.limit_bytes if attempt else 0.0)
+            reserve = max(reserve, found.memory_bytes - solution.memory_bytes) + (0.01 * self.limit_bytes if attempt else 0.0)
         assert best is not None
         if not best.fits:
             # The least of what adds up may come with a huge workspace: also look where the whole limit is worth as much as the whole step.
-            other = self.found(builts, solve_with(problem, {}, bound / self.limit_bytes), bound)
-            best = other if other.fits or other.memory_bytes < best.memory_bytes else best
+            other = self.found(place, solve_with(problem, {}, bound / self.limit_bytes), bound)
+            best = other if rank(other) < rank(best) else best
         return best
 
-    def found(self, builts: Sequence[Built], solution: Solution, bound_s: float) -> Found:
+    def found(self, place: Place, solution: Solution, bound_s: float) -> Found:
         """What a solution means and adds up to."""
-        choices, assignments, accounts = [], [], []
+        choices, parts = [], []
         first = 0
-        for built in builts:
+        for built in place.builts:
             choice = solution.choice[first : first + len(built.problem.nodes)]
             first += len(choice)
             assignment = built.assignment(choice)
@@ -104,11 +147,9 @@ class Settings:
             cost_s = built.problem.evaluate(choice)[0]
             assert abs(one.cost_s - cost_s) <= 1e-9 * max(cost_s, 1e-12), (one.cost_s, cost_s)
             choices.append(choice)
-            assignments.append(assignment)
-            accounts.append(one)
-        fits = sum(memory_bytes(accounts).values()) <= self.limit_bytes
-        bound_s = min(bound_s, sum(one.cost_s for one in accounts))
-        return Found(tuple(builts), tuple(choices), tuple(assignments), tuple(accounts), bound_s, fits)
+            parts.append(Part(built.structure, built.costs, assignment, one))
+        bound_s = min(bound_s, sum(part.account.cost_s for part in parts))
+        return Found(place, tuple(choices), tuple(parts), bound_s, self.limit_bytes)
 
 
 def rank(found: Found) -> tuple[bool, float]:

@@ -14,15 +14,15 @@ from autopar.errors import PlanError
 from autopar.ir.cluster import Cluster
 from autopar.ir.graph import Graph
 from autopar.ir.microbatch import microbatched
-from autopar.ir.plan import Plan, Predicted
+from autopar.ir.plan import Plan
 from autopar.search.alternatives import price_alternatives
 from autopar.search.baselines import baseline as baseline_of
 from autopar.search.build import FREE
-from autopar.search.describe import describe, rows_of
 from autopar.search.flat import Search, best_of, named_for_what_it_does, shortfall
 from autopar.search.meshes import Wanted, candidates, read_mesh
 from autopar.search.pins import Pins, apply_pins, pins_for, read_pins
 from autopar.search.place import Effort, Found, Settings
+from autopar.search.predict import predicted_plan
 from autopar.search.solve import Progress
 from autopar.search.structure import Structure
 
@@ -116,19 +116,13 @@ def _plan_flat(
 
 def _describe(graph: Graph, search: Search, best: Found, bound_s: float, baseline: str | None, pins: Pins, alternatives: bool) -> Plan:
     (part,), settings = best.parts, search.settings
-    memory = part.account.memory_bytes()
-    predicted = Predicted(
-        cost_s=best.cost_s, lower_bound_s=min(bound_s, best.cost_s), compute_s=part.account.compute_s,
-        communication_s=part.account.exposed_s, memory_bytes=memory, memory_limit_bytes=settings.limit_bytes, fits=best.fits,
-        optimizer=settings.optimizer, effort=settings.effort,
-    )  # fmt: skip
     mesh = dict(zip(part.assignment.axes, part.assignment.mesh, strict=True))
     notes = () if best.fits else shortfall(search, best)
-    plan = describe(
-        graph, settings.cluster, rows_of(graph, best.parts), predicted, name=baseline or "searched", mesh=mesh,
-        microbatches=search.microbatches, pins=pins.given, notes=notes,
+    plan = predicted_plan(
+        graph, settings, (best,), best.parts, bound_s, name=baseline or "searched", mesh=mesh, microbatches=search.microbatches,
+        pins=pins.given, notes=notes,
     )  # fmt: skip
     if alternatives:
         above = part.account.workspace_bytes + part.account.resident_bytes
-        plan = price_alternatives(plan, best.builts[0], settings.limit_bytes - above)
+        plan = price_alternatives(plan, best.place.builts[0], settings.limit_bytes - above)
     return plan

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from autopar.ir.cluster import Cluster
-from autopar.search.account import Account
 from autopar.search.costs import OPTIMIZER_STATES
 from autopar.search.follow import batch_size
 from autopar.search.structure import Structure
@@ -15,14 +14,13 @@ _MOST_TIMES_NODES = 16
 
 
 def remedies(
-    structure: Structure, cluster: Cluster, limit_bytes: int, optimizer: str, least: Account,
+    structure: Structure, cluster: Cluster, limit_bytes: int, optimizer: str, memory: Mapping[str, int],
     on_cluster: Callable[[Cluster], int | None],
 ) -> tuple[str, ...]:  # fmt: skip
-    """Numbered by the caller; `least` is the account of the least memory found, `on_cluster(cluster)` the bytes per rank that the same
-    plan needs on another cluster, None where it cannot run there."""
+    """Numbered by the caller; `memory` is that of the plan of least memory found, at its peak by kind; `on_cluster(cluster)` the bytes per
+    rank that the same plan needs on another cluster, None where it cannot run there."""
     found = []
     needed: int | None
-    memory = least.memory_bytes()
     states = OPTIMIZER_STATES[optimizer]
     for other in sorted(OPTIMIZER_STATES, key=lambda name: -OPTIMIZER_STATES[name]):
         if structure.graph.training and OPTIMIZER_STATES[other] < states:
@@ -30,7 +28,7 @@ def remedies(
             if needed <= limit_bytes:
                 found.append(f'optimizer="{other}" instead of "{optimizer}": needs {_gib(needed)} per rank')
                 break
-    if text := _smaller_batch(structure, limit_bytes, least):
+    if text := _smaller_batch(structure, limit_bytes, memory):
         found.append(text)
     nodes = cluster.nodes * 2
     while nodes <= cluster.nodes * _MOST_TIMES_NODES:
@@ -40,16 +38,15 @@ def remedies(
             found.append(f"{nodes} nodes instead of {cluster.nodes} ({larger.world_size} devices): needs {_gib(needed)} per rank")
             break
         nodes *= 2
-    total = sum(least.memory_bytes().values())
+    total = sum(memory.values())
     found.append(f"memory_limit_bytes={total}: devices with {_gib(total)} for each rank")
     return tuple(found)
 
 
-def _smaller_batch(structure: Structure, limit_bytes: int, least: Account) -> str:
+def _smaller_batch(structure: Structure, limit_bytes: int, memory: Mapping[str, int]) -> str:
     """Activations and workspace shrink with the batch, the rest stays."""
     batch = batch_size(structure.graph)
-    memory = least.memory_bytes()
-    fixed = memory["parameters"] + memory["gradients"] + memory["optimizer"] + least.summed["buffers"]
+    fixed = memory["parameters"] + memory["gradients"] + memory["optimizer"]
     moving = sum(memory.values()) - fixed
     smaller = batch // 2
     while smaller >= 1:

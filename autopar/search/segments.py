@@ -22,7 +22,7 @@ from autopar.search.rows import groups_of
 from autopar.search.structure import Structure
 
 _SCALARS = (
-    "forward_s", "backward_s", "optimizer_s", "activation_bytes", "parameter_bytes", "gradient_bytes", "optimizer_bytes",
+    "forward_s", "backward_s", "weight_s", "optimizer_s", "activation_bytes", "parameter_bytes", "gradient_bytes", "optimizer_bytes",
 )  # fmt: skip
 _BY_AXIS = ("forward_comm_s", "backward_comm_s", "gather_s", "regather_s", "step_gather_s", "reduce_s")
 
@@ -34,6 +34,27 @@ class Row:
     start: int
     length: int
     count: int
+
+
+def decided_rows(structure: Structure, assignment: Assignment) -> tuple[Row, ...]:
+    """The segments of the graph; where repeats are decided differently, each run of equal ones is a row of its own."""
+    ops, choices = structure.graph.ops, assignment.choices
+    found = []
+    for segment in structure.op_segments:
+        first, body = segment.start, None
+        for start in range(segment.start, segment.stop, segment.length):
+            here = [id(choices[op.name]) for op in ops[start : start + segment.length]]
+            if (
+                body is not None
+                and here != body
+                and [choices[op.name] for op in ops[start : start + segment.length]]
+                != [choices[op.name] for op in ops[first : first + segment.length]]
+            ):
+                found.append(Row(first, segment.length, (start - first) // segment.length))
+                first = start
+            body = here
+        found.append(Row(first, segment.length, (segment.stop - first) // segment.length))
+    return tuple(found)
 
 
 def segment_costs(structure: Structure, costs: Costs, assignment: Assignment, rows: Sequence[Row]) -> tuple[SegmentCost, ...]:
@@ -64,6 +85,7 @@ class _Segments:
 
     def _operations(self) -> None:
         structure, costs = self.structure, self.costs
+        weight_side = _weight_side(self.graph)
         for members in groups_of(np.array(structure.class_of, np.int64), self.choice):
             row, choice = structure.classes[structure.class_of[members[0]]], self.chosen[members[0]]
             forward_s, backward_s = costs.op_times(row.work, row.operands, row.outputs, choice)
@@ -71,6 +93,11 @@ class _Segments:
             # Copies on the way out are forward.
             self.scalars["forward_s"][members] += max(forward_s, term.compute_s / costs.microbatches - backward_s)
             self.scalars["backward_s"][members] += backward_s
+            if row.work.backward_flops:
+                # Products make one gradient after the other; what is fused makes all at once.
+                trained = [value.requires_grad for value in row.operands[:2]]
+                weights = [value.requires_grad and value.name in weight_side for value in row.operands[:2]]
+                self.scalars["weight_s"][members] += backward_s * sum(weights) / max(1, sum(trained))
             self.scalars["activation_bytes"][members] += term.memory_bytes / costs.live
             self.workspace[members] = costs.workspace_bytes(row.work, row.operands, row.outputs, choice)
             self._add_moves(members, term.moves)
@@ -162,6 +189,15 @@ class _Segments:
             choice = self.chosen[graph.op_index[op.name]]
             total += self.costs.of(graph.values[name], tuple(split.outputs[op.outputs.index(name)] for split in choice))
         return total
+
+
+def _weight_side(graph: Graph) -> set[str]:
+    """Values made of parameters alone."""
+    found = {item.value for item in graph.parameters}
+    for op in graph.ops:
+        if op.operands and all(name in found for name in op.operands):
+            found.update(op.outputs)
+    return found
 
 
 def entering_values(graph: Graph, start: int, stop: int) -> tuple[str, ...]:
