@@ -1,4 +1,4 @@
-"""The command line: `autopar plan | show | explain | diff | validate | verify | clusters | schema`.
+"""The command line: `autopar plan | show | explain | diff | simulate | validate | verify | clusters | schema`.
 
 Exit codes: 0 for success, 1 where `diff` finds a difference, `validate` a contradiction, `verify` a deviation, or `plan` nothing that fits;
 2 for errors of use, each told in one message on stderr (AUTOPAR_DEBUG=1 adds the traceback). Reports go to stdout, all else to stderr.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from autopar.errors import AutoparError, InfeasibleError, PlanError
+from autopar.ir.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from autopar.ir.plan import Plan
@@ -58,6 +60,14 @@ class Effort(StrEnum):
     exact = "exact"
 
 
+class Recompute(StrEnum):
+    """Which repeats compute their forward pass again in the backward pass."""
+
+    auto = "auto"
+    none = "none"
+    all = "all"
+
+
 class Optimizer(StrEnum):
     """Whose state is counted."""
 
@@ -73,7 +83,27 @@ def plan(
         str, typer.Option("--cluster", "-c", help="A preset such as h100x8 or cpu:4 (see `autopar clusters`), or a .toml file.")
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the plan.")] = None,
-    mesh: Annotated[str | None, typer.Option("--mesh", metavar="DPxTP", help="Force a mesh, such as 2x4; else all are searched.")] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            "--mesh",
+            metavar="SIZES",
+            help="Force a mesh: 2x4 or dp=2,tp=4; with a pipeline pp=2,dp=2,tp=2, or one mesh a group, as in dp=4+dp=2,tp=2.",
+        ),
+    ] = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", metavar="NAME", help=f"Of the pipeline: {', '.join(SCHEDULES)}.")] = None,
+    microbatches: Annotated[
+        int | None, typer.Option("--microbatches", min=1, metavar="N", help="Equal parts of the batch, one after the other in a step.")
+    ] = None,
+    stages: Annotated[int | None, typer.Option("--stages", min=1, metavar="N", help="Stages of the pipeline in all.")] = None,
+    cuts: Annotated[
+        str | None,
+        typer.Option("--cuts", metavar="N,N,...", help="Operations at which its later stages begin; else the best are searched."),
+    ] = None,
+    recompute: Annotated[
+        Recompute | None,
+        typer.Option("--recompute", help="Repeats that compute their forward pass again, to save memory; auto: as many as pay."),
+    ] = None,
     batch: Batch = None,
     seq: Seq = None,
     dtype: Dtype = None,
@@ -106,6 +136,14 @@ def plan(
         "time_limit_s": time_limit,
         "alternatives": alternatives,
     }
+    staged = {
+        "schedule": None if schedule is None else _schedule(schedule),
+        "microbatches": microbatches,
+        "stages": stages,
+        "cuts": None if cuts is None else _cuts(cuts),
+        "recompute": None if recompute is None else recompute.value,
+    }
+    options |= {name: value for name, value in staged.items() if value is not None}
     _check_writable(output)
 
     from autopar.report.progress import live_line
@@ -183,6 +221,37 @@ def diff(
 
 
 @app.command()
+def simulate(
+    plan: PlanFile,
+    trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome trace, for ui.perfetto.dev.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw the schedule: one row a group of ranks.")] = None,
+) -> None:
+    """Run a plan through the simulator: step time, bubble, and what each group of ranks does and holds over time."""
+    from autopar.report.simulate import simulate as simulate_plan
+    from autopar.report.terminal import console
+
+    _check_writable(trace, "--trace")
+    _check_writable(svg, "--svg")
+    timeline = simulate_plan(_read(plan), console())
+    if trace is not None:
+        from autopar.report.chrome_trace import chrome_trace
+
+        _write(trace, chrome_trace(timeline), "trace")
+    if svg is not None:
+        from autopar.report.schedule_svg import schedule_svg
+
+        _write(svg, schedule_svg(timeline), "picture")
+
+
+def _write(path: Path, text: str, what: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be written: {error.strerror or error}") from None
+    print(f"{what} written to {path}", file=sys.stderr)
+
+
+@app.command()
 def validate(
     plan: PlanFile,
     source: Annotated[
@@ -229,6 +298,8 @@ def verify(source: Source, plan: PlanFile, batch: Batch = None, seq: Seq = None,
         import autopar
 
         report = autopar.verify(model, inputs, found)
+    if words := _what_ran(found):
+        print(words)
     print(report)
     if not report.ok:
         raise typer.Exit(1)
@@ -279,11 +350,47 @@ def _sizes(plan: Plan, source: str, batch: int | None, seq: int | None, dtype: s
     return batch or (shape[0] if shape else None), seq or (shape[1] if len(shape) == 2 else None), dtype or plan.parameters[0].dtype
 
 
-def _mesh(text: str) -> tuple[int, int]:
+def _what_ran(plan: Plan) -> str:
+    """How the batch went through, where it did not go through whole and at once."""
+    from autopar.ir.plan_text import mesh_words, pipeline_rows
+
+    rows = pipeline_rows(plan)
+    return "\n".join(f"{name.ljust(10)}  {words}" for name, words in [("mesh", mesh_words(plan)), *rows]) if rows else ""
+
+
+_AXIS = re.compile(r"\s*([A-Za-z]\w{0,30})\s*[=:]\s*(\d{1,7})\s*")
+
+
+def _mesh(text: str) -> tuple[int, int] | dict[str, int] | list[dict[str, int]]:
+    """`2x4`, `pp=2,dp=2,tp=2`, or a mesh for each group of a pipeline: `dp=4+dp=2,tp=2`."""
     match = re.fullmatch(r"\s*(\d{1,7})\s*[xX*,]\s*(\d{1,7})\s*", text)
-    if not match or not int(match[1]) or not int(match[2]):
-        raise PlanError(f"--mesh {text}: write two sizes, such as 2x4: 2 on the outer axis dp, 4 on the inner axis tp")
-    return int(match[1]), int(match[2])
+    if match and int(match[1]) and int(match[2]):
+        return int(match[1]), int(match[2])
+    groups = []
+    for part in text.split("+"):
+        axes = [_AXIS.fullmatch(item) for item in part.split(",")]
+        sizes = {axis[1]: int(axis[2]) for axis in axes if axis and int(axis[2])}
+        if len(sizes) != len(axes) or ("pp" in sizes and "+" in text):
+            raise PlanError(
+                f"--mesh {text}: write two sizes, such as 2x4: 2 on the outer axis dp, 4 on the inner axis tp; or name the axes: "
+                "dp=2,tp=4, with a pipeline pp=2,dp=2,tp=2, or dp=4+dp=2,tp=2 for two groups of ranks with a mesh each"
+            )
+        groups.append(sizes)
+    return groups if len(groups) > 1 else groups[0]
+
+
+def _schedule(name: str) -> str:
+    if name not in SCHEDULES:
+        near = get_close_matches(name.lower(), SCHEDULES, 2, 0.5)
+        hint = f"did you mean {' or '.join(f'`{word}`' for word in near)}? " if near else ""
+        raise PlanError(f"--schedule {name}: no schedule has that name; {hint}There are {', '.join(SCHEDULES)}")
+    return name
+
+
+def _cuts(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\s*\d{1,9}(\s*,\s*\d{1,9})*\s*", text):
+        raise PlanError(f"--cuts {text}: write the positions of the first operations of all stages but the first, such as 120,240")
+    return tuple(map(int, text.split(",")))
 
 
 def _pin(text: str) -> tuple[str, str]:
@@ -307,14 +414,14 @@ def _size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def _check_writable(output: Path | None) -> None:
+def _check_writable(output: Path | None, option: str = "-o") -> None:
     """Before minutes of work, not after them."""
     if output is None:
         return
     if output.is_dir():
-        raise PlanError(f"-o {output}: is a directory; name a file")
+        raise PlanError(f"{option} {output}: is a directory; name a file")
     if not output.parent.is_dir():
-        raise PlanError(f"-o {output}: the directory `{output.parent}` does not exist; make it first")
+        raise PlanError(f"{option} {output}: the directory `{output.parent}` does not exist; make it first")
 
 
 def _fail(error: AutoparError) -> NoReturn:

@@ -250,6 +250,8 @@ def _segments(plan: Plan) -> Iterator[Problem]:
         if segment.recompute > segment.count:
             yield Problem((*here, "recompute"), f"is {segment.recompute}, and `count` is {segment.count}; at most all repeats recompute")
         mesh = _stage_mesh(plan, segment.stage)
+        if segment.cost.weight_s > segment.cost.backward_s:
+            yield Problem((*here, "cost", "weight_s"), f"is {segment.cost.weight_s}, a part of `backward_s` {segment.cost.backward_s}")
         for field, value in segment.cost:
             yield from _known_axes(mesh, value, *here, "cost", field) if isinstance(value, dict) else ()
         for number, op in enumerate(segment.ops):
@@ -268,14 +270,10 @@ def _segments(plan: Plan) -> Iterator[Problem]:
 
 
 def _stage_end(plan: Plan, stage: int, position: int, *path: str | int) -> Iterator[Problem]:
-    """The segments of `stage` end at `position`: all its operations, to which a pipeline adds those that receive and send."""
-    if plan.pipeline is None:
-        if plan.microbatches == 1 and position != plan.model.operations:
-            yield Problem(path, f"cover {position} operations, and `model.operations` is {plan.model.operations}")
-    elif stage < len(plan.pipeline.stages):
-        listed = plan.pipeline.stages[stage].stop - plan.pipeline.stages[stage].start
-        if position < listed:
-            yield Problem(path, f"of stage {stage} cover {position} operations, and the stage has {listed} of the model")
+    """The segments of the only stage end at `position`: all operations. How many the graph of one of several stages has, the model says:
+    a pipeline adds operations that send and receive, and moves masks and the like to where they are read."""
+    if plan.pipeline is None and plan.microbatches == 1 and position != plan.model.operations:
+        yield Problem(path, f"cover {position} operations, and `model.operations` is {plan.model.operations}")
 
 
 def _known_axes(mesh: dict[str, int] | None, axes: Iterable[str], *path: str | int) -> Iterator[Problem]:
@@ -298,9 +296,9 @@ def _predicted(plan: Plan) -> Iterator[Problem]:
     # The bound comes from a float sum in another order than the cost; beyond rounding it may not pass it.
     if predicted.fits and predicted.lower_bound_s > predicted.cost_s * (1 + 1e-9):
         yield Problem(("predicted", "lower_bound_s"), f"{predicted.lower_bound_s} exceeds the cost {predicted.cost_s}; a bound is below it")
-    if predicted.stage_memory_bytes and len(predicted.stage_memory_bytes) != len(plan.groups):
-        count = len(predicted.stage_memory_bytes)
-        yield Problem(("predicted", "stage_memory_bytes"), f"has {count} numbers, and there are {len(plan.groups)} groups of ranks")
+    for field, numbers in (("stage_memory_bytes", predicted.stage_memory_bytes), ("resident_bytes", predicted.resident_bytes)):
+        if numbers and len(numbers) != len(plan.groups):
+            yield Problem(("predicted", field), f"has {len(numbers)} numbers, and there are {len(plan.groups)} groups of ranks")
     total = sum(predicted.memory_bytes.values())
     if predicted.fits != (total <= predicted.memory_limit_bytes):
         verdict = "fits" if predicted.fits else "does not fit"

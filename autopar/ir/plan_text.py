@@ -75,7 +75,7 @@ def time_words(plan: Plan) -> str:
         words = f"{units.seconds(predicted.cost_s)} a step = {' + '.join(parts)}"
         return words + (f"; {units.seconds(predicted.step_s)} simulated" if predicted.step_s else "")
     if plan.pipeline:
-        parts.append(f"idle for want of work {units.percent(predicted.bubble)}")
+        parts.append(f"bubble {units.percent(predicted.bubble)} of computing")
     return f"{units.seconds(predicted.cost_s)} a step, simulated: {', '.join(parts)}"
 
 

@@ -232,7 +232,7 @@ def _consequences(a: Plan, b: Plan) -> Iterator[Change]:
         if before != after:
             yield Change("consequences", what, *_distinct(before, after, units.seconds), _change(before, after))
     if one.bubble != two.bubble:
-        yield Change("consequences", "idle for want of work", *_distinct(one.bubble, two.bubble, units.percent))
+        yield Change("consequences", "bubble", *_distinct(one.bubble, two.bubble, units.percent))
     yield from _differ("consequences", "fits in memory", _yes(one.fits), _yes(two.fits))
     for kind in dict.fromkeys([*one.memory_bytes, *two.memory_bytes]):
         amounts = one.memory_bytes.get(kind, 0), two.memory_bytes.get(kind, 0)

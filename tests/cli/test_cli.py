@@ -11,6 +11,7 @@ import pytest
 
 from autopar.cli import main
 from autopar.ir.plan import Plan
+from tests.report.pipelines import pipeline_plan
 from tests.report.sample import sample_plan
 
 
@@ -114,10 +115,17 @@ def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize(
-    "arguments", ["show PLAN", "diff PLAN PLAN", "validate PLAN", "explain PLAN lm_head.weight", "clusters", "schema", "--help"]
+    "arguments",
+    [
+        *("show PLAN", "diff PLAN PLAN", "validate PLAN", "explain PLAN lm_head.weight", "clusters", "schema", "--help"),
+        *("show STAGED", "explain STAGED stage1", "simulate STAGED --trace OUT --svg OUT"),
+    ],
 )
 def test_reading_plans_does_not_import_what_is_heavy(plan: str, arguments: str) -> None:
-    words = [plan if word == "PLAN" else word for word in arguments.split()]
+    staged = Path(plan).with_name("staged.json")
+    pipeline_plan().save(staged)
+    names = {"PLAN": plan, "STAGED": str(staged), "OUT": str(staged.with_suffix(".out"))}
+    words = [names.get(word, word) for word in arguments.split()]
     code = f"""
 import sys
 from autopar.cli import main

@@ -24,6 +24,7 @@ from autopar.ir.plan import (
     StagePlan,
 )
 from autopar.ir.schedules import named
+from autopar.search.simulate import simulate
 from tests.report.sample import _AFTER, _BEFORE, _LAYER, _PARAMETERS, GIB
 
 MIB = 2**20
@@ -67,9 +68,7 @@ def pipeline_plan(
     numel = {name: math.prod(item.shape) for item in parameters for name in folded_names.expand(item.name)}
     axes = dict.fromkeys(meshes[0], "R")
     last = dict.fromkeys(meshes[placed[-1]], "R")
-    memory = {"parameters": 4 * GIB, "gradients": 4 * GIB, "optimizer": 16 * GIB, "activations": 24 * GIB, "buffers": GIB}
-    peaks = tuple((49 - 2 * group) * GIB for group in range(groups))
-    return Plan(
+    plan = Plan(
         name="searched",
         model=ModelInfo(
             name="LlamaForCausalLM", fingerprint="0123456789abcdef", training=True, parameters=sum(numel.values()), operations=position
@@ -88,19 +87,10 @@ def pipeline_plan(
         outputs=(OutputPlan(stage=stages - 1, path="loss", shape=(), dtype="float32", placement=last),),
         pins={},
         predicted=Predicted(
-            cost_s=1.9, lower_bound_s=1.7, compute_s=1.5, communication_s=0.1, memory_bytes=memory,
-            memory_limit_bytes=(72 if fits else 40) * GIB, fits=fits, optimizer="adamw", effort="fast",
-            step_s=1.9, bubble=0.125, stage_memory_bytes=peaks,
+            cost_s=0.0, lower_bound_s=0.0, compute_s=0.0, communication_s=0.0, memory_bytes={}, memory_limit_bytes=72 * GIB, fits=True,
+            optimizer="adamw", effort="fast",
         ),
         replicated=(),
-        candidates=(
-            Candidate(groups=1, what="dp 4 x tp 2", cost_s=2.4, bubble=0.0, communication_s=0.9, memory_bytes=71 * GIB),
-            Candidate(
-                groups=groups, what=f"{stages} stages, dp 2 x tp 2, {schedule}, {microbatches} microbatches",
-                cost_s=1.9, bubble=0.125, communication_s=0.1, memory_bytes=49 * GIB,
-            ),
-            Candidate(groups=32, what="", why="32 groups are more than the 8 ranks"),
-        ),
         parameters=parameters,
         segments=tuple(segment for segments, _, _ in parts for segment in segments),
         collectives=tuple(
@@ -113,6 +103,32 @@ def pipeline_plan(
             for kind, phase in (("all_gather", "forward"), ("reduce_scatter", "backward"))
         ),
     )  # fmt: skip
+    return _predicted(plan, fits)
+
+
+def _predicted(plan: Plan, fits: bool) -> Plan:
+    """`plan` with what the simulator says of it, and what it won against."""
+    found = simulate(plan)
+    peaks = tuple(map(round, found.peak_bytes))
+    worst = found.memory[peaks.index(max(peaks))]
+    memory = {kind: round(count) for kind, count in worst.at_peak().items()}
+    limit = sum(memory.values()) * 3 // (2 if fits else 4)
+    predicted = Predicted(
+        cost_s=found.step_s, lower_bound_s=0.9 * found.step_s, compute_s=max(group.compute_s for group in found.groups),
+        communication_s=found.communication_s, memory_bytes=memory, memory_limit_bytes=limit, fits=fits, optimizer="adamw", effort="fast",
+        step_s=found.step_s, bubble=found.bubble, stage_memory_bytes=peaks,
+    )  # fmt: skip
+    assert plan.pipeline is not None
+    words = f"{plan.stage_count} stages, dp 2 x tp 2, {plan.pipeline.schedule}, {plan.microbatches} microbatches"
+    candidates = (
+        Candidate(groups=1, what="dp 4 x tp 2", cost_s=1.25 * found.step_s, bubble=0.0, communication_s=0.9, memory_bytes=limit + GIB),
+        Candidate(
+            groups=len(plan.groups), what=words, cost_s=found.step_s, bubble=found.bubble, communication_s=found.communication_s,
+            memory_bytes=max(peaks),
+        ),
+        Candidate(groups=32, what="", why="32 groups are more than there are ranks"),
+    )  # fmt: skip
+    return plan.model_copy(update={"predicted": predicted, "candidates": candidates})
 
 
 def _stage(
@@ -148,8 +164,8 @@ def _stage(
     comm = {inner: 1e-4}
     cost = SegmentCost(
         forward_s=2e-3, backward_s=4e-3, forward_comm_s=comm, backward_comm_s=comm, reduce_s={next(iter(mesh)): 5e-4}, optimizer_s=1e-4,
-        activation_bytes=200 * MIB, checkpoint_bytes=16 * MIB, parameter_bytes=100 * MIB, gradient_bytes=100 * MIB,
-        optimizer_bytes=400 * MIB, workspace_bytes=50 * MIB,
+        activation_bytes=GIB, checkpoint_bytes=16 * MIB, parameter_bytes=100 * MIB, gradient_bytes=100 * MIB,
+        optimizer_bytes=800 * MIB, workspace_bytes=50 * MIB,
     )  # fmt: skip
     layer = f"model.layers.{numbers}"
     segments = [
