@@ -197,6 +197,11 @@ class Gatherer:
         if index + 1 < len(self.buckets):
             self.buckets[index + 1].prefetch()
 
+    def again(self, index: int) -> None:
+        """Before any reader of bucket `index` with which a recomputation may begin."""
+        if self._recomputing:
+            self.backward(index)
+
     def forward_done(self, index: int) -> None:
         if self._recomputing:
             return
@@ -264,20 +269,25 @@ def hooks_of(buckets: Sequence[Bucket], gatherer: Gatherer, begin: Callable[[], 
     """Where a program must call the gatherer. `begin` is called when a backward pass reaches a reader of a gathered leaf."""
     before: dict[int, tuple[Hook, ...]] = {}
     after: dict[int, tuple[Hook, ...]] = {}
+    again: dict[int, tuple[Hook, ...]] = {}
     watch: dict[int, tuple[Callable[[Tensor], None], ...]] = {}
     for index, bucket in enumerate(buckets):
         readers = sorted({reader for leaf in bucket.leaves for reader in leaf.use.readers})
-        gather, release, watcher = _hooks_of(index, gatherer, begin)
+        gather, regather, release, watcher = _hooks_of(index, gatherer, begin)
         before[readers[0]] = (*before.get(readers[0], ()), gather)
         after[readers[-1]] = (*after.get(readers[-1], ()), release)
         for reader in readers:
+            again[reader] = (*again.get(reader, ()), regather)
             watch[reader] = (*watch.get(reader, ()), watcher)
-    return Hooks(before, after, watch, gatherer.recomputing)
+    return Hooks(before, after, watch, again, gatherer.recomputing)
 
 
-def _hooks_of(index: int, gatherer: Gatherer, begin: Callable[[], None]) -> tuple[Hook, Hook, Callable[[Tensor], None]]:
+def _hooks_of(index: int, gatherer: Gatherer, begin: Callable[[], None]) -> tuple[Hook, Hook, Hook, Callable[[Tensor], None]]:
     def gather() -> None:
         gatherer.forward(index)
+
+    def regather() -> None:
+        gatherer.again(index)
 
     def release() -> None:
         gatherer.forward_done(index)
@@ -290,4 +300,4 @@ def _hooks_of(index: int, gatherer: Gatherer, begin: Callable[[], None]) -> tupl
         if result.grad_fn is not None:
             result.grad_fn.register_prehook(before_backward)
 
-    return gather, release, watch
+    return gather, regather, release, watch

@@ -39,11 +39,13 @@ ATTENTION = "aten.scaled_dot_product_attention.default"
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """What to call around operations, by their position in the graph: `before` and `after` without arguments, `watch` with each result
-    of the operation that may carry a gradient. `recomputing` is entered around every recomputation of a region."""
+    of the operation that may carry a gradient. For regions that are recomputed: `again` as `before`, at all that a recomputation may
+    begin with; `recomputing` is entered around every recomputation."""
 
     before: Mapping[int, tuple[Hook, ...]] = field(default_factory=dict)
     after: Mapping[int, tuple[Hook, ...]] = field(default_factory=dict)
     watch: Mapping[int, tuple[Callable[[Any], None], ...]] = field(default_factory=dict)
+    again: Mapping[int, tuple[Hook, ...]] = field(default_factory=dict)
     recomputing: Around | None = None
 
 
@@ -148,9 +150,14 @@ class _Lowering:
         for index, op in enumerate(received):
             self.define(op.outputs[0], self.assignment.output_states(op)[0], self.fx.placeholder(f"received_{index}"))
         self.counter = self.fx.placeholder("counter")
+        for buffer in graph.buffers:
+            if buffer.updated is not None and self.region_at:  # what is computed again must find it as it was
+                self.define(buffer.value, whole, self.call(torch.clone, self.nodes[buffer.value, whole]))
         for index, op in enumerate(graph.ops):
             self.position = index
             for hook in self.hooks.before.get(index, ()):
+                self.call(hook)
+            for hook in self.hooks.again.get(index, ()) if index in self.region_at else ():
                 self.call(hook)
             self.operation(index, op)
             for watch in self.hooks.watch.get(index, ()):

@@ -41,7 +41,7 @@ def folded(program: fx.Graph, region: Mapping[fx.Node, int], around: Around | No
     """
     whole = fx.Graph()
     moved: dict[fx.Node, fx.Node] = {}
-    for number, group in groupby(program.nodes, region.get):
+    for number, group in groupby(list(program.nodes), region.get):  # their own iterator begins anew behind its end
         nodes = list(group)
         if number is None:
             for node in nodes:
