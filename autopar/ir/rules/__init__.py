@@ -43,14 +43,17 @@ def splits(graph: Graph, op: Op) -> tuple[Split, ...]:
     if op.target == RESHARD:
         return _reshard(graph, op)
     facts = _facts(graph)
-    blocks = facts.blocks.get(op.name, ()) if op.target not in (RECEIVE, SEND) else ()  # the wire carries parts in one piece
-    key = (_structure(graph, op), blocks, op.name in facts.weight_side)
+    wire = op.target in (RECEIVE, SEND)
+    blocks = facts.blocks.get(op.name, ()) if not wire else ()  # the wire carries parts in one piece
+    # What is sent back for a value on the wire is its gradient, not a term of it.
+    weight_side = op.name in facts.weight_side and not wire
+    key = (_structure(graph, op), blocks, weight_side)
     found = _SPLITS.get(key)
     if found is None:
         call = _call(graph, op)
         nest = _nest(graph, op)
         found = (replicate(call),) if nest is None else nest_splits(nest, call, blocks)
-        if op.name in facts.weight_side:
+        if weight_side:
             found = (*found, replicate_partial_gradient(call))
         found = tuple(split for split in found if _consistent(op, split))
         _SPLITS[key] = found
