@@ -125,8 +125,8 @@ def parse_profile(text: str, batch: int, name: str, source: str = "profile") -> 
     if not layers:
         raise PlanError(f"{source}: no layers; a line for each: {_FORM}")
     ids = {key: index for index, key in enumerate(layers)}
-    for number, *ends in edges:
-        for end in ends:
+    for number, left, right in edges:
+        for end in (left, right):
             if end not in ids:
                 raise PlanError(f"{source}:{number}: an edge of {end}, which no line describes; add `{_FORM.replace('node1', end)}`")
     pairs = {(ids[start], ids[end]) for _, start, end in edges}

@@ -107,7 +107,9 @@ def fold(facts: Facts, microbatches: int, f: Number, e: Number, w: Number, after
     # The last gradient from behind still has to go through this stage.
     last = np.maximum(last, f + behind.last + e)
     end = np.maximum(last + (m - facts.weights if facts.splits else 0) * w + after, f + behind.end)
-    return Behind(c + f + behind.trip + e + r, c + first + r, c + last + r, c + end)
+    # Seen from the stage before: microbatches come in and gradients go out one after the other.
+    out = np.maximum(c + last + r, np.maximum(m * c + f + behind.trip + e + r, c + first + m * r))
+    return Behind(c + f + behind.trip + e + r, c + first + r, out, c + end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class Prices:
     forward_s: np.ndarray
     backward_s: np.ndarray
     weight_s: np.ndarray
+    before_s: np.ndarray
     after_s: np.ndarray
 
 
@@ -154,9 +157,10 @@ def layer(facts: Facts, microbatches: int, ways: tuple[tuple[Way, ...], ...], be
         to = [way.after for way in open_ways]
         e: Any
         w: Any
-        fits, f, b, w, after = (np.stack([getattr(way.prices, name) for way in open_ways]) for name in Prices.__slots__)
+        fits, f, b, w, before, after = (np.stack([getattr(way.prices, name) for way in open_ways]) for name in Prices.__slots__)
         c, r = np.stack([way.transfer_s for way in open_ways], axis=1)[:, :, :, None]
         e, w = (b - w, w) if facts.splits else (b, 0.0)
+        del before  # known to hold up the first stage only, which `children` of nothing adds
         rest = [part[to][:, None, :] for part in (*behind.behind, behind.work)]
         seen = fold(facts, microbatches, f, e, w, after, c, r, Behind(*rest[:4]))
         for target, value in zip(found, (*seen, microbatches * (f + b) + rest[4]), strict=True):

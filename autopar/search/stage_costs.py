@@ -44,8 +44,9 @@ class StageCost:
 
     Per microbatch: `forward_s`, and `backward_s` of which `weight_s` are gradients of weights, for which no other stage waits (schedules
     that split the backward pass run them later). Once a step: `before_s` ahead of the first forward pass (gathering parameters),
-    `after_s` behind the last backward pass (reducing gradients, the optimizer). `fixed_bytes` are held all the time, `live_bytes` for each
-    microbatch between its forward and its backward pass, `workspace_bytes` for a moment. `choice` is the caller's own.
+    `after_s` behind the last backward pass (reducing gradients, and the optimizer, which takes `optimizer_s` of it). `fixed_bytes` are
+    held all the time, `live_bytes` for each microbatch between its forward and its backward pass, `workspace_bytes` for a moment.
+    `choice` is the caller's own.
     """
 
     forward_s: float
@@ -57,6 +58,7 @@ class StageCost:
     live_bytes: float = 0.0
     workspace_bytes: float = 0.0
     choice: Hashable = None
+    optimizer_s: float = 0.0
 
 
 class StageCosts(Protocol):
@@ -80,7 +82,8 @@ class StageCosts(Protocol):
     def transfer(self, cut: int, sender: Group, receiver: Group, microbatches: int) -> tuple[float, float]:
         """Seconds for one microbatch from the stage that ends before unit `cut` to the one that starts there, and for its gradients back.
 
-        Must not depend on which nodes these are, only on how the two groups lie to each other (moved along by whole nodes: the same).
+        Between two stages microbatches go one after the other. The answer must not depend on which nodes these are, only on how the two
+        groups lie to each other (moved along by whole nodes: the same).
         """
 
 

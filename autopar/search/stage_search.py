@@ -21,6 +21,7 @@ from autopar.errors import PlanError
 from autopar.ir.schedules import named
 from autopar.search.stage_bounds import Behind, Layer, facts_of, fold, layer, no_stages
 from autopar.search.stage_costs import Devices, Group, Policy, StageCost, StageCosts
+from autopar.search.stage_replay import replay_s
 from autopar.search.stage_space import Pricing, Space, Step
 
 __all__ = ["Devices", "Group", "Pipeline", "PlacedStage", "Row", "Simulated", "StageCost", "StageCosts", "StageSearch", "search_stages"]
@@ -222,19 +223,20 @@ class _Form:
         if not len(which):
             return None
         arrivals = np.zeros((2, len(steps)))
-        if partial.stages:
+        if stage and self.group_of[stage] != self.group_of[stage - 1]:
             sender = partial.stages[-1].group
             arrivals = np.stack([self.pricing.transfers(sender, step.group, m)[:, start] for step in steps], axis=1)
-        f, b, w, tail = (
+        f, b, w, before, tail = (
             np.stack([getattr(price, name)[start] for price in prices])[which, stops]
-            for name in ("forward_s", "backward_s", "weight_s", "after_s")
+            for name in ("forward_s", "backward_s", "weight_s", "before_s", "after_s")
         )
         to = np.array(after)[which]
-        seen = self._fold(stage, f, b, w, tail, *arrivals[:, which], Behind(*(part[to, stops] for part in rest.behind)))
+        c, r = arrivals[:, which]
+        seen = self._fold(stage, f, b, w, tail, c, r, Behind(*(part[to, stops] for part in rest.behind)))
         for place in reversed(range(stage)):
-            cost, moved = partial.stages[place].cost, partial.stages[place].transfer_s
-            seen = self._fold(place, cost.forward_s, cost.backward_s, cost.weight_s, cost.after_s, *moved, seen)
-        bound = seen.end
+            cost, (c, r) = partial.stages[place].cost, partial.stages[place].transfer_s
+            seen = self._fold(place, cost.forward_s, cost.backward_s, cost.weight_s, cost.after_s, c, r, seen)
+        bound = seen.end + (partial.stages[0].cost.before_s if stage else before)
         if self.count > self.groups:
             bound = np.maximum(bound, self._shared(partial, m * (f + b) + rest.work[to, stops]))
         order = np.argsort(bound, kind="stable")
@@ -312,8 +314,18 @@ class _Race:
             return
         self._seen.add(key)
         self.simulations += 1
+        least_s = _SAFE * replay_s(
+            form.schedule,
+            form.groups,
+            form.microbatches,
+            [stage.cost for stage in partial.stages],
+            [stage.transfer_s for stage in partial.stages],
+        )
+        if least_s >= self.beat_s:
+            self._passed_s = min(self._passed_s, max(bound_s, least_s))
+            return
         said = self.judge(pipeline)
-        assert said.step_s >= bound_s * (1 - 1e-9), f"simulated {said.step_s} s, below the bound {bound_s} s: {pipeline}"
+        assert said.step_s >= max(least_s, bound_s) * (1 - 1e-9), f"simulated {said.step_s} s, below a bound {bound_s} s: {pipeline}"
         if self.said is None or said.step_s < self.said.step_s:
             self.best, self.said = pipeline, said
 

@@ -87,10 +87,10 @@ class Pricing:
         return self._stages[key]
 
     def _prices(self, options: Options) -> Prices:
-        arrays = np.zeros((5, self.units, self.units + 1))
+        arrays = np.zeros((6, self.units, self.units + 1))
         if options:
             where = tuple(np.array(list(options)).T)
-            rows = [(1.0, cost.forward_s, cost.backward_s, cost.weight_s, cost.after_s) for cost in options.values()]
+            rows = [(1.0, cost.forward_s, cost.backward_s, cost.weight_s, cost.before_s, cost.after_s) for cost in options.values()]
             arrays[:, where[0], where[1]] = np.array(rows).T
         return Prices(arrays[0] > 0, *arrays[1:])
 

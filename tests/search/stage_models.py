@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from autopar.ir.schedules import named
@@ -65,11 +66,12 @@ class TableCosts:
 
 
 def replay(pipeline: Pipeline) -> Simulated:
-    """Each group does its actions in order, each as soon as what it reads is there; transfers take their time and disturb nobody."""
+    """Each group does its actions in order, each as soon as what it reads is there; between two stages one microbatch travels at a time."""
     stages, m = pipeline.stages, pipeline.microbatches
     schedule = named(pipeline.schedule)
     orders = schedule.orders(pipeline.groups, len(stages) // pipeline.groups, m)
-    done: dict[tuple[str, int, int], float] = {}
+    arrived: dict[tuple[str, int, int], float] = {}
+    free: dict[tuple[str, int], float] = {}
     clock = [0.0] * pipeline.groups
     place = [0] * pipeline.groups
     while any(place[group] < len(order) for group, order in enumerate(orders)):
@@ -82,19 +84,22 @@ def replay(pipeline: Pipeline) -> Simulated:
                 if kind == "F":
                     seconds = cost.forward_s
                     if stage:
-                        if ("F", stage - 1, number) not in done:
-                            break
-                        ready = done["F", stage - 1, number] + stages[stage].transfer_s[0]
+                        ready = arrived.get(("F", stage, number), math.inf)
                 elif kind == "W":
                     seconds = cost.weight_s
                 else:
                     seconds = cost.backward_s - (cost.weight_s if split else 0.0)
                     if stage + 1 < len(stages):
-                        if ("B", stage + 1, number) not in done:
-                            break
-                        ready = done["B", stage + 1, number] + stages[stage + 1].transfer_s[1]
+                        ready = arrived.get(("B", stage, number), math.inf)
+                if ready == math.inf:
+                    break
                 clock[group] = max(clock[group], ready) + seconds
-                done["B" if kind == "I" else kind, stage, number] = clock[group]
                 place[group] += 1
+                if kind != "W":
+                    to, name, moved = (stage + 1, "F", 0) if kind == "F" else (stage - 1, "B", 1)
+                    if 0 <= to < len(stages):
+                        takes = stages[max(stage, to)].transfer_s[moved]
+                        free[name, to] = max(clock[group], free.get((name, to), 0.0)) + takes
+                        arrived[name, to, number] = free[name, to]
     ends = [clock[schedule.group_of(number, pipeline.groups)] + stage.cost.after_s for number, stage in enumerate(stages)]
     return Simulated(max(ends), 0.0, 0.0, ())

@@ -70,7 +70,7 @@ def most_bytes(kind: object, orders: Sequence[Sequence[tuple[str, int, int]]], g
     return most
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     rows=units,
     devices=machines,
