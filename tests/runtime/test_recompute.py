@@ -1,0 +1,138 @@
+"""Repeats that are computed again: the same numbers to the last bit, dropout and gathered parameters included, in less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from autopar.ir.fold import fold
+from autopar.ir.graph import Graph
+from autopar.ir.plan import SegmentPlan
+from autopar.ir.trace import trace
+from autopar.runtime.dropout import without_dropout
+from autopar.runtime.module import ParallelModule
+from autopar.runtime.recompute import regions_of
+from benchmarks.memory import measure
+from tests.runtime import random_plans
+from tests.runtime.random_plans import Facts, Mesh, difference, example, facts, float64, random_assignment, total, whole, widened
+from tests.runtime.simulated import simulate
+
+
+def segments(graph: Graph, repeats: int) -> tuple[SegmentPlan, ...]:
+    """The segments of `graph`, of which the first `repeats` repeats (all of fewer) are recomputed."""
+    return tuple(
+        SegmentPlan.model_construct(
+            name=str(index), start=item.start, length=item.length, count=item.count, recompute=min(repeats, item.count), ops=()
+        )
+        for index, item in enumerate(fold(graph))
+    )
+
+
+@contextmanager
+def recomputing(graph: Graph, repeats: int) -> Iterator[None]:
+    """Modules made within recompute `repeats` repeats of every segment."""
+    original = random_plans.empty_plan
+    random_plans.empty_plan = lambda mesh: original(mesh).model_copy(update={"segments": segments(graph, repeats)})
+    try:
+        yield
+    finally:
+        random_plans.empty_plan = original
+
+
+def trained(module: ParallelModule, args: Any, kwargs: Any) -> Facts:
+    """Two forward passes before the first backward pass, then a step: what dropout and gathering could get wrong."""
+    torch.manual_seed(5)
+    first = total(module(*args, **kwargs))
+    second = total(module(*args, **kwargs))
+    (first + 2 * second).backward()
+    result = module(*args, **kwargs)
+    loss = total(result)
+    loss.backward()
+    return facts(module, result, whole(loss))
+
+
+# Simulated ranks are threads and share the generator that attention draws from: where there are several, attention drops nothing.
+CASES: list[tuple[str, Mesh, int, dict[str, float]]] = [
+    ("gpt2", (1, 1), 0, {}), ("gpt2", (2, 2), 1, {"attn_pdrop": 0.0}), ("llama", (2, 2), 1, {}), ("t5", (2, 1), 3, {"dropout_rate": 0.0}),
+    ("convnet", (2, 2), 4, {}), ("bert", (1, 2), 5, {"attention_probs_dropout_prob": 0.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mesh", "seed", "sizes"), CASES)
+def test_the_same_numbers_with_dropout_and_gathered_parameters(name: str, mesh: Mesh, seed: int, sizes: dict[str, float]) -> None:
+    model, args, kwargs = example(name, layers=3, **sizes)
+    with float64():
+        traced = widened(trace(model, args, kwargs))
+        assignment = random_assignment(traced.graph, mesh, seed)
+        if seed == 1:
+            assignment = replace(assignment, storage={k: replace(item, gather="use") for k, item in assignment.storage.items()})
+
+        def rank(device_mesh: DeviceMesh) -> Facts:
+            torch.manual_seed(3)
+            return trained(random_plans.parallel_module(model, traced, assignment, device_mesh), args, kwargs)
+
+        expected = simulate(mesh, rank)
+        for repeats in (1, 99):
+            with recomputing(traced.graph, repeats):
+                assert regions_of(segments(traced.graph, repeats))
+                found = simulate(mesh, rank)
+            for one, other in zip(expected, found, strict=True):
+                error, where = difference(one, other)
+                assert error == 0.0, (repeats, where, error)
+
+
+def compiled(module: ParallelModule, args: Any, kwargs: Any) -> Facts:
+    call = torch.compile(module, backend="aot_eager")
+    result = call(*args, **kwargs)
+    loss = total(result)
+    loss.backward()
+    return facts(module, result, whole(loss))
+
+
+def test_compiled() -> None:
+    model, args, kwargs = example("gpt2", layers=3, attn_pdrop=0.0)
+    with float64():
+        traced = widened(trace(model, args, kwargs))
+        assignment = random_assignment(traced.graph, (1, 1), 0)
+        found = []
+        for repeats in (0, 2):
+            with recomputing(traced.graph, repeats):
+                found += simulate((1, 1), lambda mesh: compiled(random_plans.parallel_module(model, traced, assignment, mesh), args, kwargs))
+    error, where = difference(*found)
+    assert error < 1e-12, where
+
+
+def peak_bytes(repeats: int, gather: str) -> int:
+    model, args, kwargs = example("llama", layers=4)
+    with float64():
+        kwargs = {name: tensor.repeat(4, 2) for name, tensor in kwargs.items()}
+        traced = widened(trace(model, args, kwargs))
+        assignment = random_assignment(traced.graph, (1, 1), 0)
+        assignment = replace(assignment, storage={name: replace(item, gather=gather) for name, item in assignment.storage.items()})
+
+        def rank(mesh: DeviceMesh) -> int:
+            module = random_plans.parallel_module(model, traced, assignment, mesh)
+
+            def owned() -> Iterator[Tensor | None]:
+                for parameter in module.parameters():
+                    yield parameter
+                    yield parameter.grad
+                yield from module.buffers()
+
+            return measure(lambda: module.step(*args, **kwargs), owned)
+
+        with recomputing(traced.graph, repeats):
+            return simulate((1, 1), rank)[0]
+
+
+def test_peak_memory_falls_with_every_repeat() -> None:
+    peaks = [peak_bytes(repeats, "use") for repeats in (0, 2, 4)]
+    drops = [one - other for one, other in zip(peaks, peaks[1:], strict=False)]
+    assert all(drop > 0.2 * peaks[0] for drop in drops) and peaks[-1] < 0.5 * peaks[0], peaks
