@@ -14,7 +14,7 @@ from autopar.ir.folded_names import pattern
 from autopar.ir.plan import InputPlan, OpPlan, OutputPlan, ParameterPlan, Plan, SegmentPlan
 from autopar.ir.plan_digest import Traffic, bytes_moved, join, placements, traffic
 from autopar.ir.plan_roles import is_heavy, operator_words
-from autopar.ir.plan_stages import RECEIVE, SEND, segments_by_stage
+from autopar.ir.plan_stages import RECEIVE, SEND
 from autopar.ir.plan_text import mesh_words
 from autopar.report.diff_stages import Change, stage_changes
 from autopar.report.terminal import heading, table
@@ -123,18 +123,18 @@ def _grouped(what: str, rows: list[tuple[str, str, str]]) -> Iterator[Change]:
 
 
 def _operations(a: Plan, b: Plan) -> Iterator[Change]:
-    sizes = [stage.stop for plan in (a, b) if plan.pipeline for stage in plan.pipeline.stages[-1:]] or [0]
-    left, right = [], []
-    if a.model.fingerprint == b.model.fingerprint and max(a.model.operations, b.model.operations, *sizes) <= MAX_OPERATIONS:
-        rows: dict[int, _Row] = {}
-        left, right = (list(_positions(plan, rows)) for plan in (a, b))
-    if not left or len(left) != len(right):  # other models, or other parts of it before the stages
+    """Splits of operations: place by place where both plans cut one graph alike, else by what operations are and where in the model."""
+    rows: dict[int, _Row] = {}
+    left, right = (_positions(plan, rows) for plan in (a, b))
+    same = a.model.fingerprint == b.model.fingerprint
+    if same and left and [len(stage) for stage in left] == [len(stage) for stage in right]:
+        counted = Counter(pair for ours, theirs in zip(left, right, strict=True) for pair in zip(ours, theirs, strict=True))
+        yield from _splits(a, b, [(rows[one], rows[other], count) for (one, other), count in counted.items()])
+    elif same and (a.pipeline or b.pipeline):
+        yield from _kinds(a, b)
+    else:
         ours, theirs = ({row[1].name: row for row in _rows(plan)} for plan in (a, b))
-        pairs = [(ours.get(name), theirs.get(name), 1) for name in dict.fromkeys([*ours, *theirs])]
-        yield from _splits(a, b, pairs)
-        return
-    counted: Counter[tuple[int, int]] = Counter(zip(left, right, strict=True))
-    yield from _splits(a, b, [(rows[one], rows[other], count) for (one, other), count in counted.items()])
+        yield from _splits(a, b, [(ours.get(name), theirs.get(name), 1) for name in dict.fromkeys([*ours, *theirs])])
 
 
 _Row = tuple[SegmentPlan, OpPlan]
@@ -146,24 +146,35 @@ def _rows(plan: Plan) -> Iterator[_Row]:
         yield from ((segment, op) for op in segment.ops if op.target not in (RECEIVE, SEND))
 
 
-def _positions(plan: Plan, rows: dict[int, _Row]) -> Iterator[int]:
-    """For every operation of the unfolded graph of one microbatch the key of its row, which is put into `rows`.
+def _positions(plan: Plan, rows: dict[int, _Row]) -> list[list[int]]:
+    """Stage by stage, for every operation of the unfolded graph the key of its row, which is put into `rows`; none for very many."""
+    if sum(segment.length * segment.count for segment in plan.segments) > MAX_OPERATIONS:
+        return []
+    stages: list[list[int]] = [[] for _ in range(plan.stage_count)]
+    for segment in plan.segments:
+        keys = [id(op) for op in segment.ops]
+        rows.update(zip(keys, ((segment, op) for op in segment.ops), strict=True))
+        stages[segment.stage] += keys * segment.count
+    return stages
 
-    A stage receives first, computes again what is cheaper made than sent, runs its operations, and sends: counted from its end, the
-    operations are those of the graph.
-    """
-    for stage, segments in segments_by_stage(plan).items():
-        keys: list[int] = []
-        for segment in segments:
-            found = [id(op) for op in segment.ops]
-            rows.update(zip(found, ((segment, op) for op in segment.ops), strict=True))
-            keys += found * segment.count
-        if plan.pipeline:
-            while keys and rows[keys[-1]][1].target == SEND:
-                keys.pop()
-            listed = plan.pipeline.stages[stage].stop - plan.pipeline.stages[stage].start
-            keys = keys[max(0, len(keys) - listed) :]
-        yield from keys
+
+def _kinds(a: Plan, b: Plan) -> Iterator[Change]:
+    """Splits by operator and place in the model, whichever stage it is in: what a moved cut carries along did not change."""
+    found: dict[tuple[str, str, bool], tuple[Counter[str], Counter[str]]] = {}
+    for side, plan in enumerate((a, b)):
+        for row in _rows(plan):
+            segment, op = row
+            key = operator_words(op.target), pattern(op.module), is_heavy(op)
+            found.setdefault(key, (Counter(), Counter()))[side][_split_words(plan, row)] += segment.count
+    for (operator, module, heavy), (before, after) in found.items():
+        if set(before) == set(after) and (before == after or before.total() != after.total()):
+            continue  # masks and the like are computed in each stage that reads them: more of the same
+        count = max(before.total(), after.total())
+        what = f"{operator} in {module.replace('#', '*') or 'the model'}"
+        one, two = (
+            ", ".join(f"{text} (x{number})" if len(side) > 1 else text for text, number in side.items()) for side in (before, after)
+        )
+        yield Change("decisions", what, one, two, f"x{count}" if count > 1 else "", not heavy)
 
 
 def _splits(a: Plan, b: Plan, pairs: Iterable[tuple[_Row | None, _Row | None, int]]) -> Iterator[Change]:

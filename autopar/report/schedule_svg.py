@@ -150,8 +150,13 @@ def _memory_scale(timeline: Timeline) -> tuple[int, int]:
 
 def _boxes(lane: Lane, order: dict[int, int], y: int, height: int, scale: float) -> Iterator[_Box]:
     """The spans of a lane, action by action: pieces of one action too thin to be told apart are one box; a box of its own is numbered."""
+    pixel = -1
     for action in lane.actions():
         first, x, end = action[0], action[0].start_s * scale, action[-1].end_s * scale
+        if end - x < 1:  # of many that are thinner than a pixel, one a pixel
+            if int(x) == pixel:
+                continue
+            pixel = int(x)
         parts = _joined(action, scale) if end - x >= THIN * len(action) else [(_main(action), x, end, len(action))]
         for span, start, stop, count in parts:
             style = span.kind + ("2" if span.stage is not None and order.get(span.stage, 0) % 2 else "")
