@@ -16,7 +16,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils import _pytree as pytree
 
 from autopar.errors import RuntimeSetupError
-from autopar.ir.assignment import Assignment, expand
+from autopar.ir.assignment import Assignment, expand_stages
 from autopar.ir.conversion import State
 from autopar.ir.graph import Graph
 from autopar.ir.microbatch import Microbatched, microbatched
@@ -75,8 +75,10 @@ class ParallelModule(DistributedModule):
         timeout_s: float = 600.0,
     ) -> None:
         super().__init__()
+        if assignment is None:
+            expanded = expand_stages(plan, traced.graph)
+            batched, assignment = expanded.microbatched, expanded.assignments[0]
         batched = batched or microbatched(traced.graph, plan.microbatches)
-        assignment = assignment or expand(plan, traced.graph)
         graph = batched.body
         self._evaluation = evaluation
         self._traced, self._plan, self._mesh, self._graph = traced, plan, mesh, graph

@@ -1,0 +1,98 @@
+"""`module.step`: a global batch in microbatches, its gradients reduced once, against one device; and evaluation under such plans."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autopar.errors import InputError, RuntimeSetupError
+from autopar.ir.microbatch import microbatched
+from autopar.ir.placement import R
+from autopar.ir.plan import InputPlan
+from autopar.ir.trace import trace
+from autopar.runtime.dropout import without_dropout
+from autopar.runtime.module import ParallelModule
+from autopar.runtime.shards import coordinate_of, local_part
+from tests.runtime.random_plans import Facts, Mesh, Wide, difference, empty_plan, example, float64, random_assignment, total, whole, widened
+from tests.runtime.simulated import simulate
+
+Make = Callable[[DeviceMesh], ParallelModule]
+
+
+def module_of(
+    model: nn.Module, args: Any, kwargs: Any, mesh: Mesh, count: int, seed: int, gather: str | None = None, inputs: Any = "global", **plan: Any
+) -> Make:
+    """Makes `model` on simulated ranks, with `count` microbatches under a random assignment."""
+    with float64():
+        traced = widened(trace(model, args, kwargs))
+    batched = microbatched(traced.graph, count)
+    assignment = random_assignment(batched.body, mesh, seed)
+    if gather is not None:
+        assignment = replace(assignment, storage={name: replace(item, gather=gather) for name, item in assignment.storage.items()})
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def make(device_mesh: DeviceMesh) -> ParallelModule:
+        coordinate = coordinate_of(device_mesh)
+        local = {}
+        for fqn in (*(item.fqn for item in traced.graph.parameters), *(item.fqn for item in traced.graph.buffers)):
+            state = assignment.storage[fqn].stored if fqn in assignment.storage else (R, R)
+            local[fqn] = local_part(tensors[fqn].detach(), state, mesh, coordinate).clone(memory_format=torch.contiguous_format)
+        changes = {"microbatches": count, **plan}
+        return ParallelModule(
+            traced, empty_plan(mesh).model_copy(update=changes), device_mesh, local, assignment=assignment, batched=batched, inputs=inputs
+        )
+
+    return make
+
+
+def one_device(model: nn.Module, call: Callable[[nn.Module], Facts]) -> Facts:
+    with float64(), without_dropout(model), Wide():
+        return call(copy.deepcopy(model))
+
+
+def gradients(module: nn.Module) -> Facts:
+    return {f"gradient of {name}": whole(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+
+
+CASES = [
+    ("gpt2", (2, 2), 2, 0, None), ("llama", (2, 2), 4, 1, "use"), ("t5", (1, 2), 2, 2, "step"), ("encoder", (2, 1), 4, 3, None),
+    ("vit", (2, 2), 2, 4, "step"), ("bert", (1, 1), 4, 5, None), ("convnet", (2, 2), 1, 6, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "mesh", "count", "seed", "gather"), CASES)
+def test_steps_agree_with_one_device(name: str, mesh: Mesh, count: int, seed: int, gather: str | None) -> None:
+    """Two steps that add up, the first under `no_sync` on the ranks, with an evaluation between them."""
+    model, args, kwargs = example(name)
+
+    def alone(model: nn.Module) -> Facts:
+        first = total(model(*args, **kwargs))
+        second = total(model(*args, **kwargs))
+        (first + second).backward()
+        return {"first": first.detach(), "second": second.detach(), **gradients(model), **dict(model.named_buffers())}
+
+    expected = one_device(model, alone)
+    make = module_of(model, args, kwargs, mesh, count, seed, gather)
+
+    def rank(device_mesh: DeviceMesh) -> Facts:
+        module = make(device_mesh)
+        with without_dropout(module):
+            with module.no_sync():
+                first = module.step(*args, **kwargs)
+            assert all(parameter.grad is None for parameter in module.parameters())
+            second = module.step(*args, **kwargs)
+        assert not first.requires_grad and type(first) is Tensor and not module._gatherer.holding
+        assert not any(bucket.here for bucket in module._buckets)
+        return {"first": first, "second": second, **gradients(module), **dict(module.named_buffers())}
+
+    with float64():
+        for found in simulate(mesh, rank):
+            error, where = difference(expected, found)
+            assert error < 1e-10, where
