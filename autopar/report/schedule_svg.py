@@ -153,7 +153,7 @@ def _boxes(lane: Lane, order: dict[int, int], y: int, height: int, scale: float)
     pixel = -1
     for action in lane.actions():
         first, x, end = action[0], action[0].start_s * scale, action[-1].end_s * scale
-        if end - x < 1:  # of many that are thinner than a pixel, one a pixel
+        if end - x < 1.5:  # of many that are hardly a pixel wide, one a pixel
             if int(x) == pixel:
                 continue
             pixel = int(x)
