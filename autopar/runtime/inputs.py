@@ -9,7 +9,6 @@ it is given, whole or split along the batch, to the states that its operations w
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel, leaf_paths
 from autopar.runtime import handshake
 from autopar.runtime.convert import Place
-from autopar.runtime.sampler import batch_axes, batch_inputs
+from autopar.runtime.sampler import batch_axes, batch_inputs, batch_parts
 
 Mode = Literal["global", "per-rank"]
 
@@ -166,25 +165,27 @@ class InputBinder:
         return next(f"a tensor {list(slot.shape)} of {slot.dtype}" for slot in self.slots if slot.path == path)
 
 
-def given_states(plan: Plan, mode: Mode) -> dict[str, State]:
-    """The state in which a rank passes each input, by path: whole, or split along the batch by the axes that split it.
+def given_states(plan: Plan, mode: Mode, group: int = 0) -> dict[str, State]:
+    """The state in which a rank of `group` passes each input, by path: whole, or split along the batch by the axes that split it.
 
+    With microbatches, a rank's rows are its part of the first, then its part of the second, and so on: blocks of the global batch.
     Raises `InputError` for an unknown `mode`, and where per-rank batches are asked of a plan that splits the batch unevenly.
     """
     if mode not in ("global", "per-rank"):
         raise InputError(f'inputs="{mode}" is not known; write "global" (each rank passes the whole batch) or "per-rank" (its part)')
-    whole = (R,) * len(plan.mesh)
-    states: dict[str, State] = {item.path: whole for item in plan.inputs}
+    mesh = plan.groups[group].mesh
+    states: dict[str, State] = {item.path: (R,) * len(mesh) for item in plan.inputs}
     if mode == "per-rank":
-        axes = batch_axes(plan)
-        parts = math.prod(plan.mesh[axis] for axis in axes)
+        axes = batch_axes(plan, group)
+        parts = batch_parts(plan)
         for item in batch_inputs(plan):
-            if item.shape[0] % parts:
+            if item.shape[0] % (parts * plan.microbatches):
+                of_each = f" of each of {plan.microbatches} microbatches" if plan.microbatches > 1 else ""
                 raise InputError(
-                    f"`{item.path}` has a batch of {item.shape[0]}, which the plan cuts in {parts} unequal parts; "
+                    f"`{item.path}` has a batch of {item.shape[0]}, which the plan cuts in {parts} unequal parts{of_each}; "
                     'per-rank inputs need equal ones: plan for a batch that divides, or pass inputs="global"'
                 )
-            states[item.path] = tuple(S(0) if axis in axes else R for axis in plan.mesh)
+            states[item.path] = tuple(S(0, plan.microbatches) if axis in axes else R for axis in mesh)
     return states
 
 

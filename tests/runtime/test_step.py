@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
 
 from autopar.errors import InputError, RuntimeSetupError
 from autopar.ir.microbatch import microbatched
-from autopar.ir.placement import R
+from autopar.ir.placement import R, S
 from autopar.ir.plan import InputPlan
 from autopar.ir.trace import trace
 from autopar.runtime.dropout import without_dropout
@@ -27,7 +28,7 @@ Make = Callable[[DeviceMesh], ParallelModule]
 
 
 def module_of(
-    model: nn.Module, args: Any, kwargs: Any, mesh: Mesh, count: int, seed: int, gather: str | None = None, inputs: Any = "global", **plan: Any
+    model: nn.Module, args: Any, kwargs: Any, mesh: Mesh, count: int, seed: int, gather: str | None = None, inputs: Any = "global", rows: Any = ()
 ) -> Make:
     """Makes `model` on simulated ranks, with `count` microbatches under a random assignment."""
     with float64():
@@ -44,7 +45,7 @@ def module_of(
         for fqn in (*(item.fqn for item in traced.graph.parameters), *(item.fqn for item in traced.graph.buffers)):
             state = assignment.storage[fqn].stored if fqn in assignment.storage else (R, R)
             local[fqn] = local_part(tensors[fqn].detach(), state, mesh, coordinate).clone(memory_format=torch.contiguous_format)
-        changes = {"microbatches": count, **plan}
+        changes = {"microbatches": count, "inputs": tuple(rows)}
         return ParallelModule(
             traced, empty_plan(mesh).model_copy(update=changes), device_mesh, local, assignment=assignment, batched=batched, inputs=inputs
         )
@@ -96,3 +97,115 @@ def test_steps_agree_with_one_device(name: str, mesh: Mesh, count: int, seed: in
         for found in simulate(mesh, rank):
             error, where = difference(expected, found)
             assert error < 1e-10, where
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (2, 2)])
+def test_a_rank_passes_its_part_of_every_microbatch(mesh: Mesh) -> None:
+    model, args, kwargs = example("llama")
+    kwargs = {name: torch.cat([x, x.flip(0).roll(1, 1)]) for name, x in kwargs.items()}
+    placement = {"dp": "S(0)", "tp": "S(0)"}
+    rows = [InputPlan(path=name, shape=tuple(x.shape), dtype="int64", placement=placement) for name, x in kwargs.items()]
+    make = module_of(model, args, kwargs, mesh, 2, 1, inputs="per-rank", rows=rows)
+
+    def alone(model: nn.Module) -> Facts:
+        loss = total(model(**kwargs))
+        loss.backward()
+        return {"loss": loss.detach(), **gradients(model)}
+
+    expected = one_device(model, alone)
+
+    def rank(device_mesh: DeviceMesh) -> Facts:
+        module = make(device_mesh)
+        state = (S(0, 2), S(0, 2))
+        mine = {name: local_part(x, state, mesh, coordinate_of(device_mesh)).contiguous() for name, x in kwargs.items()}
+        with pytest.raises(InputError, match="this rank's part of the traced"):
+            module._binder.match((), kwargs)
+        loss = module.step(**mine)
+        module.eval()
+        with torch.no_grad():
+            assert torch.allclose(total_of(module(**mine)), loss, rtol=1e-12)
+        return {"loss": loss, **gradients(module)}
+
+    with float64():
+        for found in simulate(mesh, rank):
+            error, where = difference(expected, found)
+            assert error < 1e-10, where
+
+
+def total_of(result: Any) -> Tensor:
+    return result["loss"] if isinstance(result, dict) else result[0]
+
+
+@pytest.mark.parametrize(("name", "mesh", "count"), [("llama", (2, 2), 2), ("vit", (1, 2), 4), ("mlp", (2, 1), 2)])
+def test_evaluation_joins_the_microbatches(name: str, mesh: Mesh, count: int) -> None:
+    model, args, kwargs = example(name)
+    model.eval()
+
+    def alone(model: nn.Module) -> Facts:
+        leaves = [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        return {str(index): leaf.detach() for index, leaf in enumerate(leaves)}
+
+    expected = one_device(model, alone)
+    model.train()
+    make = module_of(model, args, kwargs, mesh, count, 0)
+
+    def rank(device_mesh: DeviceMesh) -> Facts:
+        module = make(device_mesh)
+        with pytest.raises(RuntimeSetupError, match=r"module\.step"):
+            module(*args, **kwargs)
+        with torch.no_grad():
+            module(*args, **kwargs)
+        return alone(module.eval())  # type: ignore[arg-type]
+
+    with float64():
+        for found in simulate(mesh, rank):
+            error, where = difference(expected, found)
+            assert error < 1e-10, where
+
+
+def test_what_cannot_be_stepped_says_so() -> None:
+    model, args, kwargs = example("mlp")
+    make = module_of(model, args, kwargs, (1, 1), 2, 0)
+
+    def rank(device_mesh: DeviceMesh) -> None:
+        module = make(device_mesh)
+        with pytest.raises(RuntimeSetupError, match=r"returns no floating-point scalar.*return the loss"):
+            module.step(*args, **kwargs)
+
+    simulate((1, 1), rank)
+    model, args, kwargs = example("llama")
+    make = module_of(model, args, kwargs, (1, 1), 2, 0)
+
+    def unable(device_mesh: DeviceMesh) -> None:
+        module = make(device_mesh)
+        with torch.no_grad(), pytest.raises(RuntimeSetupError, match="no_grad"):
+            module.step(*args, **kwargs)
+
+    with float64():
+        simulate((1, 1), unable)
+
+
+def test_a_step_that_raised_leaves_nothing_behind() -> None:
+    model, args, kwargs = example("llama")
+    make = module_of(model, args, kwargs, (2, 1), 4, 0, "step")
+
+    def rank(device_mesh: DeviceMesh) -> Facts:
+        clean, module = make(device_mesh), make(device_mesh)
+        loss = clean.step(*args, **kwargs)
+        run, count = module._run, iter(range(100))
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            if next(count) == 2:
+                raise KeyboardInterrupt
+            return run(*args, **kwargs)
+
+        module._run = failing  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            module.step(*args, **kwargs)
+        module._run = run  # type: ignore[method-assign]
+        assert all(parameter.grad is None for parameter in module.parameters()) and module._reducer.enabled
+        assert difference({"loss": loss, **gradients(clean)}, {"loss": module.step(*args, **kwargs), **gradients(module)})[0] < 1e-14
+        return {}
+
+    with float64():
+        simulate((2, 1), rank)
