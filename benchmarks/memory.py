@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -48,6 +49,8 @@ class StorageTracker(TorchDispatchMode):
         self.peak_bytes = self.live_bytes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if FakeTensor in types:
+            return func(*args, **(kwargs or {}))  # DTensor works out shapes: nothing is allocated
         if any(kind not in _PLAIN for kind in types):
             return NotImplemented  # a subclass unwraps itself; its inner operators come back here
         result = func(*args, **(kwargs or {}))

@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autopar.ir.rules.table import RULES
+from autopar.ir.schedules import SCHEDULES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -55,21 +57,29 @@ def test_blocks_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch: p
         exec(compile(text, f"{page}, block {number}", "exec"), names)
 
 
-def test_the_worked_rule_is_right() -> None:
-    """What docs/adding-a-rule.md adds, shows and refutes; the rule is taken away again."""
+@pytest.mark.parametrize(
+    ("page", "table", "refuted"),
+    [
+        ("docs/adding-a-rule.md", RULES, "result 0, put together by P(sum), differs"),
+        ("docs/adding-a-schedule.md", SCHEDULES, "group 1: 1B0 comes before 1F0, which it needs"),
+    ],
+)
+def test_the_worked_example_is_right(page: str, table: dict[str, Any], refuted: str) -> None:
+    """What a page adds to a table of ours, shows and refutes; the row is taken away again."""
     names: dict[str, object] = {}
-    shown = re.findall(r"^```text\n(.*?)^```", (ROOT / "docs/adding-a-rule.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    shown = re.findall(r"^```text\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
     printed = io.StringIO()
-    known = dict(RULES)
+    known = dict(table)
     try:
         with contextlib.redirect_stdout(printed):
-            for number, text in enumerate(blocks("docs/adding-a-rule.md"), 1):
-                exec(compile(text, f"docs/adding-a-rule.md, block {number}", "exec"), names)
+            for number, text in enumerate(blocks(page), 1):
+                exec(compile(text, f"{page}, block {number}", "exec"), names)
+        assert table.keys() - known.keys()
     finally:
-        RULES.clear()
-        RULES.update(known)
+        table.clear()
+        table.update(known)
     assert printed.getvalue().startswith(shown[0])
-    assert "result 0, put together by P(sum), differs" in printed.getvalue()
+    assert refuted in printed.getvalue()
 
 
 @pytest.mark.processes

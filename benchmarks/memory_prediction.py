@@ -1,0 +1,134 @@
+"""Peak memory that the simulator predicts for every rank beside what a tracker measures on the running rank program.
+
+    python benchmarks/memory_prediction.py [--models gpt2 t5 ...] [--plans ddp "1f1b" ...] [--ranks 2]
+
+Every plan trains the model for two steps on local processes (gloo), forward, backward and fused AdamW, in float32; of the second the largest sum
+of live storages is taken (`memory.py`) on each rank and set beside `autopar`'s prediction for the rank's group. Models are those of the
+zoo, at a size where a rank holds tens of megabytes. Prints a line per case to stderr and JSON at the end: a ratio above 1.0 predicts
+more than is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from memory import measure
+
+import autopar
+from autopar.runtime.launch import RankPool
+from autopar.search.simulate import simulate
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.zoo import ZOO
+
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gpt2": ({"layers": 6, "n_embd": 256, "n_head": 4, "vocab_size": 4096, "n_positions": 128}, {"batch": 16, "sequence": 128}),
+    "llama": (
+        {"layers": 6, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 4096, "num_attention_heads": 4},
+        {"batch": 16, "sequence": 128},
+    ),
+    "t5": ({"layers": 4, "d_model": 256, "d_ff": 1024, "d_kv": 64, "vocab_size": 4096}, {"batch": 16, "sequence": 64}),
+    "vit": ({"layers": 6, "hidden_size": 256, "intermediate_size": 1024, "patch_size": 4}, {"batch": 32}),
+    "resnet-tuned": ({"layers": 3, "embedding_size": 64, "hidden_sizes": [64, 128]}, {"batch": 64}),
+    "unet-groups": ({"layers": 3, "width": 32}, {"batch": 64}),
+}
+"""Options of `build` and of `inputs`."""
+
+PLANS: dict[str, dict[str, Any]] = {
+    "ddp": {"baseline": "ddp"},
+    "fsdp": {"baseline": "fsdp"},
+    "searched": {"mesh": (2, 1), "microbatches": 1},
+    "tensor": {"mesh": (1, 2), "microbatches": 1},
+    "accumulation": {"mesh": (2, 1), "microbatches": 4},
+    "recompute": {"mesh": (2, 1), "microbatches": 1, "recompute": "all"},
+    "gpipe": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "gpipe", "microbatches": 4},
+    "1f1b": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "1f1b", "microbatches": 4},
+    "interleaved-1f1b": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "interleaved-1f1b", "microbatches": 4},
+    "zbv": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "zbv", "microbatches": 4},
+    "1f1b, recompute": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "1f1b", "microbatches": 4, "recompute": "all"},
+}
+"""Options of `autopar.plan`; those that are given no mesh have two ranks."""
+
+
+def model_and_batch(name: str) -> tuple[torch.nn.Module, Any]:
+    build, inputs = SIZES[name]
+    model = ZOO[name].build(**build)
+    return model, ZOO[name].inputs(model, **inputs)
+
+
+def measure_rank(name: str, plan: autopar.Plan) -> int:
+    """Peak bytes of a training step on this rank."""
+    model, batch = model_and_batch(name)
+    module = autopar.parallelize(model, batch, plan=plan)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
+    named = batch if isinstance(batch, dict) else None
+
+    def step() -> None:
+        optimizer.zero_grad()
+        _ = module.step(**named) if named is not None else module.step(*batch)
+        optimizer.step()
+
+    def owned() -> Iterable[Any]:
+        for parameter in module.parameters():
+            yield parameter
+            yield parameter.grad
+        yield from module.buffers()
+        for state in optimizer.state.values():
+            yield from state.values()
+
+    return measure(step, owned)
+
+
+def case(name: str, plan_name: str, pool: RankPool) -> dict[str, Any]:
+    """Predict and measure one plan of one model; the pool has two ranks."""
+    found: dict[str, Any] = {"model": name, "plan": plan_name}
+    model, batch = model_and_batch(name)
+    try:
+        plan = autopar.plan(model, batch, "cpu:2", optimizer="adamw", **PLANS[plan_name])
+        simulation = simulate(plan)
+        measured = pool.run(measure_rank, name, plan)
+    except autopar.AutoparError as error:
+        return found | {"error": f"{type(error).__name__}: {error}"}
+    predicted = [int(peak) for ranks, peak in zip(simulation.ranks, simulation.peak_bytes, strict=True) for _ in ranks]
+    return found | {
+        "predicted_bytes": predicted,
+        "measured_bytes": measured,
+        "ratios": [round(guess / seen, 4) for guess, seen in zip(predicted, measured, strict=True)],
+        "predicted_bytes_by_kind": [{kind: int(size) for kind, size in memory.at_peak().items()} for memory in simulation.memory],
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    ratios = "  ".join(f"{ratio:.3f}" for ratio in row.get("ratios", ()))
+    sizes = "  ".join(f"{size / 2**20:.1f}" for size in row.get("measured_bytes", ()))
+    return f"{row['model']:14} {row['plan']:18} {ratios or row['error'].splitlines()[0]}  of {sizes} MiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    rows = []
+    with RankPool(2, threads=1) as pool:
+        for name in options.models:
+            for plan_name in options.plans:
+                rows.append(case(name, plan_name, pool))
+                print(line(rows[-1]), file=sys.stderr, flush=True)
+    worst = max((abs(ratio - 1) for row in rows for ratio in row.get("ratios", ())), default=0.0)
+    print(json.dumps({"benchmark": "memory_prediction", "worst_deviation": round(worst, 4), "results": rows}, indent=2))
+    sys.exit(1 if any("error" in row for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()
