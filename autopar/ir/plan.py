@@ -188,7 +188,7 @@ class StagePlan(_Data):
     """One stage: operations `start` to `stop` of the graph of one microbatch, on the ranks of `groups[group]`.
 
     `sends_bytes`: what one microbatch sends to the next stage forward, in all; `receives_s`: time on the link for one rank to receive
-    its part, `returns_s` for the gradients on their way back.
+    its part from the stage before, `returns_s` for the gradients on their way back to that stage.
     """
 
     name: str

@@ -220,7 +220,7 @@ class Pipelined:
             name=_name(self.body, stage), start=stage.start, stop=stage.stop, group=self.pipeline.group_of(index),
             sends_bytes=sum(self.body.values[name].size_bytes for name in stage.sends),
             receives_s=self._wire_s(index, index - 1, stage.receives, backward=False),
-            returns_s=self._wire_s(index, index + 1, stage.sends, backward=True),
+            returns_s=self._wire_s(index - 1, index, self.stages[index - 1].sends, backward=True) if index else 0.0,
         )  # fmt: skip
 
     def _wire_s(self, index: int, other: int, names: tuple[str, ...], backward: bool) -> float:
