@@ -26,6 +26,7 @@ from autopar.search.planner import plan_graph
 
 if TYPE_CHECKING:
     from autopar.runtime.module import ParallelModule
+    from autopar.runtime.pipeline import PipelineModule
     from autopar.runtime.verify_report import VerifyReport
     from autopar.search.solve import Progress
 
@@ -131,22 +132,26 @@ def parallelize(
     A model on `meta` is materialised shard by shard with its own initialisation. `sync_module_states`: start from rank 0's values.
     `timeout_s`: limit of every collective; a rank that dies or disagrees ends the others with an error instead of a hang.
 
-    The result has the call signature and outputs of the model and the original parameter names; its parameters are DTensors.
+    The result has the call signature and outputs of the model and the original parameter names; its parameters are DTensors. Under a
+    plan with microbatches or a pipeline `loss = m.step(...)` stands for `loss = m(...)` and `loss.backward()`; with a pipeline each rank
+    has the parameters of its own stages only, and `example_inputs` must be given.
     Raises `PlanMismatchError` and `RankDisagreementError` on every rank alike, before any training step.
     """
     from autopar.runtime.build import build, device_for
     from autopar.runtime.deferred import DeferredModule
     from autopar.runtime.handshake import agree
     from autopar.runtime.handshake import compare as compare_ranks
+    from autopar.runtime.pipeline import PipelineModule
     from autopar.runtime.process_mesh import ensure_process_group, mesh_for
 
     _check_types(model, plan)
     if unknown := plan_options.keys() - _PLAN_OPTIONS:
         raise PlanError(f"parallelize has no option `{min(unknown)}`; options for planning are {', '.join(sorted(_PLAN_OPTIONS))}")
-    if ensure_process_group(device, timeout_s) == 1 and (plan is None or plan.world_size == 1):
+    world_size = ensure_process_group(device, timeout_s)
+    if world_size == 1 and (plan is None or plan.world_size == 1) and not _in_parts(plan, plan_options):
         return _on_one_device(model, device)
 
-    def build_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
+    def build_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule | PipelineModule:
         traced, problem = None, None
         try:
             traced = trace(model, args, kwargs)
@@ -161,12 +166,36 @@ def parallelize(
             if not chosen.predicted.fits:
                 missing_bytes = sum(chosen.memory_bytes.values()) - chosen.predicted.memory_limit_bytes
                 raise InfeasibleError("\n".join(chosen.notes), missing_bytes, chosen.notes[1:])
+        if example_inputs is None:
+            _refuse_late_pipeline(chosen)
         return build(model, traced, chosen, inputs=inputs, device=device, timeout_s=timeout_s, sync_module_states=sync_module_states)
 
+    def build_late(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule:
+        module = build_for(args, kwargs)
+        assert not isinstance(module, PipelineModule)
+        return module
+
     if example_inputs is None:
-        mesh = mesh_for({"dp": dist.get_world_size(), "tp": 1}, device_for(model, device), timeout_s)
-        return DeferredModule(model, mesh, build_for)
+        if plan is not None:
+            _refuse_late_pipeline(plan)
+        mesh = mesh_for({"dp": world_size, "tp": 1}, device_for(model, device), timeout_s)
+        return DeferredModule(model, mesh, build_late)
     return build_for(*split_example(example_inputs))
+
+
+def _in_parts(plan: Plan | None, options: Mapping[str, Any]) -> bool:
+    """Whether a step on one device takes more than the model itself: microbatches, stages or repeats that are recomputed."""
+    if plan is None:
+        return options.get("microbatches") not in (None, 1)
+    return plan.microbatches > 1 or plan.pipeline is not None or any(segment.recompute for segment in plan.segments)
+
+
+def _refuse_late_pipeline(plan: Plan) -> None:
+    if plan.pipeline is not None:
+        raise PlanError(
+            "a plan with a pipeline gives each rank only the parameters of its own stages, which must be known before an optimizer is "
+            "made: pass `example_inputs` to parallelize"
+        )
 
 
 def verify(model: nn.Module, example_inputs: Any, plan: Plan, **options: Any) -> VerifyReport:
@@ -205,7 +234,8 @@ def _plan_traced(traced: TracedModel, cluster: Cluster, **options: Any) -> Plan:
 
 def _running_cluster() -> Cluster:
     """The cluster that the running process group spans, as far as this process can see it."""
-    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Cluster.local(world, properties.name, properties.total_memory, local)

@@ -1,4 +1,4 @@
-"""`build`: a model, its trace and a plan become this rank's `ParallelModule`; what does not fit ends every rank before anything runs."""
+"""`build`: a model, its trace and a plan become this rank's distributed module; what does not fit ends every rank before anything runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 import autopar
-from autopar.errors import AutoparError, PlanError, PlanMismatchError
-from autopar.ir.assignment import Assignment, expand
+from autopar.errors import AutoparError, InputError, PlanError, PlanMismatchError
+from autopar.ir.assignment import Assignment, Expanded, expand_stages
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
 from autopar.runtime import handshake
@@ -22,7 +22,8 @@ from autopar.runtime.evaluation import EvaluationCheck
 from autopar.runtime.inputs import Mode, given_states
 from autopar.runtime.materialize import local_state
 from autopar.runtime.module import ParallelModule
-from autopar.runtime.process_mesh import check_fits, ensure_process_group, mesh_for
+from autopar.runtime.pipeline import PipelineModule, held_by, storage_of
+from autopar.runtime.process_mesh import check_fits, check_groups_fit, ensure_process_group, group_mesh_for, mesh_for
 
 
 def build(
@@ -34,8 +35,10 @@ def build(
     device: torch.device | str | None = None,
     timeout_s: float = 600.0,
     sync_module_states: bool = True,
-) -> ParallelModule:
+) -> ParallelModule | PipelineModule:
     """The distributed `model`, traced as `traced`, under `plan`, for this rank. A collective call; works for a job of one rank too.
+
+    A `PipelineModule` where the plan has a pipeline, else a `ParallelModule`.
 
     `device` is by default the model's own, or for one on `meta` the current accelerator or the CPU. The result shares no memory
     with `model`. Raises, on every rank or on none, `PlanMismatchError`, `PlanError`, `InputError` for what does not fit here, and
@@ -44,12 +47,16 @@ def build(
     target = device_for(model, device)
     world_size = ensure_process_group(target, timeout_s)
     problem: AutoparError | None = None
-    assignment: Assignment | None = None
+    expanded: Expanded | None = None
     try:
-        check_fits(plan.mesh, world_size)
-        assignment = expand(plan, traced.graph)
-        _check_storage(assignment, traced)
-        given_states(plan, inputs)
+        if plan.pipeline is None:
+            check_fits(plan.mesh, world_size)
+        else:
+            check_groups_fit([group.mesh for group in plan.groups], world_size)
+        expanded = expand_stages(plan, traced.graph)
+        for assignment in expanded.assignments:
+            _check_storage(assignment, traced)
+        _check_inputs(plan, inputs)
         _check_tensors(model, traced)
     except AutoparError as error:
         problem = error
@@ -63,24 +70,89 @@ def build(
         "`sync_module_states`": str(sync_module_states),
     }
     handshake.compare(notes, problem, timeout_s)
-    assert assignment is not None
-    mesh = mesh_for(plan.mesh, target, timeout_s)
+    assert expanded is not None
+    make = _pipeline_module if plan.pipeline is not None else _parallel_module
+    module = make(
+        model,
+        traced,
+        plan,
+        expanded,
+        device=target,
+        timeout_s=timeout_s,
+        sync_module_states=sync_module_states,
+        inputs=inputs,
+        signature=_signature(model),
+        evaluation=EvaluationCheck(model, traced),
+    )
+    module.register_load_state_dict_pre_hook(accept_whole_tensors)  # type: ignore[no-untyped-call]
+    return module
+
+
+def _parallel_module(
+    model: nn.Module,
+    traced: TracedModel,
+    plan: Plan,
+    expanded: Expanded,
+    *,
+    device: torch.device,
+    timeout_s: float,
+    sync_module_states: bool,
+    **options: Any,
+) -> ParallelModule:
+    mesh = mesh_for(plan.mesh, device, timeout_s)
+    [assignment] = expanded.assignments
     stored = {fqn: storage.stored for fqn, storage in assignment.storage.items()}
-    state = local_state(model, traced.graph, stored, mesh, target, sync_module_states=sync_module_states, timeout_s=timeout_s)
-    module = ParallelModule(
+    state = local_state(model, traced.graph, stored, mesh, device, sync_module_states=sync_module_states, timeout_s=timeout_s)
+    return ParallelModule(
         traced,
         plan,
         mesh,
         state,
-        inputs=inputs,
-        signature=_signature(model),
-        device=target,
+        device=device,
         assignment=assignment,
-        evaluation=EvaluationCheck(model, traced),
+        batched=expanded.microbatched,
+        timeout_s=timeout_s,
+        **options,
+    )
+
+
+def _pipeline_module(
+    model: nn.Module,
+    traced: TracedModel,
+    plan: Plan,
+    expanded: Expanded,
+    *,
+    device: torch.device,
+    timeout_s: float,
+    sync_module_states: bool,
+    inputs: Mode,
+    **options: Any,
+) -> PipelineModule:
+    assert plan.pipeline is not None and inputs == "global"
+    group = group_mesh_for([item.mesh for item in plan.groups], device, timeout_s)
+    mine = [index for index, stage in enumerate(plan.pipeline.stages) if stage.group == group.index]
+    state = local_state(
+        model,
+        traced.graph,
+        storage_of(expanded, mine),
+        group.mesh,
+        device,
+        keep=held_by(expanded, mine),
+        sync_module_states=sync_module_states,
         timeout_s=timeout_s,
     )
-    module.register_load_state_dict_pre_hook(accept_whole_tensors)  # type: ignore[no-untyped-call]
-    return module
+    return PipelineModule(traced, plan, group, state, device=device, expanded=expanded, timeout_s=timeout_s, **options)
+
+
+def _check_inputs(plan: Plan, inputs: Mode) -> None:
+    """Raise `InputError` where the plan cannot take inputs in this way."""
+    if plan.pipeline is None:
+        given_states(plan, inputs)
+    elif inputs != "global":
+        raise InputError(
+            f'inputs="{inputs}" with a plan that has a pipeline: its groups of ranks may cut the batch differently, so every rank must '
+            'pass the whole batch; leave `inputs` at "global"'
+        )
 
 
 def device_for(model: nn.Module, device: torch.device | str | None = None) -> torch.device:

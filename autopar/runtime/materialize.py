@@ -7,7 +7,7 @@ rank ever holds more than its parts and one module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 import torch.distributed as dist
@@ -29,12 +29,14 @@ def local_state(
     mesh: DeviceMesh,
     device: torch.device,
     *,
+    keep: Collection[str] | None = None,
     sync_module_states: bool = True,
     timeout_s: float = 600.0,
 ) -> dict[str, Tensor]:
     """This rank's part of every parameter and buffer of `graph`, by fully-qualified name, contiguous and on `device`.
 
     `stored[fqn]`: the state a parameter is stored in; buffers are whole. The tensors share no memory with `model`.
+    `keep`: names of those that this rank holds, by default all.
     With `sync_module_states` all values come from rank 0, whose model decides what is initialised; without, each rank takes its own.
     A collective call. Raises `RuntimeSetupError` where a module on `meta` cannot be initialised.
     """
@@ -51,15 +53,19 @@ def local_state(
         part = local_part(tensor, stored.get(name, whole), mesh.shape, coordinate)
         return part.detach().clone(memory_format=torch.contiguous_format)
 
+    held = set(names if keep is None else keep)
     found: dict[str, Tensor] = {}
     for name in names:
-        if name not in bare:
-            found[name] = cut(name, _from_rank_0(sources[name], device) if sync_module_states else sources[name].detach().to(device))
-    if bare:
-        for name, tensor in initialised(model, device, seed, bare):
+        if name not in bare and (sync_module_states or name in held):
+            tensor = _from_rank_0(sources[name], device) if sync_module_states else sources[name].detach().to(device)
+            if name in held:
+                found[name] = cut(name, tensor)
+            del tensor
+    if bare & held:
+        for name, tensor in initialised(model, device, seed, bare & held):
             found[name] = cut(name, tensor)
             del tensor
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in names if name in held}
 
 
 def _from_rank_0(tensor: Tensor, device: torch.device) -> Tensor:

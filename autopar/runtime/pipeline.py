@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from autopar.errors import PlanError, RuntimeSetupError
 from autopar.ir.assignment import Expanded, expand_stages
 from autopar.ir.conversion import State
+from autopar.ir.graph import Graph
+from autopar.ir.microbatch import PROLOGUE
 from autopar.ir.placement import R
 from autopar.ir.plan import Plan
 from autopar.ir.schedule_check import check
@@ -212,7 +214,7 @@ class PipelineModule(DistributedModule):
         paths = [item.path for item in self._traced.graph.inputs]
         given = dict.fromkeys(paths, whole)
         batched = self._expanded.microbatched
-        if not any(item.path.startswith("@") for stage in self._stages for item in stage.live.graph.inputs):
+        if not _reads_prologue([stage.live.graph for stage in self._stages]):
             batched = replace(batched, prologue=None)  # not for this rank
         self._microbatches = Microbatches(batched, paths, given, self._place, self._device, self._constants)
         self._binder = InputBinder(
@@ -369,6 +371,18 @@ def storage_of(expanded: Expanded, stages: Sequence[int]) -> dict[str, State]:
         for fqn, storage in expanded.assignments[index].storage.items():
             found.setdefault(fqn, storage.stored)
     return found
+
+
+def held_by(expanded: Expanded, stages: Sequence[int]) -> set[str]:
+    """Names of all parameters and buffers that a rank which runs `stages` holds; among them what its part of the prologue reads."""
+    graphs = [expanded.stages[index].graph for index in stages]
+    if expanded.microbatched.prologue is not None and _reads_prologue(graphs):
+        graphs.append(expanded.microbatched.prologue)
+    return {item.fqn for graph in graphs for item in graph.parameters} | {item.fqn for graph in graphs for item in graph.buffers}
+
+
+def _reads_prologue(graphs: Sequence[Graph]) -> bool:
+    return any(item.path.startswith(PROLOGUE) for graph in graphs for item in graph.inputs)
 
 
 def _leave_out_others(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: Any) -> None:

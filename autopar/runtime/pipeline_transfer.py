@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import product
 
 from autopar.ir.conversion import State
-from autopar.ir.placement import Placement, chunk, local_shape
+from autopar.ir.placement import Placement, R, chunk, local_shape
 
 Run = tuple[int, int]
 """First index and length of consecutive indices of one dim."""
@@ -83,7 +83,7 @@ def messages(shape: tuple[int, ...], source: Layout, target: Layout) -> tuple[Me
     Every element of every target rank's part comes exactly once. Among ranks that hold the same part the one that sends least so far
     is taken; of equally busy ones that which stands where the target stands, so that equal meshes send rank to rank.
     """
-    assert not any(placement.is_partial for placement in (*source.state, *target.state))
+    assert all(placement.is_shard or placement == R for placement in (*source.state, *target.state))
     replicas: dict[tuple[tuple[Run, ...], ...], list[int]] = {}
     for rank in range(source.first_rank, source.first_rank + source.size):
         replicas.setdefault(source.held(shape, rank), []).append(rank)

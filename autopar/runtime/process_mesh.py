@@ -101,23 +101,23 @@ def group_mesh_for(
     A collective call, like `mesh_for`. Raises `PlanMismatchError` where the groups together have not as many ranks as the job.
     """
     device = torch.device(device)
-    sizes = [math.prod(axes.values()) for axes in groups]
-    check_fits({f"group {index}": size for index, size in enumerate(sizes)}, ensure_process_group(device, timeout_s), together=True)
+    check_groups_fit(groups, ensure_process_group(device, timeout_s))
     if not dist.is_initialized():
         raise RuntimeSetupError("a plan with stages needs a process group, even of one rank; start it with `torchrun`")
     known = _pipelines.setdefault(dist.group.WORLD, {})
     key = (device.type, tuple(tuple(axes.items()) for axes in groups), timeout_s)
     if key not in known:
-        known[key] = _group_mesh(groups, sizes, device, timeout_s)
+        known[key] = _group_mesh(groups, device, timeout_s)
     return known[key]
 
 
-def _group_mesh(groups: Sequence[Mapping[str, int]], sizes: Sequence[int], device: torch.device, timeout_s: float) -> GroupMesh:
+def _group_mesh(groups: Sequence[Mapping[str, int]], device: torch.device, timeout_s: float) -> GroupMesh:
     everyone = dist.new_group(timeout=timedelta(seconds=timeout_s))
     assert isinstance(everyone, dist.ProcessGroup)
     found = None
     first_rank = 0
-    for index, (axes, size) in enumerate(zip(groups, sizes, strict=True)):
+    for index, axes in enumerate(groups):
+        size = math.prod(axes.values())
         numbers = torch.arange(first_rank, first_rank + size, dtype=torch.int).view(tuple(axes.values()))
         along = [_group_along(numbers, axis, timeout_s) for axis in range(numbers.dim())]  # every rank makes all groups
         if first_rank <= dist.get_rank() < first_rank + size:
@@ -129,15 +129,27 @@ def _group_mesh(groups: Sequence[Mapping[str, int]], sizes: Sequence[int], devic
     return found
 
 
-def check_fits(axes: Mapping[str, int], world_size: int, *, together: bool = False) -> None:
-    """Raise `PlanMismatchError` where the sizes do not multiply (`together`: add up) to `world_size`."""
-    ranks = sum(axes.values()) if together else math.prod(axes.values())
+def check_fits(axes: Mapping[str, int], world_size: int) -> None:
+    """Raise `PlanMismatchError` where the axis sizes do not multiply to `world_size`."""
+    _check_count(math.prod(axes.values()), _sizes(axes), world_size)
+
+
+def check_groups_fit(groups: Sequence[Mapping[str, int]], world_size: int) -> None:
+    """Raise `PlanMismatchError` where the groups together do not have `world_size` ranks."""
+    ranks = sum(math.prod(axes.values()) for axes in groups)
+    _check_count(ranks, f"{len(groups)} groups: {'; '.join(map(_sizes, groups))}", world_size)
+
+
+def _sizes(axes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in axes.items())
+
+
+def _check_count(ranks: int, what: str, world_size: int) -> None:
     if ranks == world_size:
         return
-    sizes = ", ".join(f"{name}={size}" for name, size in axes.items())
     start = f"it with `torchrun --nproc-per-node {ranks}`" if ranks > 1 else "one process"
     raise PlanMismatchError(
-        f"the plan is for a mesh of {ranks} rank{'s' * (ranks > 1)} ({sizes}), but this job has {world_size}; "
+        f"the plan is for a mesh of {ranks} rank{'s' * (ranks > 1)} ({what}), but this job has {world_size}; "
         f"start {start}, or plan for {world_size} device{'s' * (world_size > 1)}"
     )
 

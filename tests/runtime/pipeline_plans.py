@@ -27,7 +27,7 @@ from autopar.ir.trace import TracedModel, trace
 from autopar.runtime.checkpoint import whole_tensor
 from autopar.runtime.dropout import without_dropout
 from autopar.runtime.launch import RankPool
-from autopar.runtime.pipeline import PipelineModule, storage_of
+from autopar.runtime.pipeline import PipelineModule, held_by, storage_of
 from autopar.runtime.process_mesh import group_mesh_for
 from autopar.runtime.shards import coordinate_of, local_part
 from tests.runtime.random_plans import AXES, Facts, Mesh, Wide, difference, example, float64, random_assignment, total, widened
@@ -90,15 +90,10 @@ def pipeline_module(model: nn.Module, traced: TracedModel, plan: Plan, expanded:
     mine = [index for index, stage in enumerate(plan.pipeline.stages) if stage.group == group.index]
     stored = storage_of(expanded, mine)
     sources: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    names = dict.fromkeys(stored)
-    for index in mine:
-        names |= dict.fromkeys(item.fqn for item in expanded.stages[index].graph.buffers)
-    prologue = expanded.microbatched.prologue
-    names |= dict.fromkeys(item.fqn for item in (prologue.buffers if prologue else ()))
     coordinate, sizes = coordinate_of(group.mesh), tuple(group.mesh.shape)
     local = {
         fqn: local_part(sources[fqn].detach(), stored.get(fqn, (R, R)), sizes, coordinate).clone(memory_format=torch.contiguous_format)
-        for fqn in names
+        for fqn in held_by(expanded, mine)
     }
     return PipelineModule(traced, plan, group, local, expanded=expanded, timeout_s=timeout_s)
 
@@ -124,7 +119,8 @@ def run_case(case: Case) -> tuple[float, str]:
     held = {f"gradient of {name}" for name, _ in module.named_parameters()} | {f"buffer {name}" for name, _ in module.named_buffers()}
     if missing & held:
         return float("inf"), f"missing: {sorted(missing & held)}"
-    return difference({name: expected[name] for name in found}, found)
+    error, where = difference({name: expected[name] for name in found}, found)
+    return (error if error == error else float("inf")), where
 
 
 def reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
