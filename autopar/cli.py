@@ -168,9 +168,9 @@ def plan(
     screen = console()
     chosen = plans["searched" if compare else ""]
     if isinstance(chosen, Plan):
-        show_plan(chosen, screen, full)
         if output is not None:
-            chosen.save(output)
+            chosen.save(output)  # first: who reads the report may stop reading
+        show_plan(chosen, screen, full)
     if compare:
         screen.print()
         show_compared(plans, screen)

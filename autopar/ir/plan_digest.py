@@ -93,7 +93,11 @@ def parameter_groups(plan: Plan) -> list[ParameterGroup]:
             by_group[stage_group(plan, item.stage)] += moved[item.stage, item.name]
         tied = tuple(readers[names[0]]) if len(names) == 1 and len(readers[names[0]]) > 1 else ()
         groups.append(ParameterGroup(owner, name, count, shapes, stored, used, gather, items[0].trainable, max(by_group.values()), tied))
-    return groups
+    # Below one owner what belongs to it, where its first stands: stages and folds may list others between.
+    places: dict[str, int] = {}
+    for place, group in enumerate(groups):
+        places.setdefault(group.owner or f"{place}", place)
+    return sorted(groups, key=lambda group: places[group.owner] if group.owner else groups.index(group))
 
 
 def stage_group(plan: Plan, stage: int) -> int:

@@ -81,7 +81,7 @@ class Roles:
 
     def role(self, op: OpPlan, axis: str, stage: int = 0) -> str:
         """What `op` of `stage` splits over `axis`, in words; empty where these are not known; `"whole"` where every rank does all of it."""
-        if op.split[axis] == "replicate":
+        if op.split[axis].split("/")[0] == "replicate":  # `replicate/P`: so that gradients are terms of a sum
             return "whole"
         kind = family(op.target)
         output = parse(op.output[axis])

@@ -228,6 +228,8 @@ def _change(before: float, after: float) -> str:
     if not before:
         return ""
     ratio = after / before - 1
+    if ratio > 10:
+        return f"x{after / before:.3g}"
     return f"{'+' if ratio > 0 else '-'}{units.percent(abs(ratio))}"
 
 
@@ -240,7 +242,8 @@ def _consequences(a: Plan, b: Plan) -> Iterator[Change]:
         ("lower bound", one.lower_bound_s, two.lower_bound_s),
         ("simulated step", one.step_s, two.step_s),
     ]:
-        if before != after:
+        again = what == "simulated step" and (before, after) == (one.cost_s, two.cost_s)
+        if before != after and not again:
             yield Change("consequences", what, *_distinct(before, after, units.seconds), _change(before, after))
     if one.bubble != two.bubble:
         yield Change("consequences", "bubble", *_distinct(one.bubble, two.bubble, units.percent))

@@ -289,7 +289,7 @@ def _split_words(op: OpPlan, axis: str, roles: Roles, stage: int) -> Text:
     if op.target in WITHOUT_WORK:
         words = {RECEIVE: "receives ", SEND: "sends "}.get(op.target, "passes on ")
         return Text(words).append_text(placed(op.output.get(axis, "R") if op.target != SEND else split))
-    if split == "replicate":
+    if split.split("/")[0] == "replicate":
         words = "every rank does all of the work"
     elif split == "partial":
         words = "linear: works on terms of a sum and gives terms of a sum"

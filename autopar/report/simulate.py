@@ -143,7 +143,7 @@ def _times(plan: Plan, simulation: Simulation) -> RenderableType:
 
 
 def _time_cells(times: GroupTime, step_s: float) -> list[str]:
-    parts = (times.compute_s, times.optimizer_s, times.communication_s, times.idle_s)
+    parts = (value if value > 1e-12 else 0.0 for value in (times.compute_s, times.optimizer_s, times.communication_s, times.idle_s))
     busy = (times.compute_s + times.optimizer_s) / step_s
     return [*map(units.seconds, parts), units.percent(busy), units.percent(times.bubble)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autopar.cli import main
+from autopar.cli import _mesh, main
 from autopar.ir.plan import Plan
 from tests.report.pipelines import pipeline_plan
 from tests.report.sample import sample_plan
@@ -89,6 +89,18 @@ def test_clusters_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "{plan}", "no_such_name"], "no parameter, operation or module"),
         (["explain", "{plan}", "lm_head.weight", "--instead", "S(0)@pp"], "not an axis"),
         (["plan", "m:f", "--cluster", "cpu:4", "--mesh", "two"], "--mesh two: write two sizes"),
+        (["plan", "m:f", "--cluster", "cpu:4", "--mesh", "dp=2,tp"], "or name the axes"),
+        (["plan", "m:f", "--cluster", "cpu:4", "--mesh", "dp=2,dp=2"], "or name the axes"),
+        (["plan", "m:f", "--cluster", "cpu:4", "--mesh", "pp=2,dp=2+tp=2"], "for two groups of ranks with a mesh each"),
+        (["plan", "m:f", "--cluster", "cpu:4", "--schedule", "1F1B"], "did you mean `1f1b`"),
+        (["plan", "m:f", "--cluster", "cpu:4", "--schedule", "qqq"], "There are gpipe, 1f1b, "),
+        (["plan", "m:f", "--cluster", "cpu:4", "--cuts", "1;2"], "such as 120,240"),
+        (["plan", "m:f", "--cluster", "cpu:4", "--microbatches", "0"], "Invalid value"),
+        (["plan", "m:f", "--cluster", "cpu:4", "--recompute", "some"], "Invalid value"),
+        (["simulate", "{plan}"], "holds no times of its segments"),
+        (["simulate", "{plan}", "--svg", "{tmp}"], "--svg {tmp}: is a directory"),
+        (["simulate", "{plan}", "--trace", "{tmp}/no/t.json"], "does not exist"),
+        (["explain", "{plan}", "stage 3"], "no pipeline"),
         (["plan", "m:f", "--cluster", "cpu:4", "--pin", "x"], "GLOB=PLACEMENT"),
         (["plan", "m:f", "--cluster", "cpu:4", "--memory-limit", "lots"], "write a size"),
         (["plan", "m:f", "--cluster", "cpu:4", "-o", "{tmp}"], "is a directory"),
@@ -104,8 +116,33 @@ def test_errors_of_use_are_one_message_and_exit_2(
 ) -> None:
     code, out, err = run(capsys, *(text.replace("{tmp}", str(tmp_path)).replace("{plan}", plan) for text in arguments))
     assert (code, out) == (2, "")
-    assert message in err
+    assert message.replace("{tmp}", str(tmp_path)) in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "mesh"),
+    [
+        ("2x4", (2, 4)),
+        (" 2 , 4 ", (2, 4)),
+        ("dp=2,tp=4", {"dp": 2, "tp": 4}),
+        ("pp=2, dp=2, tp=2", {"pp": 2, "dp": 2, "tp": 2}),
+        ("dp=4+dp=2,tp=2", [{"dp": 4}, {"dp": 2, "tp": 2}]),
+    ],
+)
+def test_meshes_are_written_in_several_ways(text: str, mesh: object) -> None:
+    assert _mesh(text) == mesh
+
+
+def test_simulate_prints_and_writes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path, trace, svg = (tmp_path / name for name in ("plan.json", "trace.json", "schedule.svg"))
+    pipeline_plan(2).save(path)
+    code, out, err = run(capsys, "simulate", str(path), "--trace", str(trace), "--svg", str(svg))
+    assert code == 0
+    assert "1f1b: 2 stages on 2 groups of ranks" in out
+    assert err == f"trace written to {trace}\npicture written to {svg}\n"
+    assert json.loads(trace.read_text("utf-8"))["traceEvents"]
+    assert svg.read_text("utf-8").startswith("<?xml")
 
 
 def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -128,7 +165,7 @@ def test_reading_plans_does_not_import_what_is_heavy(plan: str, arguments: str) 
     words = [names.get(word, word) for word in arguments.split()]
     code = f"""
 import sys
-from autopar.cli import main
+from autopar.cli import _mesh, main
 try:
     main({words!r})
 except SystemExit as end:
@@ -160,3 +197,23 @@ def test_verify_exits_with_the_verdict(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr("autopar.cli._load", lambda *_: (None, None))
     monkeypatch.setattr("autopar.verify", lambda *_: Report(), raising=False)
     assert run(capsys, "verify", "m:f", plan) == (0 if ok else 1, "the table\n", "")
+
+
+def test_verify_says_what_it_ran(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Report:
+        ok = True
+
+        def __str__(self) -> str:
+            return "the table"
+
+    path = tmp_path / "plan.json"
+    pipeline_plan(2, recompute=3).save(path)
+    monkeypatch.setattr("autopar.cli._load", lambda *_: (None, None))
+    monkeypatch.setattr("autopar.verify", lambda *_: Report(), raising=False)
+    _, out, _ = run(capsys, "verify", "m:f", str(path))
+    assert out.splitlines() == [
+        "mesh        pp 2 x dp 2 x tp 2 = 8 ranks",
+        "pipeline    1f1b: 2 stages on 2 groups of ranks, 8 microbatches",
+        "recomputed  6 of 32 repeats",
+        "the table",
+    ]

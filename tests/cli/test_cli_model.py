@@ -33,6 +33,30 @@ def test_the_plan_made_is_a_plan_for_the_model(capsys: pytest.CaptureFixture[str
     assert "chosen" in out
 
 
+def test_a_plan_with_a_pipeline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path, svg = tmp_path / "plan.json", tmp_path / "schedule.svg"
+    options = ["--mesh", "pp=2,dp=2,tp=1", "--schedule", "1f1b", "--microbatches", "4"]
+    code, out, _ = run(capsys, "plan", MODEL, "-c", "cpu:4", *options, "-o", str(path))
+    assert code == 0
+    assert "1f1b: 2 stages on 2 groups of ranks, 4 microbatches" in out
+    plan = Plan.load(path)
+    assert plan.pipeline is not None and [stage.group for stage in plan.pipeline.stages] == [0, 1]
+    assert run(capsys, "validate", str(path), MODEL)[:2] == (0, f"{path}: sound, and a plan for {MODEL}\n")
+    code, out, _ = run(capsys, "simulate", str(path), "--svg", str(svg))
+    assert code == 0 and svg.exists()
+    assert "edited" not in out, "the plan holds what the simulator says"
+    assert run(capsys, "explain", str(path), "stage 1")[0] == 0
+    assert run(capsys, "show", str(path), "--full")[0] == 0
+
+
+def test_gradients_may_add_up_over_microbatches(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    code, out, _ = run(capsys, "plan", MODEL, "-c", "cpu:2", "--microbatches", "2", "-o", str(path))
+    assert code == 0
+    assert "2 microbatches a step, whose gradients add up" in out
+    assert run(capsys, "validate", str(path), MODEL)[:2] == (0, f"{path}: sound, and a plan for {MODEL}\n")
+
+
 def test_another_model_or_batch_is_refused(capsys: pytest.CaptureFixture[str], made: Path) -> None:
     for arguments in (["tests.cli.small:wider"], [MODEL, "--batch", "16"]):
         code, out, err = run(capsys, "validate", str(made), *arguments)
