@@ -104,9 +104,7 @@ class ParallelModule(DistributedModule):
         seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
         self._counter = torch.tensor([seed, 0])
         given = dict.fromkeys((item.path for item in traced.graph.inputs), whole) | given_states(plan, inputs)
-        self._microbatches = Microbatches(
-            batched, [item.path for item in traced.graph.inputs], given, self._place, self._device, constants
-        )
+        self._microbatches = Microbatches(batched, [item.path for item in traced.graph.inputs], given, self._place, self._device, constants)
         states = self._microbatches.states
         self._borders = Borders(
             {item.value: states[item.path] for item in graph.inputs}, {use.value: use.leaf for use in self._uses}, self._outputs
@@ -163,8 +161,9 @@ class ParallelModule(DistributedModule):
         """
         if self._microbatches.count > 1 and self.training and torch.is_grad_enabled():
             raise RuntimeSetupError(
-                f"this plan trains in {self._microbatches.count} microbatches: call `loss = module.step(...)` in place of `module(...)` and "
-                "`loss.backward()`, then the optimizer's step as ever; to evaluate, call the module after `.eval()` or under `torch.no_grad()`"
+                f"this plan trains in {self._microbatches.count} microbatches: call `loss = module.step(...)` in place of `module(...)` "
+                "and `loss.backward()`, then the optimizer's step as ever; to evaluate, call the module after `.eval()` or under "
+                "`torch.no_grad()`"
             )
         if self._microbatches.count == 1:
             results = self._run(self._bind(args, kwargs)[0])

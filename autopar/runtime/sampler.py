@@ -42,8 +42,8 @@ def batch_parts(plan: Plan) -> int:
     counts = [math.prod(item.mesh[axis] for axis in batch_axes(plan, group)) for group, item in enumerate(plan.groups)]
     if len(set(counts)) > 1:
         raise InputError(
-            f"the stages of this plan cut the batch in different numbers of parts ({', '.join(map(str, counts))}), so there is no part that "
-            'is a rank\'s own; pass the whole batch on every rank (inputs="global")'
+            f"the stages of this plan cut the batch in different numbers of parts ({', '.join(map(str, counts))}), so there is no part "
+            'that is a rank\'s own; pass the whole batch on every rank (inputs="global")'
         )
     return counts[0]
 

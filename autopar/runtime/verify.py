@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopar.errors import AutoparError, RanksFailedError, VerifyError
-from autopar.ir.assignment import expand
+from autopar.ir.assignment import Expanded, expand_stages
 from autopar.ir.graph import Graph
+from autopar.ir.microbatch import microbatched
 from autopar.ir.plan import Plan
+from autopar.ir.stages import cut
 from autopar.ir.trace import OutputSlot, TracedModel, split_example, trace
 from autopar.runtime.launch import RankPool
 from autopar.runtime.materialize import materialize_whole
@@ -51,8 +53,10 @@ def verify(
     """Train `model` for `steps` steps on one device and under `plan` on as many local processes as it has ranks, and compare all numbers.
 
     Compared are the loss, every output and every gradient of each step, every parameter and buffer after the last, with SGD with
-    momentum and with AdamW; and each of these between the ranks. `example_inputs` is a global batch as for `autopar.plan`; later
-    steps draw their batches from its rows. A model without a loss is given one: its outputs, weighted at random and added up.
+    momentum and with AdamW; and each of these between the ranks that hold it. A plan with microbatches or a pipeline trains through
+    `step`. `example_inputs` is a global batch as for `autopar.plan`; later
+    steps draw their batches from its rows. A model without a loss is given one where `step` is not needed: its outputs, weighted at random
+    and added up.
     A model on `meta` is initialised first. `model` is not changed. `ranks`: a pool to use instead of starting processes.
 
     Raises `PlanMismatchError` or `PlanError` where `plan` is not one for this model, and `VerifyError` where a side cannot run.
@@ -66,7 +70,7 @@ def verify(
     started = time.monotonic()
     args, kwargs = split_example(example_inputs)
     traced = trace(model, args, kwargs)
-    assignment = expand(plan, traced.graph)
+    expanded = expand_stages(plan, traced.graph)
     reference, notes = _one_device_copy(model, dtype)
     args, kwargs = pytree.tree_map(lambda leaf: _cast(leaf, dtype), (args, kwargs))
     traced = _traced_in(dtype, reference, traced, args, kwargs)
@@ -74,7 +78,7 @@ def verify(
     batches = _batches(traced, args, kwargs, steps)
     named: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     state = {name: tensor.detach().clone() for name, tensor in named.items()}
-    job = Job(_flat(traced), plan, assignment, state, batches, optimizers, dtype, model.training)
+    job = Job(_flat(traced), plan, _again(expanded, traced.graph), state, batches, optimizers, dtype, model.training)
     if drawn := sorted({op.target for op in traced.graph.ops if op.target.split(".")[1] in _RANDOM}):
         notes.append(f"the model draws random numbers ({', '.join(drawn)}), which differ between one device and many")
     expected = on_one_device(job, reference, traced)
@@ -88,14 +92,32 @@ def verify(
         expected,
         found,
         limit,
-        plan_name=plan.name,
-        mesh=dict(plan.mesh),
+        plan=plan,
+        holders=_holders(expanded),
         steps=steps,
         optimizers=optimizers,
         dtype=str(dtype).removeprefix("torch."),
         notes=tuple(notes),
         seconds=time.monotonic() - started,
     )
+
+
+def _again(expanded: Expanded, graph: Graph) -> Expanded:
+    """The same decisions for `graph`, which differs in nothing but dtypes."""
+    batched = microbatched(graph, expanded.microbatched.count)
+    stages = cut(batched.body, tuple(stage.start for stage in expanded.stages))
+    for one, other in zip(expanded.stages, stages, strict=True):
+        assert [op.name for op in one.graph.ops] == [op.name for op in other.graph.ops]
+    return Expanded(batched, stages, expanded.assignments)
+
+
+def _holders(expanded: Expanded) -> dict[str, tuple[int, ...]]:
+    """By name of a parameter or buffer the stages that hold it."""
+    found: dict[str, tuple[int, ...]] = {}
+    for stage in expanded.stages:
+        for item in (*stage.graph.parameters, *stage.graph.buffers):
+            found[item.fqn] = (*found.get(item.fqn, ()), stage.index)
+    return found
 
 
 def _one_device_copy(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autopar.ir.plan import Plan
+
 Key = tuple[str, str, str]
 """Optimizer, kind of tensor (`"loss"`, `"output"`, `"gradient"`, `"parameter"`, `"buffer"`), and name (with its step, if any)."""
 
@@ -23,13 +25,21 @@ SHOWN = 12
 @dataclass(frozen=True, slots=True)
 class Row:
     """One tensor: `relative_error` is the norm of the difference over the norm of the tensor (see `NOISE`); `inf` where one side lacks it,
-    has another shape, or is not a number. `kind` may also be `"between ranks"`: a rank's copy against rank 0's."""
+    has another shape, or is not a number. `kind` may also be `"between ranks"`: a rank's copy against that of the first rank that holds it.
+    `stages`: under a pipeline, those that hold the parameter or buffer."""
 
     optimizer: str
     kind: str
     name: str
     relative_error: float
     ok: bool
+    stages: tuple[int, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """`name`, the stages that hold it, and the optimizer."""
+        stages = f"stage{'s' * (len(self.stages) > 1)} {', '.join(map(str, self.stages))}, " if self.stages else ""
+        return f"{self.name} ({stages}{self.optimizer})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,10 @@ class VerifyReport:
     dtype: str
     notes: tuple[str, ...]
     seconds: float
+    groups: tuple[dict[str, int], ...] = ()
+    """Under a pipeline, the mesh of each group of ranks."""
+    schedule: str = ""
+    microbatches: int = 1
 
     @property
     def worst(self) -> Row:
@@ -54,8 +68,14 @@ class VerifyReport:
         return self.rows[0]
 
     def __str__(self) -> str:
-        ranks = math.prod(self.mesh.values())
-        sizes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        meshes = self.groups or (self.mesh,)
+        ranks = sum(math.prod(mesh.values()) for mesh in meshes)
+        even = all(mesh == meshes[0] for mesh in meshes)
+        sizes = _sizes(self.mesh) if even else " | ".join(map(_sizes, meshes))
+        if self.schedule:
+            sizes += f", {self.schedule}"
+        if self.microbatches > 1:
+            sizes += f", {self.microbatches} microbatches"
         how = f"{self.steps} steps each of {' and '.join(self.optimizers)} in {self.dtype}"
         lines = [
             f"plan `{self.plan_name}` on {ranks} rank{'s' * (ranks != 1)} ({sizes}) against one device: {how}, {self.seconds:.1f} s",
@@ -64,15 +84,19 @@ class VerifyReport:
         for kind in KINDS:
             rows = [row for row in self.rows if row.kind == kind]
             if rows:
-                lines.append(f"{kind:14}{len(rows):>8}  {rows[0].relative_error:>11.1e}  {rows[0].name} ({rows[0].optimizer})")
+                lines.append(f"{kind:14}{len(rows):>8}  {rows[0].relative_error:>11.1e}  {rows[0].where}")
         wrong = [row for row in self.rows if not row.ok]
         if wrong:
             lines.append(f"NOT OK: {len(wrong)} of {len(self.rows)} tensors are off by more than {self.tolerance:.0e}; the worst:")
-            lines += [f"  {row.relative_error:>8.1e}  {row.kind} {row.name} ({row.optimizer})" for row in wrong[:SHOWN]]
+            lines += [f"  {row.relative_error:>8.1e}  {row.kind} {row.where}" for row in wrong[:SHOWN]]
         else:
-            lines.append(f"ok: no tensor is off by more than {self.tolerance:.0e}; worst is {self.worst.kind} {self.worst.name}")
+            lines.append(f"ok: no tensor is off by more than {self.tolerance:.0e}; worst is {self.worst.kind} {self.worst.where}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _sizes(mesh: dict[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
 def judge(
@@ -80,27 +104,37 @@ def judge(
     ranks: list[tuple[Facts | None, dict[Key, float]]],
     tolerance: float,
     *,
-    plan_name: str,
-    mesh: dict[str, int],
+    plan: Plan,
+    holders: dict[str, tuple[int, ...]],
     steps: int,
     optimizers: tuple[str, ...],
     dtype: str,
     notes: tuple[str, ...] = (),
     seconds: float = 0.0,
 ) -> VerifyReport:
-    """The report on what one device computed (`expected`) and what each rank did: rank 0's numbers, all ranks' distances from them."""
-    found = ranks[0][0]
-    assert found is not None
+    """The report on what one device computed (`expected`) and what each rank did: of the first rank of each group its numbers, of all
+    ranks their distances from those. A number that several groups have is compared between them. `holders`: stages by name."""
     scales = _scales(expected)
+    found: Facts = {}
     rows = []
+
+    def add(key: Key, error: float, between: str = "") -> None:
+        optimizer, kind, name = key
+        stages = holders.get(name.partition(", step ")[0], ()) if plan.pipeline is not None and kind not in ("loss", "output") else ()
+        if between:
+            kind, name = "between ranks", f"{kind} {name} on {between}"
+        rows.append(Row(optimizer, kind, name, error, error <= tolerance, stages))
+
+    for rank, (facts, distances) in enumerate(ranks):
+        for key, tensor in (facts or {}).items():
+            if key in found:
+                add(key, relative_error(found[key], tensor, scales.get(key, 1.0)), f"rank {rank}")
+        if facts is None:
+            for key, apart in distances.items():
+                add(key, apart / scales.get(key, 1.0), f"rank {rank}")
+        found = (facts or {}) | found
     for key in dict.fromkeys((*expected, *found)):
-        error = relative_error(expected.get(key), found.get(key), scales[key]) if key in scales else math.inf
-        rows.append(Row(*key, error, error <= tolerance))
-    for rank, (_, distances) in enumerate(ranks):
-        if rank:
-            for (optimizer, kind, name), distance in distances.items():
-                error = distance / scales.get((optimizer, kind, name), 1.0)
-                rows.append(Row(optimizer, "between ranks", f"{kind} {name} on rank {rank}", error, error <= tolerance))
+        add(key, relative_error(expected.get(key), found.get(key), scales[key]) if key in scales else math.inf)
     rows.sort(key=lambda row: -row.relative_error)
     assert rows, "a model without outputs, parameters and buffers"
     return VerifyReport(
@@ -108,13 +142,16 @@ def judge(
         max_relative_error=rows[0].relative_error,
         tolerance=tolerance,
         rows=tuple(rows),
-        plan_name=plan_name,
-        mesh=mesh,
+        plan_name=plan.name,
+        mesh=dict(plan.mesh),
         steps=steps,
         optimizers=optimizers,
         dtype=dtype,
         notes=notes,
         seconds=seconds,
+        groups=tuple(dict(group.mesh) for group in plan.groups) if plan.pipeline else (),
+        schedule=plan.pipeline.schedule if plan.pipeline else "",
+        microbatches=plan.microbatches,
     )
 
 

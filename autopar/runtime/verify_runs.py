@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from autopar.errors import VerifyError
-from autopar.ir.assignment import Assignment
+from autopar.ir.assignment import Expanded
+from autopar.ir.conversion import State
+from autopar.ir.placement import R
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel, leaf_paths
 from autopar.runtime.checkpoint import whole_tensor
 from autopar.runtime.dropout import without_dropout
-from autopar.runtime.module import ParallelModule
+from autopar.runtime.module import NO_LOSS, ParallelModule
 from autopar.runtime.one_dtype import computing_in
-from autopar.runtime.process_mesh import mesh_for
+from autopar.runtime.pipeline import PipelineModule, held_by, storage_of
+from autopar.runtime.process_mesh import group_mesh_for, mesh_for
 from autopar.runtime.shards import coordinate_of, local_part
 from autopar.runtime.verify_report import Facts, Key, distance
 
@@ -34,17 +39,26 @@ class Job:
     """What both sides do: `steps` training steps with each of `optimizers`, the inputs of step `i` being `batches[i]` (in the order of
     `traced.graph.inputs`). `state`: values of all parameters and buffers by name, whole.
 
+    `expanded`: the decisions of `plan` for `traced`, in its dtype.
     `traced` takes its tensors by position and returns its outputs as a tuple, so that no class of the user's goes to the ranks.
     """
 
     traced: TracedModel
     plan: Plan
-    assignment: Assignment
+    expanded: Expanded
     state: dict[str, Tensor]
     batches: tuple[tuple[Tensor, ...], ...]
     optimizers: tuple[Optimizer, ...]
     dtype: torch.dtype
     training: bool
+
+    @property
+    def stepping(self) -> bool:
+        """Whether the plan trains through `module.step`, which returns nothing but the loss."""
+        return self.plan.pipeline is not None or self.plan.microbatches > 1
+
+
+Call = Callable[[Any, tuple[Tensor, ...]], list[Tensor]]
 
 
 def on_one_device(job: Job, model: nn.Module, traced: TracedModel) -> Facts:
@@ -76,32 +90,54 @@ def on_one_device(job: Job, model: nn.Module, traced: TracedModel) -> Facts:
 
 
 def on_a_rank(job: Job) -> tuple[Facts | None, dict[Key, float]]:
-    """All numbers of `job` under its plan, whole, from rank 0 (None from others); and how far this rank's are from rank 0's (norms).
+    """All numbers of `job` under its plan that this rank's group of ranks holds, whole, from the first rank of the group (None from
+    others); and how far this rank's are from those (norms). Without a pipeline all ranks are one group.
 
     Runs on every rank of a job of `job.plan.world_size` processes.
     """
-    mesh = mesh_for(job.plan.mesh, "cpu")
-    coordinate, sizes = coordinate_of(mesh), tuple(mesh.shape)
+    groups = [range(item.first_rank, item.first_rank + math.prod(item.mesh.values())) for item in job.plan.groups]
     found: Facts = {}
     with _default_dtype(job.dtype):
         for kind in job.optimizers:
-            local = {}
-            for name, tensor in job.state.items():
-                part = tensor
-                if name in job.assignment.storage:
-                    part = local_part(tensor, job.assignment.storage[name].stored, sizes, coordinate)
-                local[name] = part.clone(memory_format=torch.contiguous_format)
-            module = ParallelModule(job.traced, job.plan, mesh, local, assignment=job.assignment)
+            module = _module(job)
             module.train(job.training)
             with without_dropout(module):
                 found |= _train(job, kind, module, lambda module, batch: list(module(*batch)))
     distances = {}
+    handles = [dist.new_group(list(ranks)) for ranks in groups] if len(groups) > 1 else [dist.group.WORLD]
+    [(ranks, handle)] = [item for item in zip(groups, handles, strict=True) if dist.get_rank() in item[0]]
     for key, tensor in found.items():
         theirs = tensor.clone()
-        if dist.get_world_size() > 1 and theirs.numel():
-            dist.broadcast(theirs.view(-1).view(torch.uint8), src=0)
+        if len(ranks) > 1 and theirs.numel():
+            dist.broadcast(theirs.view(-1).view(torch.uint8), src=ranks[0], group=handle)
         distances[key] = distance(tensor, theirs)
-    return (found if dist.get_rank() == 0 else None), distances
+    if len(groups) > 1:
+        dist.destroy_process_group(handle)
+    return (found if dist.get_rank() == ranks[0] else None), distances
+
+
+def _module(job: Job) -> ParallelModule | PipelineModule:
+    """The module of this rank, with its part of `job.state`."""
+    plan, expanded = job.plan, job.expanded
+    if plan.pipeline is None:
+        mesh = mesh_for(plan.mesh, "cpu")
+        stored = {name: item.stored for name, item in expanded.assignments[0].storage.items()}
+        local = _parts(job, mesh, stored, job.state)
+        return ParallelModule(job.traced, plan, mesh, local, assignment=expanded.assignments[0], batched=expanded.microbatched)
+    group = group_mesh_for([item.mesh for item in plan.groups], "cpu")
+    mine = [index for index, stage in enumerate(plan.pipeline.stages) if stage.group == group.index]
+    local = _parts(job, group.mesh, storage_of(expanded, mine), held_by(expanded, mine))
+    return PipelineModule(job.traced, plan, group, local, expanded=expanded)
+
+
+def _parts(job: Job, mesh: DeviceMesh, stored: Mapping[str, State], held: Container[str]) -> dict[str, Tensor]:
+    """This rank's part of the parameters and buffers that it holds."""
+    coordinate, whole = coordinate_of(mesh), (R,) * mesh.ndim
+    return {
+        name: local_part(tensor, stored.get(name, whole), mesh.shape, coordinate).clone(memory_format=torch.contiguous_format)
+        for name, tensor in job.state.items()
+        if name in held
+    }
 
 
 @contextmanager
@@ -114,8 +150,11 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _train(job: Job, kind: Optimizer, module: nn.Module, call: Callable[[Any, tuple[Tensor, ...]], list[Tensor]]) -> Facts:
-    """Train `module` and note every number, whole, under `(optimizer, kind of tensor, name)`."""
+def _train(job: Job, kind: Optimizer, module: nn.Module, call: Call) -> Facts:
+    """Train `module` and note every number, whole, under `(optimizer, kind of tensor, name)`.
+
+    Where the plan trains through `step`, both sides first run the model without gradients for its outputs.
+    """
     found: Facts = {}
 
     def note(what: str, name: str, tensor: Tensor) -> None:
@@ -124,24 +163,41 @@ def _train(job: Job, kind: Optimizer, module: nn.Module, call: Callable[[Any, tu
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = _optimizer(kind, trained)
     for step, batch in enumerate(job.batches):
-        results = call(module, batch)
+        with torch.no_grad() if job.stepping else nullcontext():
+            results = call(module, batch)
         for item, result in zip(job.traced.graph.outputs, results, strict=True):
             note("output", f"{item.path}, step {step + 1}", result)
-        loss = loss_of(results)
-        if loss is None or optimizer is None:
+        if optimizer is not None:
+            optimizer.zero_grad()
+        loss = _backward(job, module, batch, results, call)
+        if loss is None:
             continue
         note("loss", f"step {step + 1}", loss)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
                 note("gradient", f"{name}, step {step + 1}", parameter.grad)
-        optimizer.step()
+        if optimizer is not None:
+            optimizer.step()
     for name, parameter in module.named_parameters():
         note("parameter", name, parameter)
     for name, buffer in module.named_buffers():
         note("buffer", name, buffer)
     return found
+
+
+def _backward(job: Job, module: nn.Module, batch: tuple[Tensor, ...], results: list[Tensor], call: Call) -> Tensor | None:
+    """The backward pass, of a forward pass that has given `results`; its loss, detached, or None where there is nothing to train."""
+    if isinstance(module, ParallelModule | PipelineModule) and job.stepping:
+        return module.step(*batch)
+    if job.stepping:
+        results = call(module, batch)
+        if not any(result.requires_grad and result.is_floating_point() and not result.dim() for result in results):
+            raise VerifyError(NO_LOSS)
+    loss = loss_of(results)
+    if loss is None or not any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def _optimizer(kind: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from autopar.ir.fold import fold
 from autopar.ir.graph import Graph
 from autopar.ir.plan import SegmentPlan
 from autopar.ir.trace import trace
-from autopar.runtime.dropout import without_dropout
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.recompute import regions_of
 from benchmarks.memory import measure
@@ -104,7 +104,9 @@ def test_compiled() -> None:
         found = []
         for repeats in (0, 2):
             with recomputing(traced.graph, repeats):
-                found += simulate((1, 1), lambda mesh: compiled(random_plans.parallel_module(model, traced, assignment, mesh), args, kwargs))
+                found += simulate(
+                    (1, 1), lambda mesh: compiled(random_plans.parallel_module(model, traced, assignment, mesh), args, kwargs)
+                )
     error, where = difference(*found)
     assert error < 1e-12, where
 
@@ -134,5 +136,5 @@ def peak_bytes(repeats: int, gather: str) -> int:
 
 def test_peak_memory_falls_with_every_repeat() -> None:
     peaks = [peak_bytes(repeats, "use") for repeats in (0, 2, 4)]
-    drops = [one - other for one, other in zip(peaks, peaks[1:], strict=False)]
+    drops = [one - other for one, other in pairwise(peaks)]
     assert all(drop > 0.2 * peaks[0] for drop in drops) and peaks[-1] < 0.5 * peaks[0], peaks

@@ -28,7 +28,15 @@ Make = Callable[[DeviceMesh], ParallelModule]
 
 
 def module_of(
-    model: nn.Module, args: Any, kwargs: Any, mesh: Mesh, count: int, seed: int, gather: str | None = None, inputs: Any = "global", rows: Any = ()
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    mesh: Mesh,
+    count: int,
+    seed: int,
+    gather: str | None = None,
+    inputs: Any = "global",
+    rows: Any = (),
 ) -> Make:
     """Makes `model` on simulated ranks, with `count` microbatches under a random assignment."""
     with float64():

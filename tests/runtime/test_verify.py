@@ -21,6 +21,7 @@ from autopar.runtime.module import ParallelModule
 from autopar.runtime.verify import verify
 from autopar.runtime.verify_report import Facts, Key, judge
 from autopar.runtime.verify_runs import Job, on_a_rank
+from tests.runtime.random_plans import empty_plan
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.processes
@@ -159,8 +160,11 @@ def test_errors(mlp: tuple[nn.Module, Any, Plan]) -> None:
         verify(model, example, plan, dtype=torch.float16)
 
 
+PLAN = empty_plan((1, 1)).model_copy(update={"name": "p"})
+
+
 def report_on(expected: dict[Key, Tensor], found: dict[Key, Tensor]) -> Any:
-    return judge(expected, [(found, {})], 1e-10, plan_name="p", mesh={"dp": 1}, steps=1, optimizers=("sgd",), dtype="float64")
+    return judge(expected, [(found, {})], 1e-10, plan=PLAN, holders={}, steps=1, optimizers=("sgd",), dtype="float64")
 
 
 def test_judgement() -> None:
