@@ -238,7 +238,8 @@ class ParallelModule(DistributedModule):
                     "Plan a second module after `model.eval()` for evaluation"
                 )
             self._evaluation = None
-        buffers = {item.fqn: owner._buffers[name] for item, (owner, name) in zip(self._graph.buffers, self._buffer_owners, strict=True)}
+        owners = zip(self._graph.buffers, self._buffer_owners, strict=True)
+        buffers = {item.fqn: cast(Tensor, owner._buffers[name]) for item, (owner, name) in owners}
         parts = self._microbatches.cut(self._binder.bind(args, kwargs), buffers)
         found: list[_Part] = []
         for part in parts:

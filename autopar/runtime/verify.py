@@ -115,8 +115,8 @@ def _holders(expanded: Expanded) -> dict[str, tuple[int, ...]]:
     """By name of a parameter or buffer the stages that hold it."""
     found: dict[str, tuple[int, ...]] = {}
     for stage in expanded.stages:
-        for item in (*stage.graph.parameters, *stage.graph.buffers):
-            found[item.fqn] = (*found.get(item.fqn, ()), stage.index)
+        for fqn in (*(item.fqn for item in stage.graph.parameters), *(item.fqn for item in stage.graph.buffers)):
+            found[fqn] = (*found.get(fqn, ()), stage.index)
     return found
 
 
