@@ -2,18 +2,26 @@
 
 PyTorch's own `clip_grad_norm_` refuses gradients on several meshes and goes through DTensor one tensor at a time; here each rank
 adds up its own parts and one small all-reduce for each set of axes that shard something finishes the sum.
+
+Under a pipeline a rank has the gradients of its own stages only. One more all-reduce adds up the groups of ranks, each parameter counted
+by the first group that holds it (`PartOfModel`, which such a module registers). PyTorch's own function would clip every rank by the norm
+of its stages, and train another model without a word; `install` has it ask here for the norm of gradients that are of a pipeline.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import wraps
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.nn.utils import clip_grad
 
 _Where = tuple[DeviceMesh, tuple[int, ...]] | None
 """A mesh and the axes of it over which a gradient's parts must be added up; None for a plain tensor."""
@@ -37,32 +45,69 @@ def clip_grad_norm_(
         parameters = parameters.parameters()
     elif isinstance(parameters, Tensor):
         parameters = [parameters]
+    parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.tensor(0.0)
-    norm = total_norm(gradients, norm_type)
-    if error_if_nonfinite and not bool(norm.isfinite()):
-        raise RuntimeError(
-            f"the total norm of order {norm_type} of the gradients is not finite ({norm.item()}), so it cannot be clipped; "
-            "pass error_if_nonfinite=False to scale by it anyway"
-        )
+    norm = _norm(gradients, norm_type, _part_of(parameters))
+    _refuse_nonfinite(norm, norm_type, error_if_nonfinite)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # both constants are those of torch.nn.utils.clip_grad_norm_
     _scale([_local(gradient) for gradient in gradients], scale, foreach)
     return norm
 
 
+@dataclass(frozen=True)
+class PartOfModel:
+    """What the norm must know of a module that holds a part of the model on each group of ranks: a process group of `everyone`, whether
+    this rank is the `first` of its group, and the parameters that an earlier group `counted_elsewhere`; `device` of this rank."""
+
+    everyone: dist.ProcessGroup
+    first: bool
+    counted_elsewhere: tuple[nn.Parameter, ...]
+    device: torch.device
+
+
+_parts: weakref.WeakKeyDictionary[nn.Module, PartOfModel] = weakref.WeakKeyDictionary()
+
+
+def register(module: nn.Module, part: PartOfModel) -> None:
+    """Have norms of gradients of `module` taken over all groups of ranks, by PyTorch's own `clip_grad_norm_` too."""
+    _parts[module] = part
+    install()
+
+
+def _part_of(tensors: Sequence[Tensor]) -> PartOfModel | None:
+    """What is registered of the module that these parameters or gradients belong to.
+
+    Of none, that is of the youngest such module: a rank whose stages have no gradients takes part all the same, for the others wait.
+    """
+    wanted = {id(tensor) for tensor in tensors}
+    for module, part in reversed(list(_parts.items())):
+        if not wanted or any(id(tensor) in wanted for parameter in module.parameters() for tensor in (parameter, parameter.grad)):
+            return part
+    return None
+
+
 def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     """The norm of all `gradients` as if they were one vector: a plain scalar, the same on every rank, in float32 or wider.
 
-    `norm_type` may be `inf`. Parts are added in float64 on CPU and float32 elsewhere.
+    `norm_type` may be `inf`. Parts are added in float64 on CPU and float32 elsewhere. Of a module that has a part of the model on each
+    group of ranks, the gradients of all groups count, and every rank must call.
     """
+    gradients = list(gradients)
+    return _norm(gradients, norm_type, _part_of(gradients))
+
+
+def _norm(gradients: Sequence[Tensor], norm_type: float, part: PartOfModel | None) -> Tensor:
     assert norm_type > 0
+    if part is not None:
+        elsewhere = {id(parameter.grad) for parameter in part.counted_elsewhere}
+        gradients = [gradient for gradient in gradients if id(gradient) not in elsewhere]
     groups: dict[_Where, list[Tensor]] = {}
     for gradient in gradients:
         gradient = _reduced(gradient)
         groups.setdefault(_where(gradient), []).append(_local(gradient))
-    wide = torch.promote_types(torch.float32, max((part.dtype for parts in groups.values() for part in parts), key=lambda d: d.itemsize))
-    device = next(iter(groups.values()))[0].device
+    members = [member for parts in groups.values() for member in parts]
+    wide = torch.promote_types(torch.float32, max((member.dtype for member in members), key=lambda d: d.itemsize, default=torch.float32))
+    device = part.device if part is not None else members[0].device if members else torch.device("cpu")
     total = torch.zeros((), dtype=wide, device=device)
     for where, parts in groups.items():
         partial = _powers(parts, norm_type, wide).to(device)
@@ -71,7 +116,50 @@ def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
             for axis in axes:
                 dist.all_reduce(partial, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=mesh.get_group(axis))
         total = torch.maximum(total, partial) if math.isinf(norm_type) else total + partial
+    if part is not None:
+        total = _over_groups(total, norm_type, part)
     return total if math.isinf(norm_type) else total ** (1.0 / norm_type)
+
+
+def _over_groups(powers: Tensor, norm_type: float, part: PartOfModel) -> Tensor:
+    """The sum of the groups' `powers` (their largest for `inf`), in the widest dtype that any of them has."""
+    both = torch.tensor([0.0, float(powers.dtype == torch.float64)], dtype=torch.float64, device=powers.device)
+    if part.first:  # all ranks of a group know the group's
+        both[0] = powers
+    dist.all_reduce(both, dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM, group=part.everyone)
+    return both[0] if bool(both[1]) else both[0].float()
+
+
+def install() -> None:
+    """Have PyTorch's own norm of gradients, which its `clip_grad_norm_` and `get_total_norm` are, ask here for those of a pipeline."""
+    # Private in PyTorch; should it move, `tests/runtime/test_clip.py` fails, and the new home of the norm is to be patched.
+    original = clip_grad._get_total_norm
+    if getattr(original, "_autopar", False):
+        return
+
+    @wraps(original)
+    def get_total_norm(
+        tensors: Tensor | Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> Tensor:
+        found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        if (part := _part_of(found)) is None:
+            return original(found, norm_type, error_if_nonfinite, foreach)
+        with torch.no_grad():
+            norm = _norm(found, float(norm_type), part)
+        _refuse_nonfinite(norm, norm_type, error_if_nonfinite)
+        return norm
+
+    get_total_norm._autopar = True  # type: ignore[attr-defined]
+    clip_grad._get_total_norm = get_total_norm
+    torch.nn.utils.get_total_norm = get_total_norm
+
+
+def _refuse_nonfinite(norm: Tensor, norm_type: float, wanted: bool) -> None:
+    if wanted and not bool(norm.isfinite()):
+        raise RuntimeError(
+            f"the total norm of order {norm_type} of the gradients is not finite ({norm.item()}), so it cannot be clipped; "
+            "pass error_if_nonfinite=False to scale by it anyway"
+        )
 
 
 def _powers(parts: list[Tensor], norm_type: float, dtype: torch.dtype) -> Tensor:

@@ -9,11 +9,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+import autopar
 from autopar.ir.placement import R, S
+from autopar.ir.plan import Plan
+from autopar.runtime.checkpoint import whole_tensor
 from autopar.runtime.clip import clip_grad_norm_
 from autopar.runtime.launch import RankPool
 from autopar.runtime.process_mesh import mesh_for
 from autopar.runtime.shards import distribute
+from tests.runtime.pipelined import example, planned
+from tests.runtime.random_plans import float64
 
 LAYOUTS = [
     ((R, R), (6, 5)),
@@ -87,3 +92,43 @@ def test_sums_nothing_and_nan(ranks4: RankPool) -> None:
     for total, empty, message in ranks4.run(of_a_sum_and_of_nothing):
         assert total == pytest.approx(20.0) and empty == 0.0
         assert "not finite" in message  # on the ranks without the nan too
+
+
+# ---- under a pipeline -----------------------------------------------------------------------------------------------------------
+
+
+def clipped_step(plan: Plan, how: str, norm_type: float) -> tuple[float, dict[str, torch.Tensor]]:
+    model, inputs = example("gpt2")
+    with float64():
+        module = autopar.parallelize(model, inputs, plan=plan)
+    module.step(**inputs)
+    if how == "autopar":
+        norm = clip_grad_norm_(module, 0.1, norm_type)
+    else:  # taken from where the user's own import may have it since before autopar
+        norm = torch.nn.utils.clip_grad.clip_grad_norm_(module.parameters(), 0.1, norm_type, foreach=how == "foreach")
+    assert not isinstance(norm, DTensor)
+    return norm.item(), {name: whole_tensor(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> list[Plan]:
+    return [planned("gpt2", {"pp": 2, "dp": 1, "tp": 1}, 2), planned("gpt2", {"pp": 2, "dp": 1, "tp": 2}, 2)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("how", "norm_type"), [("autopar", 2.0), ("foreach", 2.0), ("each", 2.0), ("autopar", float("inf"))])
+def test_stages_are_clipped_by_the_norm_of_the_whole_model(
+    ranks2: RankPool, ranks4: RankPool, pipelines: list[Plan], how: str, norm_type: float
+) -> None:
+    model, inputs = example("gpt2")
+    model(**inputs).loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type).item()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for ranks, plan in zip((ranks2, ranks4), pipelines, strict=True):
+        seen = set()
+        for found, gradients in ranks.run(clipped_step, plan, how, norm_type):
+            assert found == pytest.approx(norm, rel=1e-12)
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-15)
+            seen |= gradients.keys()
+        assert seen == expected.keys()
