@@ -15,14 +15,14 @@ from tests.zoo import ZOO
 Mesh = dict[str, int]
 
 
-def example(name: str, **sizes: Any) -> tuple[nn.Module, Any]:
-    """A small model of the zoo in float64 without dropout, the same on every rank, and inputs."""
+def example(name: str, dropout: float = 0.0, **sizes: Any) -> tuple[nn.Module, Any]:
+    """A small model of the zoo in float64, the same on every rank, and inputs."""
     with float64():
         torch.manual_seed(0)
         model = ZOO[name].build(**sizes).double()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
-                module.p = 0.0
+                module.p = dropout
         return model, ZOO[name].inputs(model)
 
 
