@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import autopar
-from autopar.errors import AutoparError, InputError, PlanError, PlanMismatchError
+from autopar.errors import AutoparError, PlanError, PlanMismatchError
 from autopar.ir.assignment import Assignment, Expanded, expand_stages
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
@@ -56,7 +56,8 @@ def build(
         expanded = expand_stages(plan, traced.graph)
         for assignment in expanded.assignments:
             _check_storage(assignment, traced)
-        _check_inputs(plan, inputs)
+        for group in range(len(plan.groups)):
+            given_states(plan, inputs, group)
         _check_tensors(model, traced)
     except AutoparError as error:
         problem = error
@@ -125,10 +126,9 @@ def _pipeline_module(
     device: torch.device,
     timeout_s: float,
     sync_module_states: bool,
-    inputs: Mode,
     **options: Any,
 ) -> PipelineModule:
-    assert plan.pipeline is not None and inputs == "global"
+    assert plan.pipeline is not None
     group = group_mesh_for([item.mesh for item in plan.groups], device, timeout_s)
     mine = [index for index, stage in enumerate(plan.pipeline.stages) if stage.group == group.index]
     state = local_state(
@@ -142,17 +142,6 @@ def _pipeline_module(
         timeout_s=timeout_s,
     )
     return PipelineModule(traced, plan, group, state, device=device, expanded=expanded, timeout_s=timeout_s, **options)
-
-
-def _check_inputs(plan: Plan, inputs: Mode) -> None:
-    """Raise `InputError` where the plan cannot take inputs in this way."""
-    if plan.pipeline is None:
-        given_states(plan, inputs)
-    elif inputs != "global":
-        raise InputError(
-            f'inputs="{inputs}" with a plan that has a pipeline: its groups of ranks may cut the batch differently, so every rank must '
-            'pass the whole batch; leave `inputs` at "global"'
-        )
 
 
 def device_for(model: nn.Module, device: torch.device | str | None = None) -> torch.device:

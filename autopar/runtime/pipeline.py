@@ -1,7 +1,7 @@
 """`PipelineModule`: a model whose stages run on different groups of ranks, microbatch after microbatch, as a schedule says.
 
-Each rank holds the parameters of its group's stages and sees every global batch whole. `step` runs the schedule, forward and backward;
-calling the module runs the forward passes alone. What the model returns is the same on every rank.
+Each rank holds the parameters of its group's stages and is given every batch, whole or its part of it. `step` runs the schedule,
+forward and backward; calling the module runs the forward passes alone. What the model returns is the same on every rank.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,11 @@ from autopar.ir.schedule_check import check
 from autopar.ir.schedules import Action, Orders, named
 from autopar.ir.stages import RECEIVE, SEND
 from autopar.ir.trace import TracedModel
+from autopar.runtime.clip import PartOfModel, register
 from autopar.runtime.distributed import DistributedModule
 from autopar.runtime.evaluation import EvaluationCheck
 from autopar.runtime.handshake import agree
-from autopar.runtime.inputs import InputBinder
+from autopar.runtime.inputs import InputBinder, given_states
 from autopar.runtime.lower import Mode
 from autopar.runtime.microbatches import Microbatches, joined
 from autopar.runtime.module import NO_LOSS, loss_of, owner_of, place_on, sharded
@@ -47,8 +48,8 @@ class PipelineModule(DistributedModule):
     """Runs `traced` as `plan` (one with a pipeline) says, on this rank of `group`; every rank makes one, with the same plan.
 
     `local_state`: this rank's stored part of every parameter of its group's stages (`storage_of`), and their buffers whole, by
-    fully-qualified name; taken over, not copied. `expanded`: what `plan` expands to, where the caller has it already. `signature` and
-    `evaluation` as for `ParallelModule`.
+    fully-qualified name; taken over, not copied. `expanded`: what `plan` expands to, where the caller has it already. `inputs`,
+    `signature` and `evaluation` as for `ParallelModule`.
 
     Parameters are DTensors on the group's mesh under the names they have in the model, gradients too. A weight that several groups hold
     stays equal on all of them under optimizers that work element by element.
@@ -61,6 +62,7 @@ class PipelineModule(DistributedModule):
         group: GroupMesh,
         local_state: Mapping[str, Tensor],
         *,
+        inputs: Literal["global", "per-rank"] = "global",
         signature: inspect.Signature | None = None,
         device: torch.device | None = None,
         expanded: Expanded | None = None,
@@ -85,9 +87,12 @@ class PipelineModule(DistributedModule):
         self._storage = storage_of(self._expanded, self._mine)
         self._register(local_state)
         self._outbox, self._progress = Outbox(), Progress()
-        self._make_stages(plan, body.outputs[loss].path)
+        states = self._make_binder(inputs, signature, timeout_s)
+        self._make_stages(plan, body.outputs[loss].path, states)
         self._tied = self._find_tied()
-        self._make_binder(signature, timeout_s)
+        elsewhere = tuple(weight.parameter for weight in self._tied if weight.groups[0] != group.index)
+        first = dist.get_rank() == plan.pipeline.groups[group.index].first_rank
+        register(self, PartOfModel(group.everyone, first, elsewhere, self._device))
         # Masks of dropout must agree between ranks that hold the same part.
         seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
         self._counter = torch.tensor([seed, 0])
@@ -107,7 +112,9 @@ class PipelineModule(DistributedModule):
         values = {item.fqn: (item, graph.values[item.value]) for item in graph.parameters}
         buffers = {item.fqn: item for item in graph.buffers}
         self._buffer_owners: dict[str, tuple[nn.Module, str]] = {}
-        for fqn, local in local_state.items():
+        # In the graph's order, which all ranks of a group share, whatever that of `local_state`.
+        for fqn in (fqn for fqn in (*values, *buffers) if fqn in local_state):
+            local = local_state[fqn]
             if fqn in buffers:
                 owner, name = self._buffer_owners[fqn] = owner_of(self, fqn)
                 owner.register_buffer(name, local, persistent=buffers[fqn].persistent)
@@ -126,7 +133,7 @@ class PipelineModule(DistributedModule):
         assert buffer is not None
         return buffer
 
-    def _make_stages(self, plan: Plan, loss: str) -> None:
+    def _make_stages(self, plan: Plan, loss: str, states: Mapping[str, State]) -> None:
         assert plan.pipeline is not None
         count, groups = self._expanded.microbatched.count, len(plan.pipeline.groups)
         schedule = named(plan.pipeline.schedule)
@@ -146,6 +153,7 @@ class PipelineModule(DistributedModule):
                 plan.segments,
                 numbers,
                 self._device,
+                inputs=states,
                 loss=loss,
                 loss_terms=self._expanded.microbatched.outputs[self._loss].is_partial,
                 microbatches=count,
@@ -209,17 +217,21 @@ class PipelineModule(DistributedModule):
                 )
         return found
 
-    def _make_binder(self, signature: inspect.Signature | None, timeout_s: float) -> None:
+    def _make_binder(
+        self, inputs: Literal["global", "per-rank"], signature: inspect.Signature | None, timeout_s: float
+    ) -> dict[str, State]:
+        """What cuts the arguments of a call for the microbatches; returns the state in which each input of the stages then comes."""
         whole: State = (R,) * len(self._place.mesh)
         paths = [item.path for item in self._traced.graph.inputs]
-        given = dict.fromkeys(paths, whole)
+        given = dict.fromkeys(paths, whole) | given_states(self._plan, inputs, self._group.index)
         batched = self._expanded.microbatched
-        if not _reads_prologue([stage.live.graph for stage in self._stages]):
+        if not _reads_prologue([self._expanded.stages[index].graph for index in self._mine]):
             batched = replace(batched, prologue=None)  # not for this rank
         self._microbatches = Microbatches(batched, paths, given, self._place, self._device, self._constants)
         self._binder = InputBinder(
-            self._traced, given, self._place, whole=True, device=self._device, signature=signature, timeout_s=timeout_s
+            self._traced, given, self._place, whole=inputs == "global", device=self._device, signature=signature, timeout_s=timeout_s
         )
+        return self._microbatches.states
 
     def _pairs(self) -> list[tuple[int, int]]:
         """All pairs of ranks that ever send to each other."""
@@ -238,7 +250,7 @@ class PipelineModule(DistributedModule):
         """The forward and backward pass of one global batch, in as many microbatches as the plan has; arguments as of the model.
 
         Adds the gradients of the global batch to `p.grad` of this rank's parameters. Returns the model's loss, a detached scalar `()`
-        that is the same on every rank. A collective call: every rank passes the same whole batch.
+        that is the same on every rank. A collective call.
         Raises `InputError` where the inputs are not of the traced shapes and types, and `PeerError` where another rank is lost.
         """
         if not torch.is_grad_enabled():

@@ -70,8 +70,8 @@ class LiveStage:
     """`stage` for the rank at `place`, under `assignment`. `loss`: path of the output that is differentiated, where this stage makes it;
     the whole loss is the sum of those of all `microbatches` (`loss_terms`), or equal in all and counts once.
 
-    `segments`: the plan's, of this stage. `numbers`: by which number each operation draws random numbers. `splits_backward`: whether the
-    schedule runs the weights' backward pass apart.
+    `segments`: the plan's. `numbers`: by which number each operation draws random numbers. `inputs`: the state in which each comes, by
+    path. `splits_backward`: whether the schedule runs the weights' backward pass apart.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class LiveStage:
         numbers: Mapping[str, int],
         device: torch.device,
         *,
+        inputs: Mapping[str, State],
         loss: str | None,
         loss_terms: bool,
         microbatches: int,
@@ -92,6 +93,7 @@ class LiveStage:
         graph = stage.graph
         self.stage, self.graph, self.assignment, self.place = stage, graph, assignment, place
         self.sources, self.numbers, self.device = sources, numbers, device
+        self._inputs = inputs
         self.splits_backward = splits_backward
         self._counts = range(microbatches) if loss_terms else range(microbatches - 1, microbatches)
         self.loss = next((index for index, output in enumerate(graph.outputs) if output.path == loss), None)
@@ -276,7 +278,8 @@ class LiveStage:
         key = (mode, train)
         if key not in self._programs:
             graph, whole = self._graph(train), (R,) * len(self.place.mesh)
-            borders = Borders({}, {use.value: use.leaf for use in self._uses}, (whole,) * len(graph.outputs))
+            inputs = {item.value: self._inputs[item.path] for item in graph.inputs}
+            borders = Borders(inputs, {use.value: use.leaf for use in self._uses}, (whole,) * len(graph.outputs))
             hooks = hooks_of(self._buckets, self._gatherer, self._reducer.begin)
             self._programs[key] = lower(
                 graph, self.assignment, self.place, borders, self.device, mode, hooks, self.regions if train else (), self.numbers

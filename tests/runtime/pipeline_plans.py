@@ -166,7 +166,7 @@ def main() -> None:
                     error, where = max(on_ranks(pool, run_case, case))
                     print(f"{name} seed {seed}: {error:.1e} {where}{'' if error < 1e-10 else '   <----'}", flush=True)
                 except Exception as failure:
-                    print(f"{name} seed {seed}: {type(failure).__name__}: {str(failure)[-600:]}", flush=True)
+                    print(f"{name} seed {seed}: {type(failure).__name__}: {str(failure)}", flush=True)
 
 
 if __name__ == "__main__":
