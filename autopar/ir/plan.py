@@ -138,7 +138,10 @@ class SegmentCost(_Data):
     reducing its parameters' gradients behind the backward pass of the last microbatch. `activation_bytes`: kept from its forward to its
     backward pass, and `checkpoint_bytes` of these when the repeat is recomputed. `parameter_bytes`, `gradient_bytes`, `optimizer_bytes`:
     of the parameters that it is the first to read, and of what stays gathered or adds up for a whole step. `gathered_bytes`: what
-    gathering for use adds while it runs. `workspace_bytes`: for a moment, in its largest operation.
+    gathering for use adds while it runs. `workspace_bytes`: the most for a moment in its forward pass, beyond its activations;
+    `backward_workspace_bytes`: in its backward pass, beyond what was there when that began (with one microbatch, gradients of parameters
+    that have come by then are among it). `postponed_bytes`: held beside its activations from gradients of its inputs to those of its
+    parameters where a schedule makes them apart. `unreduced_bytes`: of gradients beyond `gradient_bytes`, until they are reduced.
     """
 
     forward_s: Seconds = 0.0
@@ -158,6 +161,9 @@ class SegmentCost(_Data):
     optimizer_bytes: Bytes = 0
     gathered_bytes: Bytes = 0
     workspace_bytes: Bytes = 0
+    backward_workspace_bytes: Bytes = 0
+    postponed_bytes: Bytes = 0
+    unreduced_bytes: Bytes = 0
 
 
 class SegmentPlan(_Data):

@@ -22,7 +22,7 @@ from autopar.search.describe import Part
 from autopar.search.problem import Problem, Segment, Solution
 from autopar.search.segments import Row
 from autopar.search.solve import Progress, solve, solve_with
-from autopar.search.workload import Flow, Piece, Stage, Workload
+from autopar.search.workload import Flow, Piece, Stage, Workload, sizes_of
 
 Effort = Literal["fast", "exact"]
 _ROUNDS = 4  # of giving back memory for the workspace of the plan found
@@ -89,9 +89,7 @@ def _pieces(row: Row, cost: SegmentCost) -> tuple[Piece, ...]:
     """What counts for memory of the repeats of a row."""
     gather, regather, reduce = ((Flow(1.0),) if flows else () for flows in (cost.gather_s, cost.regather_s, cost.reduce_s))
     return (Piece(
-        "", 0.0, 0.0, gather=gather, regather=regather, reduce=reduce, activation_bytes=cost.activation_bytes,
-        checkpoint_bytes=cost.checkpoint_bytes, parameter_bytes=cost.parameter_bytes, gradient_bytes=cost.gradient_bytes,
-        optimizer_bytes=cost.optimizer_bytes, gathered_bytes=cost.gathered_bytes, workspace_bytes=cost.workspace_bytes,
+        "", 0.0, 0.0, gather=gather, regather=regather, reduce=reduce, **sizes_of(cost),
     ),) * row.count  # fmt: skip
 
 

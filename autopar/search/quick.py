@@ -24,7 +24,7 @@ class StageTime:
     """A stage in sums, on one rank. Of one microbatch: `forward_s`; `backward_s`, of which `weight_s` are gradients of weights;
     `receive_s` from the stage before and `returns_s` of gradients back to it. Once a step: `before_s` ahead of its first forward pass,
     `after_s` behind its last backward pass. `fixed_bytes` all the time, `live_bytes` for each microbatch between its forward and its
-    backward pass, `workspace_bytes` while an action runs."""
+    backward pass, `workspace_bytes` while a forward pass or one for gradients of inputs runs."""
 
     forward_s: float
     backward_s: float
@@ -46,6 +46,9 @@ class Quick(NamedTuple):
     bubble: float
     communication_s: float
     memory_bytes: tuple[float, ...]
+
+
+_WEIGHTS = 3  # position of the seconds of `W`; what passes there is what a backward pass keeps anyway
 
 
 class _Action(NamedTuple):
@@ -102,7 +105,7 @@ def quick(schedule: str, groups: int, stages: Sequence[StageTime], microbatches:
             there[writes] = now
         if live > 0:
             held[group] += sizes[stage]
-        if held[group] + passing[stage] > most[group]:
+        if what != _WEIGHTS and held[group] + passing[stage] > most[group]:
             most[group] = held[group] + passing[stage]
         if live < 0:
             held[group] -= sizes[stage]
@@ -178,7 +181,7 @@ def as_workload(schedule: str, groups: int, stages: Sequence[StageTime], microba
         piece = Piece(
             f"stage {index}", stage.forward_s, stage.backward_s, stage.weight_s, step_gather=_flow("before", stage.before_s),
             reduce=_flow("after", stage.after_s), activation_bytes=stage.live_bytes, parameter_bytes=stage.fixed_bytes,
-            workspace_bytes=stage.workspace_bytes,
+            workspace_bytes=stage.workspace_bytes, backward_workspace_bytes=stage.workspace_bytes,
         )  # fmt: skip
         apart = found and found[-1].group != group
         receive, returns = (Flow(stage.receive_s), Flow(stage.returns_s)) if apart else (None, None)

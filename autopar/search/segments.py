@@ -16,7 +16,9 @@ from autopar.ir.assignment import Assignment, Storage
 from autopar.ir.graph import Graph
 from autopar.ir.plan import SegmentCost
 from autopar.search.build import target_states
+from autopar.search.collectives import BUCKET_BYTES
 from autopar.search.costs import Costs, Move, Traffic
+from autopar.search.liveness import alive, backward_peak, forward_peak
 from autopar.search.problem import Floats
 from autopar.search.rows import groups_of
 from autopar.search.structure import Structure
@@ -59,10 +61,10 @@ def decided_rows(structure: Structure, assignment: Assignment) -> tuple[Row, ...
 
 def segment_costs(structure: Structure, costs: Costs, assignment: Assignment, rows: Sequence[Row]) -> tuple[SegmentCost, ...]:
     """Costs of the `rows` of a graph under `assignment`."""
-    return _Segments(structure, costs, assignment).rows(rows)
+    return OpCosts(structure, costs, assignment).rows(rows)
 
 
-class _Segments:
+class OpCosts:
     """Numbers per operation, of shape `(operations,)` or `(operations, axes)`; parameters count for the first operation to read them."""
 
     def __init__(self, structure: Structure, costs: Costs, assignment: Assignment) -> None:
@@ -74,9 +76,13 @@ class _Segments:
         self.scalars: dict[str, Floats] = {name: np.zeros(size) for name in _SCALARS}
         self.by_axis: dict[str, Floats] = {name: np.zeros((size, len(costs.mesh))) for name in _BY_AXIS}
         self.workspace, self.gathered = np.zeros(size), np.zeros(size)
+        # Gradients of parameters as their readers make them; results whose gradients wait for those of weights; what is reduced away.
+        self.graded, self.postponed, self.unreduced = np.zeros(size), np.zeros(size), np.zeros(size)
         self._operations()
         self._edges()
         self._parameters()
+        self.alive = alive(structure, costs, self.chosen, self.choice)
+        self.scalars["activation_bytes"] -= self.alive.dropped
 
     def _add_moves(self, members: Sequence[int] | np.ndarray, moves: Sequence[Move]) -> None:
         for move in moves:
@@ -129,9 +135,16 @@ class _Segments:
             else:
                 storage = self.stored[int(source[members[0]])]
                 traffic = costs.traffic(value, storage, targets, edge.keeps == "target")
-                self._add_use(
-                    ends, storage, traffic, sum(costs.of(value, target) for target in targets), costs.shares(value, storage, targets)
-                )
+                whole = sum(costs.of(value, target) for target in targets)
+                self._add_use(ends, storage, traffic, whole, costs.shares(value, storage, targets))
+                if value.requires_grad and costs.training:
+                    self.graded[ends] += whole
+                    if costs.microbatches == 1:
+                        self.unreduced[ends] += max(0, whole - costs.of(value, storage.stored))
+                    results = structure.classes[structure.class_of[int(ends[0])]].outputs
+                    states = [tuple(split.outputs[slot] for split in choice) for slot in range(len(results))]
+                    sizes = [costs.of(result, state) for result, state in zip(results, states, strict=True)]
+                    self.postponed[ends] = np.maximum(self.postponed[ends], sum(sizes))
 
     def _add_use(self, ends: np.ndarray, storage: Storage, traffic: Traffic, whole_bytes: int, shares: tuple[Floats, Floats]) -> None:
         """A parameter read by the operations at `ends`. `shares`: by axis, of gathering and of reducing, in seconds."""
@@ -169,14 +182,35 @@ class _Segments:
                 name: {axis: float(total) / row.count for axis, total in zip(names, table[here].sum(0), strict=True) if total}
                 for name, table in self.by_axis.items()
             }
-            gathered = float(self.gathered[here].max(initial=0.0))
-            # Both are for a moment, not always the same: together they are what one operation needs at most.
-            workspace = float((self.workspace[here] + self.gathered[here]).max(initial=0.0)) - gathered
             fields: dict[str, Any] = {name: round(mean) if name.endswith("_bytes") else mean for name, mean in means.items()}
-            fields |= {"gathered_bytes": round(gathered), "workspace_bytes": round(workspace)}
+            fields |= {name: round(size) for name, size in self._moments(row).items()}
             fields |= by_axis
             found.append(SegmentCost(**fields, checkpoint_bytes=self._checkpoint_bytes(row)))
         return tuple(found)
+
+    def _moments(self, row: Row) -> dict[str, float]:
+        """Bytes that are there for a while, of the repeat that has most."""
+        forward, backward = [0.0], [0.0]
+        for start in range(row.start, row.start + row.length * row.count, row.length):
+            body = slice(start, start + row.length)
+            kept, gradients = self.scalars["activation_bytes"][body], self.scalars["gradient_bytes"][body]
+            forward.append(forward_peak(kept, self.alive.forward[body]) - float(kept.sum()))
+            if self.costs.microbatches == 1:
+                backward.append(backward_peak(kept, self.alive.backward[body], gradients))
+            else:  # gradients of parameters add up from one microbatch to the next: each comes beside what is there
+                backward.append(backward_peak(kept, self.alive.backward[body] + self.graded[body], 0.0 * gradients))
+        here = slice(row.start, row.start + row.length * row.count)
+        # What repeats is gathered repeat by repeat; elsewhere as much at once as fits in a bucket, and the next.
+        gathered = float(self.gathered[here].sum()) / row.count
+        if row.count == 1:
+            gathered = min(gathered, max(2 * BUCKET_BYTES, float(self.gathered[here].max(initial=0.0))))
+        return {
+            "workspace_bytes": max(forward),
+            "backward_workspace_bytes": max(backward),
+            "gathered_bytes": gathered,
+            "postponed_bytes": float(self.postponed[here].sum()) / row.count,
+            "unreduced_bytes": float(self.unreduced[here].sum()) / row.count,
+        }
 
     def _checkpoint_bytes(self, row: Row) -> int:
         """What a repeat reads that other operations made: all that is left of it where its forward pass runs again."""

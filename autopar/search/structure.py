@@ -12,6 +12,7 @@ it is made, and again on each edge that makes a new tensor of it.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -64,7 +65,7 @@ class Structure:
         self.position = graph.op_index
         self._place_nodes()
         self._returned = self._find_returned()
-        self._needs = self._find_needs()
+        self.needs = self._find_needs(self._returned)
         self._classify()
         self._classify_splits()
         self._connect()
@@ -132,11 +133,11 @@ class Structure:
         found = {item.value: not self.has_loss or not values[item.value].shape for item in self.graph.outputs}
         return found | {item.updated: True for item in self.graph.buffers if item.updated is not None}
 
-    def _find_needs(self) -> dict[str, list[tuple[int, int]]]:
-        """Per value, its readers (position, operand slot) whose backward pass needs its storage, directly or through views."""
+    def _find_needs(self, returned: Container[str]) -> dict[str, list[tuple[int, int]]]:
+        """Per value, its readers (position, operand slot) whose backward pass needs its storage, directly or through views; views that are
+        `returned` need it too."""
         graph = self.graph
         needs: dict[str, list[tuple[int, int]]] = {}
-        returned = self._returned
         for at in range(len(graph.ops) - 1, -1, -1):
             op = graph.ops[at]
             work_ = self.work_of(at)
@@ -148,6 +149,11 @@ class Structure:
                     needs.setdefault(name, []).append((at, slot))
         return needs
 
+    @cached_property
+    def needs_of_training(self) -> dict[str, list[tuple[int, int]]]:
+        """`needs` where everything returned beside the loss is dropped, as in a training step."""
+        return self._find_needs([name for name, whole in self._returned.items() if whole])
+
     def _classify(self) -> None:
         graph = self.graph
         numbers: dict[object, int] = {}
@@ -157,7 +163,7 @@ class Structure:
             work_ = self.work_of(at)
             kept = [] if work_.view else [
                 slot for slot, name in enumerate(op.outputs)
-                if slot in work_.keeps_outputs or name in self._returned or len(self._needs.get(name, ())) > 1
+                if slot in work_.keeps_outputs or name in self._returned or len(self.needs.get(name, ())) > 1
             ]  # fmt: skip
             returned = tuple((slot, self._returned[name]) for slot, name in enumerate(op.outputs) if name in self._returned)
             key = (self.tokens[at], tuple(kept), returned)
@@ -189,7 +195,7 @@ class Structure:
             op.outputs[slot] for at, op in enumerate(graph.ops) for slot in self.classes[self.class_of[at]].kept
         }  # fmt: skip
         views = {name for at, op in enumerate(graph.ops) if self.work_of(at).view for name in op.outputs}
-        needed_at = {place for places in self._needs.values() for place in places}
+        needed_at = {place for places in self.needs.values() for place in places}
         self.edges: list[Edge] = []
         kinds: dict[object, int] = {}
         for at, op in enumerate(graph.ops):

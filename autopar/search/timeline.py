@@ -4,12 +4,13 @@ The walk follows the group's actions; the kinds are those of a plan's prediction
 state and what is resident. Beside them, piece by piece:
 
 * A forward pass adds the piece's activations, or only its checkpoint where the backward pass recomputes.
-* A backward pass takes them away when the piece is done; with a split backward pass its `W` does, as it still reads them. Where it
-  recomputes, the piece's activations are there again while it runs.
-* The piece's gradients appear in its first backward pass, and stay until the end of the step.
-* While a piece runs there is its workspace, its gathered parameters and those of the piece after it, which are fetched meanwhile; in the
-  backward pass also the whole gradients of gathered parameters, which become the stored part when they are reduced: those of the piece
-  that runs and of the one before, which are on their way.
+* A backward pass takes them away when the piece is done; with a split backward pass its `W` does, and from `I` on there is also what is
+  postponed. Where it recomputes, the piece's activations are there again while it runs.
+* The piece's gradients come with its first backward pass, and stay until the end of the step.
+* While a piece runs there is its workspace, its gathered parameters and those of the piece after it, which are fetched meanwhile.
+* Gradients that become smaller when they are reduced are as large as they were until then. They are packed in messages that leave when
+  they have 25 MiB, or at the end of the last backward pass; two are on their way at once (`autopar.runtime.gradients`). A message that
+  packs more than one gradient is a copy, for a moment beside what it packs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from autopar.search.workload import Piece, Workload
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, BUFFERS = range(5)
+MESSAGE_BYTES = 25 * 2**20
+IN_FLIGHT = 2
 Level = tuple[float, float, float, float, float]
 """Bytes by kind, in the order of `KINDS`."""
 
@@ -69,49 +72,92 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
     yield -1, 0.0, _level(now)
     graded: set[int] = set()
     order = workload.orders[group]
+    final = {action.stage: action for action in order if action.kind in "BW"}
+    once = workload.microbatches == 1
+    way = _Messages()
     for position, action in enumerate(order):
         row = workload.stages[action.stage].pieces
         done = 0.0
         run = row if action.kind == "F" else row[::-1]
         total = sum(_work(piece, action) for piece in run) or 1.0
+        makes_gradients = action.kind in "BW"
         for index, piece in enumerate(run):
-            after = run[index + 1] if index + 1 < len(run) else None
-            before = run[index - 1] if index else None
             kept = piece.checkpoint_bytes if piece.recompute else piece.activation_bytes
+            new = piece.gradient_bytes if makes_gradients and action.stage not in graded else 0.0
             if action.kind == "F":
                 now[ACTIVATIONS] += kept
-            elif action.kind in "BW" and action.stage not in graded:
-                now[GRADIENTS] += piece.gradient_bytes
-            extra = _passing(piece, after, before, action)
-            rebuilt = piece.activation_bytes - kept if action.kind != "F" else 0.0
+            if not once:
+                now[GRADIENTS] += new  # the workspace of one microbatch counts them as they come
+            extra = _passing(piece, run[index + 1] if index + 1 < len(run) else None, action)
+            if once and makes_gradients:
+                way.add(piece.unreduced_bytes)
+            rebuilt = piece.activation_bytes - kept if action.kind in "BI" else 0.0
             now[ACTIVATIONS] += rebuilt
-            now[BUFFERS] += extra
+            now[BUFFERS] += extra + way.bytes
             yield position, done / total, _level(now)
             now[ACTIVATIONS] -= rebuilt
-            now[BUFFERS] -= extra
-            if action.kind in "BW":
-                now[ACTIVATIONS] -= kept
+            now[BUFFERS] -= extra + way.bytes
+            if once:
+                now[GRADIENTS] += new
+            if action.kind == "I":
+                now[ACTIVATIONS] += rebuilt + piece.postponed_bytes
+            elif makes_gradients:
+                again = piece.activation_bytes + piece.postponed_bytes if action.kind == "W" else kept
+                now[ACTIVATIONS] -= again
+                if piece.reduce and final[action.stage] == action:
+                    copy = way.ready(piece, last=index + 1 == len(run))
+                    now[BUFFERS] += copy + way.bytes
+                    yield position, (done + _work(piece, action)) / total, _level(now)
+                    now[BUFFERS] -= copy + way.bytes
+                    way.settle(last=index + 1 == len(run))
             done += _work(piece, action)
+            now[BUFFERS] += way.bytes
             yield position, done / total, _level(now)
-        if action.kind in "BW":
+            now[BUFFERS] -= way.bytes
+        if makes_gradients:
             graded.add(action.stage)
     now[GRADIENTS] = 0.0
     yield len(order), 1.0, _level(now)
 
 
-def _passing(piece: Piece, after: Piece | None, before: Piece | None, action: Action) -> float:
+class _Messages:
+    """Gradients on their way. `bytes`: what they take beyond what is left of them when they are reduced."""
+
+    def __init__(self) -> None:
+        self.bytes = 0.0
+        self._packing = self._packed = 0.0  # what is being packed: beyond what stays, and in all
+        self._flying: list[float] = []
+
+    def add(self, more: float) -> None:
+        self.bytes += more
+        self._packing += more
+
+    def ready(self, piece: Piece, last: bool) -> float:
+        """A piece's gradients are there; returns what packing takes if a message leaves now."""
+        self._packed += piece.gradient_bytes + piece.unreduced_bytes
+        if self._packed < MESSAGE_BYTES and not last:
+            return 0.0
+        self._flying.append(self._packing)
+        copy = min(self._packed, MESSAGE_BYTES)
+        self._packing = self._packed = 0.0
+        return copy
+
+    def settle(self, last: bool) -> None:
+        while self._flying and (last or len(self._flying) > IN_FLIGHT):
+            self.bytes -= self._flying.pop(0)
+
+
+def _passing(piece: Piece, after: Piece | None, action: Action) -> float:
     """What is there only while `piece` runs, beside its activations."""
-    passing = piece.workspace_bytes
     if action.kind == "W":
-        return passing
-    passing += piece.gathered_bytes
-    if after is not None and (after.gather if action.kind == "F" else after.regather):
-        passing += after.gathered_bytes
-    if action.kind != "F" and piece.reduce:
-        passing += piece.gathered_bytes
-        if before is not None and before.reduce:
-            passing += before.gathered_bytes
-    return passing
+        return 0.0
+    if action.kind == "F":
+        ahead = after is not None and after.gather
+        return piece.workspace_bytes + piece.gathered_bytes + (after.gathered_bytes if after and ahead else 0.0)
+    ahead = after is not None and after.regather
+    # Computing again what the forward pass had for a moment is over before the backward pass needs its own.
+    passing = max(piece.workspace_bytes, piece.backward_workspace_bytes) if piece.recompute else piece.backward_workspace_bytes
+    return passing + piece.gathered_bytes + (after.gathered_bytes if after and ahead else 0.0)
 
 
 def _work(piece: Piece, action: Action) -> float:

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from autopar.errors import PlanError
-from autopar.ir.plan import GroupPlan, Plan, SegmentPlan, StagePlan
+from autopar.ir.plan import GroupPlan, Plan, SegmentCost, SegmentPlan, StagePlan
 from autopar.ir.schedules import Orders, named
 
 MOST_PIECES = 1_000_000
@@ -61,6 +62,9 @@ class Piece:
     optimizer_bytes: float = 0.0
     gathered_bytes: float = 0.0
     workspace_bytes: float = 0.0
+    backward_workspace_bytes: float = 0.0
+    postponed_bytes: float = 0.0
+    unreduced_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,11 @@ def of_plan(plan: Plan) -> Workload:
     return Workload(tuple(found), orders, plan.cluster.felt_share, tuple(map(float, plan.predicted.resident_bytes)), ranks)
 
 
+def sizes_of(cost: SegmentCost) -> dict[str, Any]:
+    """What a `Piece` and a `SegmentCost` say alike: all bytes."""
+    return {name: getattr(cost, name) for name in Piece.__slots__ if name.endswith("_bytes")}
+
+
 def _pieces(segment: SegmentPlan, place: _Place) -> list[Piece]:
     cost = segment.cost
 
@@ -140,8 +149,7 @@ def _pieces(segment: SegmentPlan, place: _Place) -> list[Piece]:
             segment.name if segment.count == 1 else f"{segment.name} #{repeat}",
             cost.forward_s, cost.backward_s, min(cost.weight_s, cost.backward_s), flows(cost.forward_comm_s), flows(cost.backward_comm_s),
             flows(cost.gather_s), flows(cost.regather_s), flows(cost.step_gather_s), flows(cost.reduce_s), cost.optimizer_s,
-            repeat < segment.recompute, cost.activation_bytes, cost.checkpoint_bytes, cost.parameter_bytes, cost.gradient_bytes,
-            cost.optimizer_bytes, cost.gathered_bytes, cost.workspace_bytes,
+            repeat < segment.recompute, **sizes_of(cost),
         )  # fmt: skip
 
     return [piece(repeat) for repeat in range(segment.count)]

@@ -123,7 +123,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         recompute = draw(st.booleans())
         return Piece(
             f"piece {index}", draw(SECONDS), 2.0, draw(st.sampled_from([0.0, 1.0, 2.0])), flows(), flows(), flows(), flows(), flows(),
-            flows(), draw(SECONDS), recompute, 5.0, 1.0, 2.0, 2.0, 4.0, 3.0, 1.0,
+            flows(), draw(SECONDS), recompute, 5.0, 1.0, 2.0, 2.0, 4.0, 3.0, 1.0, 2.0, 1.0, 2.0,
         )  # fmt: skip
 
     stages: list[Stage] = []
@@ -235,14 +235,38 @@ def test_recomputation_takes_a_forward_pass_and_keeps_a_checkpoint() -> None:
     assert run(half).peak_bytes == (31.0,)
 
 
-def test_gradients_appear_as_activations_go() -> None:
-    simulation = run(one_group(layers(4, activation_bytes=10.0, gradient_bytes=4.0, parameter_bytes=4.0, optimizer_bytes=8.0)))
-    assert simulation.peak_bytes == (4 * 12.0 + 40.0 + 4.0,)
+def test_gradients_come_as_activations_go() -> None:
+    sizes = {"activation_bytes": 10.0, "gradient_bytes": 4.0, "parameter_bytes": 4.0, "optimizer_bytes": 8.0}
+    simulation = run(one_group(layers(4, backward_workspace_bytes=5.0, **sizes)))
+    assert simulation.peak_bytes == (4 * 12.0 + 40.0 + 5.0,)
     assert simulation.memory[0].at_peak() == {
-        "parameters": 16.0, "gradients": 4.0, "optimizer": 32.0, "activations": 40.0, "buffers": 0.0,
+        "parameters": 16.0, "gradients": 0.0, "optimizer": 32.0, "activations": 40.0, "buffers": 5.0,
     }  # fmt: skip
+    at_end = [sum(level) for level in simulation.memory[0].levels][-2]
+    assert at_end == 4 * 12.0 + 16.0
     several = run(one_group(layers(4, activation_bytes=10.0, gradient_bytes=4.0), microbatches=2))
     assert several.peak_bytes == (16.0 + 40.0,), "they are there when the second microbatch comes"
+
+
+def test_gradients_on_their_way_are_as_large_as_they_were() -> None:
+    """Layers of 10 MiB: messages leave with three of them; what is reduced of them stays half as large."""
+    mib = 2.0**20
+    row = layers(8, gradient_bytes=5 * mib, unreduced_bytes=5 * mib, reduce=(Flow(0.0, (), "dp"),))
+    memory = run(one_group(row)).memory[0]
+    # Behind the last: all eight stored parts, what is beyond of the eight (the first message left before the last piece's did, and two may
+    # be on their way), and the copy that packs the last two.
+    assert memory.peak_bytes == (8 * 5 + 8 * 5 + 20) * mib
+    assert run(one_group(row * 2)).memory[0].peak_bytes == (15 * 5 + (3 + 3 + 3) * 5 + 25) * mib, "as the fifth message leaves"
+
+
+def test_split_backward_passes_hold_what_is_postponed() -> None:
+    def peaks(postponed: float) -> tuple[float, ...]:
+        piece = Piece("all", 1.0, 2.0, 1.0, activation_bytes=10.0, postponed_bytes=postponed)
+        stages = (Stage("0", 0, (piece,)), Stage("1", 1, (piece,), Flow(0.0), Flow(0.0)))
+        return run(Workload(stages, SCHEDULES["interleaved-zb"].orders(2, 1, 4))).peak_bytes
+
+    assert peaks(0.0) == (20.0, 20.0)
+    assert peaks(1.0) == (21.0, 22.0), "group 1 owes one microbatch's gradients of weights when it makes the next one's"
 
 
 # ---- links that are shared ------------------------------------------------------------------------------------------------------------

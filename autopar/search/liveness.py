@@ -1,0 +1,149 @@
+"""What a rank holds for a moment, beside what autograd keeps: which values and gradients are alive while an operation runs.
+
+Per operation, in bytes on one rank: `forward[i]`, values that nobody keeps, from the operation that makes them to their last reader;
+`backward[i]`, gradients of values, from the first reader that has one (the last in forward order) back to the operation that made the
+value. Views share the storage of what they view, and so do their gradients. Where an operand is converted first, what arrives lives
+while the operation runs. An operation whose backward pass goes through something kept in an operand's stead (the log-softmax) holds
+that one's gradient as well. From these and from what each operation keeps follows the largest moment of a row of operations
+(`forward_peak`, `backward_peak`).
+
+A training step (`ParallelModule.step`) drops what the model returns beside its loss; `dropped[i]` is what the account of operation i
+counts as kept for that alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from autopar.ir.assignment import Choice
+from autopar.search.build import target_states
+from autopar.search.costs import Costs
+from autopar.search.problem import Floats
+from autopar.search.rows import Ints, groups_of
+from autopar.search.structure import Structure
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """`(operations,)` each; see the module's docstring."""
+
+    forward: Floats
+    backward: Floats
+    dropped: Floats
+
+
+class _Lives(NamedTuple):
+    """Rows of `(operation, slot)`: results that have storage of their own, and where it begins and ends to be alive.
+
+    `read`, `graded`: first position after its last reader, and after its last reader with a gradient (its own where there is none).
+    `counted`: where it is counted as kept (-1: nowhere); `drops`: whether only for being returned.
+    """
+
+    at: Ints
+    slot: Ints
+    read: Ints
+    graded: Ints
+    counted: Ints
+    drops: Ints
+
+
+_LIVES: WeakKeyDictionary[Structure, _Lives] = WeakKeyDictionary()
+
+
+def _lives(structure: Structure) -> _Lives:
+    if structure in _LIVES:
+        return _LIVES[structure]
+    graph = structure.graph
+    needs, needed = structure.needs, structure.needs_of_training
+    root: dict[str, str] = {}
+    last: dict[str, int] = {}
+    graded: dict[str, int] = {}
+    for at, op in enumerate(graph.ops):
+        work = structure.work_of(at)
+        for name in op.operands:
+            base = root.get(name, name)
+            last[base] = at
+            if work.trains and graph.values[name].requires_grad:
+                graded[base] = at
+        if work.view and op.operands:
+            root.update(dict.fromkeys(op.outputs, root.get(op.operands[0], op.operands[0])))
+    rows = []
+    for at, op in enumerate(graph.ops):
+        row = structure.classes[structure.class_of[at]]
+        for slot, name in enumerate(op.outputs):
+            if name in root:
+                continue
+            readers = needs.get(name, ())
+            counted = at if slot in row.kept else readers[0][0] if len(readers) == 1 else -1
+            keeps = bool(needed.get(name)) or slot in row.work.keeps_outputs
+            trained = graded.get(name, at) + 1 if graph.training and graph.values[name].requires_grad else at
+            rows.append((at, slot, last.get(name, at) + 1, trained, counted, counted >= 0 and not keeps))
+    found = _Lives(*np.array(rows, np.int64).reshape(-1, 6).T)
+    _LIVES[structure] = found
+    return found
+
+
+def alive(structure: Structure, costs: Costs, chosen: Sequence[Choice], choice: Ints) -> Alive:
+    """What is alive beside what is kept, under the `chosen` splits of each operation, equal ones having equal numbers in `choice`."""
+    count = len(chosen)
+    lives = _lives(structure)
+    forward, backward, dropped = np.zeros(count + 1), np.zeros(count + 1), np.zeros(count)
+    beside_forward, beside_backward = np.zeros(count), np.zeros(count)
+    place = np.full((count, max([len(row.outputs) for row in structure.classes], default=0)), -1, np.int64)
+    place[lives.at, lives.slot] = np.arange(len(lives.at))
+    size = np.zeros(len(lives.at))
+    for members in groups_of(np.array(structure.class_of, np.int64), choice):
+        row, splits = structure.classes[structure.class_of[members[0]]], chosen[int(members[0])]
+        for slot, value in enumerate(row.outputs):
+            rows = place[members, slot]
+            size[rows[rows >= 0]] = costs.of(value, tuple(split.outputs[slot] for split in splits))
+        if row.work.extra and not row.work.extra.output and row.work.trains:
+            slot = row.work.extra.slot
+            state = tuple(split.inputs[slot] for split in splits)
+            beside_backward[members] += row.work.extra.bytes * costs.of(row.operands[slot], state) / max(row.operands[slot].size_bytes, 1)
+    drops = lives.drops > 0
+    np.add.at(dropped, lives.counted[drops], size[drops])
+    until = np.where((lives.counted < 0) | drops, lives.read, lives.counted)
+    np.add.at(forward, lives.at, size)
+    np.add.at(forward, np.maximum(until, lives.at), -size)
+    np.add.at(backward, lives.at, size)
+    np.add.at(backward, lives.graded, -size)
+    _conversions(structure, costs, chosen, choice, beside_forward, beside_backward)
+    return Alive(np.cumsum(forward[:-1]) + beside_forward, np.cumsum(backward[:-1]) + beside_backward, dropped)
+
+
+def _conversions(structure: Structure, costs: Costs, chosen: Sequence[Choice], choice: Ints, forward: Floats, backward: Floats) -> None:
+    """Adds what arrives at operations that want a value in another placement than it was made in."""
+    if not structure.edges:
+        return
+    source, target, slot, kind = structure.edge_ends
+    made = slot >= 0
+    for members in groups_of(kind, np.where(made, choice[np.where(made, source, 0)], -1), choice[target]):
+        edge, at = structure.edges[int(members[0])], int(target[members[0]])
+        if edge.slot < 0 or structure.work_of(at).view:
+            continue
+        value = structure.graph.values[edge.value]
+        state = tuple(split.outputs[edge.slot] for split in chosen[int(source[members[0]])])
+        for wanted in target_states(chosen[at], edge.slots):
+            if wanted != state and costs.conversion(value.shape, value.dtype, value.requires_grad, state, wanted).moved:
+                arrives = costs.of(value, wanted)
+                np.add.at(forward, target[members], 0 if edge.keeps else arrives)
+                np.add.at(backward, target[members], arrives if value.requires_grad and costs.training else 0)
+
+
+def forward_peak(kept: Floats, held: Floats) -> float:
+    """The most that a forward pass adds at a moment: what is `kept` adds up, `held` is there for a moment. `(operations,)` each."""
+    return float((np.cumsum(kept) + held).max(initial=0.0))
+
+
+def backward_peak(kept: Floats, held: Floats, stays: Floats) -> float:
+    """The most that a backward pass has at a moment beyond what was there when it began: operation by operation from the last one, what
+    was `kept` goes and what `stays` (gradients of parameters) comes. `(operations,)` each."""
+    gone = np.cumsum(kept[::-1])[::-1] - kept
+    come = np.cumsum(stays[::-1])[::-1]
+    return float((held + come - gone).max(initial=0.0))
