@@ -32,18 +32,24 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise, product
+from itertools import combinations, product
+from typing import Any
 
 from autopar.errors import AutoparError, PlanError
-from autopar.search.profile import Profile, read_profile
-from autopar.search.stage_costs import Devices, Group, Policy, StageCost
-from autopar.search.stage_search import Pipeline, PlacedStage, Row, Simulated, StageSearch, search_stages
+from autopar.search.profile import Profile, batch_of, read_profile
+from autopar.search.stage_bounds import facts_of
+from autopar.search.stage_costs import Devices, Group, Pipeline, PlacedStage, Policy, Simulated, StageCost
+from autopar.search.stage_search import StageSearch, search_stages
+from autopar.search.stage_space import needed_bytes
 from autopar.search.stage_workload import simulated
 
 NVLINK_BYTES_PER_S = 25e9
 ETHERNET_BYTES_PER_S = 1e9  # point to point, at 25 Gbps
 ETHERNET_RING_BYTES_PER_S = 3e9  # collectives, at 25 Gbps
 DEVICE_BYTES = 16e9
+SCHEDULES = ("1f1b", "interleaved-1f1b")
+"""With one stage on each device, these are the paper's two policies of how many forward passes go ahead (its section 5.2): of n stages
+that are left, n (P_A) or, where transfers take long, 2 n - 1 (P_B)."""
 POLICIES: tuple[Policy, ...] = ("fresh", "append", "scatter")
 
 
@@ -73,7 +79,7 @@ PAPER = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProfiledCosts:
     """`StageCosts` of a profile; see the module for the formulas."""
 
@@ -90,7 +96,7 @@ class ProfiledCosts:
     def kind(self, unit: int) -> int:
         return unit
 
-    @cache  # noqa: B019 (as long-lived as the search)
+    @cache  # noqa: B019 (lives as long as the program)
     def _stage(self, start: int, stop: int) -> tuple[float, float, float, float]:
         """For one sample: seconds forward and backward, bytes of results; and bytes of parameters."""
         layers = [self.profile.layers[place] for place in (*self.profile.again(start, stop), *range(start, stop))]
@@ -155,10 +161,181 @@ def microbatch_counts(global_batch: int, profile_batch: int) -> tuple[int, ...]:
     )
 
 
-def plan(
-    costs: ProfiledCosts, counts: Sequence[int], tolerance: float, groups: Sequence[int] | None = None, sizes: str = "all"
-) -> StageSearch:
+def search(costs: ProfiledCosts, counts: Sequence[int], tolerance: float, **options: Any) -> StageSearch:
+    """What autopar's stage search finds; `options` are more of its own."""
+    chosen = {"sizes": "all", "policies": POLICIES, "simulate": simulated, "tolerance": tolerance, **options}
     return search_stages(
-        costs, costs.machines.devices, limit_bytes=DEVICE_BYTES, microbatches=counts, schedules=("1f1b",), stages_per_group=(1,),
-        groups=groups, sizes="all" if sizes == "all" else (1,), policies=POLICIES, simulate=simulated, tolerance=tolerance,
-    )  # fmt: skip
+        costs, costs.machines.devices, limit_bytes=DEVICE_BYTES, microbatches=counts, schedules=SCHEDULES, stages_per_group=(1,), **chosen
+    )
+
+
+# ---- plans that are given ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Devices of each stage, and the layers they start with (None where the plan does not say)."""
+
+    devices: tuple[int, ...]
+    starts: tuple[int, ...] | None
+
+
+def read_stages(text: str, profile: Profile, devices: int) -> Wanted:
+    """`data-parallel`, `straight`, `15,1` or `15:first layer,1:first layer`. Raises `PlanError` naming part and remedy."""
+    if text == "data-parallel":
+        return Wanted((devices,), (0,))
+    if text == "straight":
+        return Wanted((1,) * devices, None)
+    numbers, starts = [], []
+    names = [layer.name for layer in profile.layers]
+    for part in text.split(","):
+        number, _, name = part.strip().partition(":")
+        if not number.isdecimal() or int(number) < 1:
+            raise PlanError(
+                f"stage {part!r}: write devices and first layer, such as `15:{names[0]},1:{names[-1]}`, or only devices, `15,1`"
+            )
+        if name and name not in names:
+            raise PlanError(f"stage {part!r}: the profile has no layer {name!r}; it has {', '.join(names)}")
+        numbers.append(int(number))
+        starts.append(names.index(name) if name else -1)
+    if sum(numbers) != devices:
+        raise PlanError(f"stages {text!r} take {sum(numbers)} devices, and there are {devices}")
+    if all(start < 0 for start in starts):
+        return Wanted(tuple(numbers), None)
+    if starts[0] != 0 or sorted(set(starts)) != starts:
+        raise PlanError(f"stages {text!r}: give the first layer of every stage, in order, beginning with {names[0]}")
+    return Wanted(tuple(numbers), tuple(starts))
+
+
+def pipelines(wanted: Wanted, costs: ProfiledCosts, counts: Sequence[int]) -> Iterator[Pipeline]:
+    """The given stages, as far as they fit, under every number of microbatches and every way to place devices and to schedule."""
+    assert wanted.starts is not None
+    ranges = list(zip(wanted.starts, (*wanted.starts[1:], costs.units), strict=True))
+    seen = set()
+    for chosen in product(POLICIES, repeat=len(wanted.devices)):
+        used: tuple[int, ...] = (0,) * costs.machines.devices.nodes
+        groups: list[Group] = []
+        for number, policy in zip(wanted.devices, chosen, strict=True):
+            group, used = costs.machines.devices.take(used, number, policy)
+            groups.append(group)
+        if tuple(groups) in seen:
+            continue
+        seen.add(tuple(groups))
+        for count, schedule in product(counts, SCHEDULES):
+            stages: list[PlacedStage] = []
+            for facts, (start, stop), group in zip(facts_of(schedule, len(groups), 1, count), ranges, groups, strict=True):
+                (cost,) = costs.options(start, stop, group, count, facts.live)
+                if needed_bytes(cost, facts.live) > DEVICE_BYTES:
+                    break
+                moved = costs.transfer(start, stages[-1].group, group, count) if stages else (0.0, 0.0)
+                stages.append(PlacedStage(start, stop, group, cost, moved))
+            else:
+                yield Pipeline(schedule, count, len(groups), tuple(stages))
+
+
+def best_of(wanted: Wanted, costs: ProfiledCosts, counts: Sequence[int], tolerance: float) -> tuple[Pipeline, Simulated] | None:
+    """The given plan, with all that it leaves open chosen to suit it; None where it does not fit."""
+    if wanted.starts is None and len(set(wanted.devices)) == 1:
+        row = search(costs, counts, tolerance, groups=(len(wanted.devices),), sizes="equal").best
+        return (row.best, row.simulated) if row and row.best and row.simulated else None
+    every = [wanted.starts] if wanted.starts else [(0, *cuts) for cuts in combinations(range(1, costs.units), len(wanted.devices) - 1)]
+    rows = [(pipeline, simulated(pipeline)) for starts in every for pipeline in pipelines(Wanted(wanted.devices, starts), costs, counts)]
+    return min(rows, key=lambda row: row[1].step_s, default=None)
+
+
+# ---- the report -------------------------------------------------------------------------------------------------------------------
+
+
+def described(pipeline: Pipeline, said: Simulated, costs: ProfiledCosts) -> dict[str, Any]:
+    """A plan and what the simulator says of it, for JSON."""
+    layers = costs.profile.layers
+    return {
+        "step_s": round(said.step_s, 6),
+        "bubble": round(said.bubble, 4),
+        "communication_s": round(said.communication_s, 6),
+        "memory_gb": round(max(said.memory_bytes) / 1e9, 2),
+        "microbatches": pipeline.microbatches,
+        "samples": costs.global_batch // pipeline.microbatches,
+        "schedule": pipeline.schedule,
+        "stages": [
+            {
+                "devices": stage.group.size,
+                "machines": len(stage.group.devices),
+                "layers": stage.stop - stage.start,
+                "first": layers[stage.start].name,
+                "last": layers[stage.stop - 1].name,
+            }
+            for stage in pipeline.stages
+        ],
+    }
+
+
+def benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """What is printed. Raises `PlanError` where the profile or the options are wrong."""
+    profile_batch = options.profile_batch or batch_of(options.profile)
+    profile = read_profile(options.profile, profile_batch)
+    machines = CONFIGS[options.config]
+    costs = ProfiledCosts(profile, machines, options.global_batch, options.whole_samples, options.parameter_copies)
+    counts = tuple(options.microbatches or microbatch_counts(options.global_batch, profile_batch))
+    if uneven := [count for count in counts if options.global_batch % count]:
+        raise PlanError(f"{uneven[0]} microbatches do not divide a global batch of {options.global_batch} evenly; give a divisor")
+    published = PAPER.get((profile.name.split("-pbs")[0], options.config))
+    text = options.paper or (published[1] if published and published[0] == options.global_batch else None)
+    wanted = read_stages(text, profile, machines.devices.count) if text else None
+    started = time.perf_counter()
+    found = search(costs, counts, options.tolerance)
+    seconds = time.perf_counter() - started
+    result: dict[str, Any] = {"profile": profile.name, "config": options.config, "global_batch": options.global_batch}
+    best = found.best
+    result["found"] = described(best.best, best.simulated, costs) if best and best.best and best.simulated else None
+    if wanted:
+        given = best_of(wanted, costs, counts, options.tolerance)
+        result["paper_says"] = text
+        result["paper"] = described(*given, costs) if given else "does not fit"
+        result["ratio"] = round(given[1].step_s / best.step_s, 4) if given and best else None
+    result["lower_bound_s"] = round(found.lower_bound_s, 6) if best else None
+    result["seconds"] = round(seconds, 2)
+    result["by_stages"] = [
+        {"stages": row.groups, "step_s": round(row.step_s, 6), "lower_bound_s": round(row.lower_bound_s, 6)}
+        if row.best
+        else {"stages": row.groups, "why": row.why}
+        for row in found.rows
+    ]
+    return result
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", help="a file of layers and edges, such as bert-48-pbs-2.txt")
+    parser.add_argument(
+        "--config", choices=sorted(CONFIGS), required=True, help="A: 2 machines of 8; B: 16 of 1; C: 16 of 1, slower Ethernet"
+    )
+    parser.add_argument("--global-batch", type=positive, required=True)
+    parser.add_argument("--profile-batch", type=positive, help="samples of the profile; by default what `pbs-N` in its name says")
+    parser.add_argument("--paper", help="the plan to compare with; by default Table 4's")
+    parser.add_argument("--microbatches", type=positive, action="append", help="try this number of microbatches; may be given again")
+    parser.add_argument("--parameter-copies", type=float, default=4.0, help="parameters, gradients and optimizer state, in parameters")
+    parser.add_argument("--whole-samples", action="store_true", help="replicas take whole samples, not 1/r of each microbatch")
+    parser.add_argument("--tolerance", type=float, default=0.001, help="how much faster some other plan may be, at most")
+    return parser.parse_args(given)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    options = arguments(given)
+    try:
+        print(json.dumps(benchmark(options)))
+    except AutoparError as error:
+        print(f"dapple: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -83,26 +83,25 @@ class Profile:
         return tuple(sorted(found))
 
 
+def batch_of(path: str | os.PathLike[str]) -> int:
+    """The batch that the name of a profile's file tells. Raises `PlanError` where it tells none."""
+    found = _BATCH.search(Path(path).name)
+    if not found or int(found[1]) < 1:
+        raise PlanError(f"{path}: the file's name does not tell the batch it was profiled with (`pbs-32`); give it with --profile-batch")
+    return int(found[1])
+
+
 def read_profile(path: str | os.PathLike[str], batch: int | None = None) -> Profile:
     """The profile in the file at `path`, taken with `batch` samples (by default what `pbs-N` in the file's name says).
 
     Raises `PlanError` naming file, line and remedy.
     """
-    name = Path(path).name
-    if batch is None:
-        found = _BATCH.search(name)
-        if not found:
-            raise PlanError(
-                f"{path}: the file's name does not tell the batch it was profiled with (`pbs-32`); give it with --profile-batch"
-            )
-        batch = int(found[1])
-    if batch < 1:
-        raise PlanError(f"{path}: profiled with a batch of {batch}; there must be at least 1 sample")
+    batch = batch_of(path) if batch is None else batch
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot be read: {error}; give a profile's text file") from None
-    return parse_profile(text, batch, name.removesuffix(".txt"), str(path))
+    return parse_profile(text, batch, Path(path).name.removesuffix(".txt"), str(path))
 
 
 def parse_profile(text: str, batch: int, name: str, source: str = "profile") -> Profile:
@@ -133,8 +132,8 @@ def parse_profile(text: str, batch: int, name: str, source: str = "profile") -> 
     order = _in_order(len(layers), pairs, list(layers), source)
     rank = {index: place for place, index in enumerate(order)}
     readers: list[list[int]] = [[] for _ in order]
-    for start, end in pairs:
-        readers[rank[start]].append(rank[end])
+    for made, read in pairs:
+        readers[rank[made]].append(rank[read])
     rows = list(layers.values())
     return Profile(name, tuple(rows[index] for index in order), tuple(tuple(sorted(row)) for row in readers))
 

@@ -87,6 +87,38 @@ class StageCosts(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedStage:
+    """Units `start` to `stop` (exclusive) on `group`, as `cost` says; `transfer_s`: to receive one microbatch from the stage before, and
+    for its gradients to go back (0, 0 for the first stage)."""
+
+    start: int
+    stop: int
+    group: Group
+    cost: StageCost
+    transfer_s: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A candidate: what is simulated. Stage s runs on group `schedule.group_of(s, groups)`."""
+
+    schedule: str
+    microbatches: int
+    groups: int
+    stages: tuple[PlacedStage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What the simulator says of a pipeline; `bubble` as `autopar.ir.plan.Predicted` has it, bytes by group."""
+
+    step_s: float
+    bubble: float
+    communication_s: float
+    memory_bytes: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Devices:
     """`nodes` machines with `per_node` devices each."""

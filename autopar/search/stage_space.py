@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Space:
     """Which groups stages may have: states of devices in use, numbered, the empty one first."""
 
     def __init__(self, devices: Devices, sizes: tuple[int, ...], policies: tuple[Policy, ...]) -> None:
+        self.devices, self.sizes, self.policies = devices, sizes, policies
         empty = (0,) * devices.nodes
         number = {empty: 0}
         self.groups: list[list[tuple[Group, int]]] = []
@@ -58,6 +60,7 @@ class Pricing:
         self._kinds = tuple(kinds.setdefault(costs.kind(unit), len(kinds)) for unit in range(self.units))
         self._asked: dict[tuple[tuple[int, ...], tuple[int, ...], int, int], tuple[StageCost, ...]] = {}
         self._stages: dict[tuple[tuple[int, ...], int, int], list[tuple[Prices, Options]]] = {}
+        self._steps: dict[tuple[int, int, int], tuple[tuple[Step, ...], ...]] = {}
         self._transfers: dict[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...], int], np.ndarray] = {}
 
     def every(self, start: int, stop: int, group: Group, microbatches: int, live: int) -> tuple[StageCost, ...]:
@@ -86,6 +89,15 @@ class Pricing:
         self._stages[key] = [(self._prices(options), options) for options in slots]
         return self._stages[key]
 
+    def needed(self, group: Group, microbatches: int, live: int) -> np.ndarray:
+        """What a device holds at least, by (start, stop) of a stage; infinite where there is no option."""
+        found = np.full((self.units, self.units + 1), np.inf)
+        for start in range(self.units):
+            for stop in range(start + 1, self.units + 1):
+                options = self.every(start, stop, group, microbatches, live)
+                found[start, stop] = min((needed_bytes(cost, live) for cost in options), default=math.inf)
+        return found
+
     def _prices(self, options: Options) -> Prices:
         arrays = np.zeros((6, self.units, self.units + 1))
         if options:
@@ -105,6 +117,8 @@ class Pricing:
 
     def steps(self, space: Space, microbatches: int, live: int) -> tuple[tuple[Step, ...], ...]:
         """From each state of devices, the ways to go on."""
+        if (key := (id(space), microbatches, live)) in self._steps:
+            return self._steps[key]
         found = []
         for state, groups in enumerate(space.groups):
             steps = []
@@ -113,7 +127,8 @@ class Pricing:
                 least = np.min(arrivals, axis=0) if arrivals else np.zeros((2, self.units))
                 steps += [Step(group, Way(after, prices, least), options) for prices, options in self.stages(group, microbatches, live)]
             found.append(tuple(steps))
-        return tuple(found)
+        self._steps[key] = tuple(found)
+        return self._steps[key]
 
     def again(self, space: Space, microbatches: int, live: int) -> tuple[Step, ...]:
         """The ways of one more stage on devices that all have one already: a group of each shape there is."""

@@ -1,0 +1,154 @@
+"""Good pipelines fast: an even one to begin with, then small changes as long as one helps. What is best is proven elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.search.stage_costs import Group, PlacedStage, Policy
+from autopar.search.stage_form import Form
+from autopar.search.stage_replay import replay_s
+
+_MOST_TRIES = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Decisions of a whole pipeline: `sizes` and `policies` by group, `starts` and which option (`slots`) by stage; and what follows."""
+
+    sizes: tuple[int, ...]
+    policies: tuple[Policy, ...]
+    starts: tuple[int, ...]
+    slots: tuple[int, ...]
+    stages: tuple[PlacedStage, ...]
+    step_s: float
+
+
+def seed(form: Form) -> Draft | None:
+    """Groups of sizes as equal as they come, stages as even as they come; None where that does not exist or fit."""
+    space = form.space
+    best: Draft | None = None
+    for policy in space.policies:
+        sizes = _even(space.devices.count, form.groups, space.sizes)
+        if sizes is not None:
+            found = _balanced(form, sizes, (policy,) * form.groups)
+            if found is not None and (best is None or found.step_s < best.step_s):
+                best = found
+    return best
+
+
+def improve(form: Form, draft: Draft) -> Draft:
+    """Take every change that helps, until none does or enough have been tried."""
+    tries = 0
+    helped = True
+    while helped:
+        helped = False
+        for changed in _changes(form, draft):
+            tries += 1
+            if changed is not None and changed.step_s < draft.step_s * (1 - 1e-9):
+                draft, helped = changed, True
+                break
+            if tries >= _MOST_TRIES:
+                return draft
+    return draft
+
+
+def _even(count: int, groups: int, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """`groups` of the allowed sizes that add up to `count`, larger ones first, as equal as can be greedily."""
+    found: list[int] = []
+    left = count
+    for place in range(groups):
+        rest = groups - place - 1
+        fitting = [size for size in sizes if rest * sizes[0] <= left - size <= rest * sizes[-1]]
+        if not fitting:
+            return None
+        found.append(min(fitting, key=lambda size: abs(size - left / (rest + 1))))
+        left -= found[-1]
+    return tuple(found) if left == 0 else None
+
+
+def _groups(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...]) -> list[Group]:
+    devices = form.space.devices
+    used: tuple[int, ...] = (0,) * devices.nodes
+    found = []
+    for size, policy in zip(sizes, policies, strict=True):
+        group, used = devices.take(used, size, policy)
+        found.append(group)
+    return found
+
+
+def _balanced(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...]) -> Draft | None:
+    """Cuts that make the longest stage as short as it can be."""
+    groups = _groups(form, sizes, policies)
+    pricing, units = form.pricing, form.pricing.units
+    best = np.full(units + 1, np.inf)
+    best[0] = 0.0
+    backs = []
+    for stage in range(form.count):
+        load = np.full((units, units + 1), np.inf)
+        for prices, _ in pricing.stages(groups[form.group_of[stage]], form.microbatches, form.facts[stage].live):
+            seconds = form.microbatches * (prices.forward_s + prices.backward_s) + prices.after_s
+            load = np.minimum(load, np.where(prices.fits, seconds, np.inf))
+        through = np.maximum(best[:-1, None], load)
+        backs.append(through.argmin(0))
+        best = through.min(0)
+    if not np.isfinite(best[-1]):
+        return None
+    starts: list[int] = []
+    at = units
+    for back in reversed(backs):
+        at = int(back[at])
+        starts.insert(0, at)
+    return _draft(form, sizes, policies, tuple(starts), (0,) * form.count)
+
+
+def _draft(
+    form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...], starts: tuple[int, ...], slots: tuple[int, ...]
+) -> Draft | None:
+    groups = _groups(form, sizes, policies)
+    stages: list[PlacedStage] = []
+    for stage, start in enumerate(starts):
+        stop = starts[stage + 1] if stage + 1 < form.count else form.pricing.units
+        group = groups[form.group_of[stage]]
+        live = form.facts[stage].live
+        options = [
+            cost for cost in form.pricing.every(start, stop, group, form.microbatches, live) if form.pricing.fits(cost, live)
+        ] if start < stop else []  # fmt: skip
+        if slots[stage] >= len(options):
+            return None
+        moved = (0.0, 0.0)
+        if stage and form.group_of[stage] != form.group_of[stage - 1]:
+            row = form.pricing.transfers(stages[-1].group, group, form.microbatches)[:, start]
+            moved = float(row[0]), float(row[1])
+        stages.append(PlacedStage(start, stop, group, options[slots[stage]], moved))
+    costs = [stage.cost for stage in stages]
+    if not form.fits(costs):
+        return None
+    step_s = replay_s(form.schedule, form.groups, form.microbatches, costs, [stage.transfer_s for stage in stages])
+    return Draft(sizes, policies, starts, slots, tuple(stages), step_s)
+
+
+def _changes(form: Form, draft: Draft) -> Iterator[Draft | None]:
+    """Each cut a unit or two to either side; each option; each device to another group, with new cuts; each group placed otherwise."""
+    sizes, policies, starts, slots = draft.sizes, draft.policies, draft.starts, draft.slots
+    for stage in range(1, form.count):
+        for move in (-1, 1, -2, 2):
+            yield _draft(form, sizes, policies, (*starts[:stage], starts[stage] + move, *starts[stage + 1 :]), slots)
+    for stage in range(form.count):
+        for slot in (slots[stage] - 1, slots[stage] + 1):
+            if slot >= 0:
+                yield _draft(form, sizes, policies, starts, (*slots[:stage], slot, *slots[stage + 1 :]))
+    allowed = set(form.space.sizes)
+    for giver in range(form.groups):
+        for taker in range(form.groups):
+            changed = list(sizes)
+            changed[giver], changed[taker] = changed[giver] - 1, changed[taker] + 1
+            if giver != taker and {changed[giver], changed[taker]} <= allowed:
+                yield _draft(form, tuple(changed), policies, starts, slots)
+                yield _balanced(form, tuple(changed), policies)
+    for group in range(form.groups):
+        for policy in form.space.policies:
+            if policy != policies[group]:
+                yield _draft(form, sizes, (*policies[:group], policy, *policies[group + 1 :]), starts, slots)
