@@ -29,7 +29,6 @@ from autopar.ir.schedules import Action, Orders, named
 from autopar.ir.stages import RECEIVE, SEND
 from autopar.ir.trace import TracedModel
 from autopar.runtime.clip import PartOfModel, register
-from autopar.runtime import clip
 from autopar.runtime.distributed import DistributedModule
 from autopar.runtime.evaluation import EvaluationCheck
 from autopar.runtime.handshake import agree
@@ -91,9 +90,6 @@ class PipelineModule(DistributedModule):
         states = self._make_binder(inputs, signature, timeout_s)
         self._make_stages(plan, body.outputs[loss].path, states)
         self._tied = self._find_tied()
-        first = dist.get_rank() == plan.groups[group.index].first_rank
-        counted = tuple(weight.parameter for weight in self._tied if weight.groups[0] != group.index)
-        clip.register(self, clip.PartOfModel(group.everyone, first, counted, self._device))
         elsewhere = tuple(weight.parameter for weight in self._tied if weight.groups[0] != group.index)
         first = dist.get_rank() == plan.pipeline.groups[group.index].first_rank
         register(self, PartOfModel(group.everyone, first, elsewhere, self._device))
