@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_RANKS = 2**20
 MAX_MICROBATCHES = 2**16
+MAX_OPERATIONS = 10_000_000  # unfolded; no traced model has as many
 MAX_DIMS = 64  # torch's own limit on the dims of a tensor
 
 
@@ -265,6 +266,8 @@ def _segments(plan: Plan) -> Iterator[Problem]:
                     yield Problem((*path, "split", axis), "is empty; write the name of a split, such as `replicate`")
             yield from _placements(mesh, op.output, None, *path, "output")
     yield from _stage_end(plan, stage, position, "segments")
+    if (total := sum(segment.length * segment.count for segment in plan.segments)) > MAX_OPERATIONS:
+        yield Problem(("segments",), f"stand for {total} operations; at most {MAX_OPERATIONS}")
     if plan.pipeline and plan.pipeline.stages and stage != len(plan.pipeline.stages) - 1:
         yield Problem(("segments",), f"end with stage {stage}, and the last stage is {len(plan.pipeline.stages) - 1}")
 

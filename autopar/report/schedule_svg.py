@@ -6,6 +6,7 @@ vision tell apart; forward and backward also differ in lightness, so that they s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ from math import ceil, floor, log10
 from statistics import median
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from autopar.ir import units
 from autopar.ir.plan_stages import numbers_words
@@ -32,6 +34,8 @@ COLOURS = {
 MARGIN, LEFT, RIGHT, TOP = 14, 160, 170, 82
 COMPUTE, COMMUNICATION, MEMORY, GAP = 22, 8, 20, 10
 WIDEST, NARROWEST = 6000, 900
+MOST_NAMED = 20_000
+"""Boxes: pictures of more are drawn without what each says when pointed at."""
 NUMBER_WIDTH = 13
 """Pixels in which a microbatch's number of two digits can be read: the picture is made as wide as that takes."""
 
@@ -67,6 +71,7 @@ def schedule_svg(timeline: Timeline) -> str:
     scale = across / timeline.step_s if timeline.step_s > 0 else 0.0
     height = COMPUTE + MEMORY + GAP + max((_lanes(row) for row in timeline.rows), default=0) * COMMUNICATION
     rows = [_row(timeline, row, TOP + number * height, scale, across) for number, row in enumerate(timeline.rows)]
+    named = sum(len(row.boxes) for row in rows) <= MOST_NAMED
     bottom = TOP + len(rows) * height - GAP
     kinds = {span.kind for row in timeline.rows for lane in row.lanes for span in lane.spans}
     return _template().render(
@@ -81,6 +86,7 @@ def schedule_svg(timeline: Timeline) -> str:
         top=TOP,
         bottom=bottom,
         compute_height=COMPUTE,
+        named=named,
         colours=COLOURS,
         legend=list(_legend(timeline, kinds)),
         ticks=list(_ticks(timeline.step_s, scale, across)),
@@ -91,8 +97,16 @@ def schedule_svg(timeline: Timeline) -> str:
 @cache
 def _template() -> Template:
     loader = PackageLoader("autopar", "report")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True, finalize=_printable)
     return environment.get_template("schedule.svg.j2")
+
+
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def _printable(value: object) -> object:
+    """Names may hold what XML has no way to write."""
+    return _UNPRINTABLE.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _lanes(row: Row) -> int:

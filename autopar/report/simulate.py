@@ -20,6 +20,8 @@ from autopar.search.timeline import KINDS
 
 _KINDS = {"forward": "F", "backward": "B", "input": "I", "weight": "W", "recompute": "recompute", "optimizer": "optimizer"}
 _BARS = "▁▂▃▄▅▆▇█"
+MOST_PASSES = 2_000_000
+"""Repeats times microbatches: 100 layers and 20,000 microbatches, some minutes."""
 NARROWEST, WIDEST = 16, 60
 """Columns for memory over time."""
 
@@ -29,7 +31,7 @@ def simulate(plan: Plan, console: Console) -> Timeline:
 
     Raises `PlanError` where the plan's schedule cannot run, or where it holds no times.
     """
-    simulation = run_simulator(plan)
+    simulation = simulated(plan)
     if simulation.step_s <= 0:
         raise PlanError("the plan holds no times of its segments, so that there is nothing to simulate; make it anew with `autopar plan`")
     timeline = timeline_of(plan, simulation)
@@ -43,6 +45,14 @@ def simulate(plan: Plan, console: Console) -> Timeline:
     console.print(heading("memory of a rank", f"at its peak; over the step as a line from {units.size(low)} to {units.size(high)}"))
     console.print(Padding(_memory(plan, simulation, timeline, console.width), (0, 0, 0, 1)))
     return timeline
+
+
+def simulated(plan: Plan) -> Simulation:
+    """What the simulator says of `plan`. Raises `PlanError` where its schedule cannot run, or has more to do than can be looked at."""
+    passes = plan.microbatches * sum(segment.count for segment in plan.segments)
+    if passes > MOST_PASSES:
+        raise PlanError(f"{passes:,} passes through layers in a step are too many to simulate ({MOST_PASSES:,}): use fewer microbatches")
+    return run_simulator(plan)
 
 
 def timeline_of(plan: Plan, simulation: Simulation) -> Timeline:

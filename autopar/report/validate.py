@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # what knows rules and graphs is imported when a model is the
     from autopar.ir.stages import Stage
 
 
+MOST_PASSES = 100_000
+"""Repeats times microbatches: a plan of more is not simulated only to be validated."""
+
+
 def contradictions(plan: Plan) -> list[str]:
     """Derived fields of a sound plan that do not follow from its decisions, as far as the file alone can tell."""
     return [*_gather(plan), *_sums(plan), *_simulated(plan)]
@@ -71,7 +75,7 @@ def _simulated(plan: Plan) -> Iterator[str]:
     if predicted.fits and predicted.stage_memory_bytes and max(predicted.stage_memory_bytes) > predicted.memory_limit_bytes:
         peak = units.size(max(predicted.stage_memory_bytes))
         yield f"predicted.fits is true, but a group of ranks needs {peak} of {units.size(predicted.memory_limit_bytes)}"
-    if predicted.step_s:
+    if predicted.step_s and plan.microbatches * sum(segment.count for segment in plan.segments) <= MOST_PASSES:
         from autopar.search.simulate import simulate
 
         step_s = simulate(plan).step_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -11,15 +12,18 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from autopar.errors import PlanFileError
+from autopar.errors import PlanError, PlanFileError
 from autopar.ir import plan_json
 from autopar.ir.plan import Plan
+from autopar.report.validate import contradictions
+from tests.report.pipelines import pipeline_plan
 from tests.report.plans import plans
 from tests.report.sample import sample_plan
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SAMPLE = sample_plan()
 TEXT = SAMPLE.text()
+STAGED = pipeline_plan(2, 2, "interleaved-zb", 4, layers=8, recompute=1, relayed="mask_7").text()
 
 
 @QUICK
@@ -221,7 +225,8 @@ def test_a_plan_damaged_everywhere_is_told_in_a_few_lines() -> None:
 @given(st.integers(0, len(TEXT)), st.integers(0, 40), st.text(max_size=8))
 @example(0, 10_000, "")
 def test_random_damage_never_raises_anything_else(start: int, length: int, new: str) -> None:
-    parse_or_refuse(TEXT[:start] + new + TEXT[start + length :])
+    for text in (TEXT, STAGED):
+        parse_or_refuse(text[:start] + new + text[start + length :])
 
 
 def parse_or_refuse(text: str) -> None:
@@ -233,6 +238,8 @@ def parse_or_refuse(text: str) -> None:
     else:
         assert Plan.parse(plan.text()) == plan
         assert str(plan)
+        with contextlib.suppress(PlanError):
+            contradictions(plan)
 
 
 def _leaves(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -240,8 +247,7 @@ def _leaves(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path] + [leaf for key, value in items for leaf in _leaves(value, (*path, key))]
 
 
-DATA = json.loads(TEXT)
-LEAVES = [path for path in _leaves(DATA) if path]
+LEAVES = [(text, path) for text in (TEXT, STAGED) for path in _leaves(json.loads(text)) if path]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -251,8 +257,9 @@ JSON = st.recursive(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(LEAVES), JSON)
-def test_random_values_in_random_fields_never_raise_anything_else(path: tuple[Any, ...], value: Any) -> None:
-    data = json.loads(TEXT)
+def test_random_values_in_random_fields_never_raise_anything_else(place: tuple[str, tuple[Any, ...]], value: Any) -> None:
+    text, path = place
+    data = json.loads(text)
     parent = data
     for key in path[:-1]:
         parent = parent[key]

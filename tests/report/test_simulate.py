@@ -150,7 +150,7 @@ def test_the_counter_ends_as_the_simulator_says() -> None:
 
 
 def test_names_with_odd_characters_survive() -> None:
-    odd = PLAN.model_copy(update={"model": PLAN.model.model_copy(update={"name": 'N<e>&"t'})})
+    odd = PLAN.model_copy(update={"model": PLAN.model.model_copy(update={"name": 'N<e>&"t\x1f'})})
     assert json.loads(chrome_trace(timeline(odd)))["otherData"]["plan"].startswith('N<e>&"t')
     assert "N<e>&" in "".join(ElementTree.fromstring(schedule_svg(timeline(odd))).itertext())
 
