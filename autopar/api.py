@@ -127,7 +127,7 @@ def parallelize(
 
     Without `plan`, rank 0 makes one (`plan_options` as in `plan`; `cluster` defaults to the running process group) and every rank gets it.
     Without `example_inputs`, the first call's inputs serve, and parameters become sharded at that call, in place: an optimizer made
-    before it stays valid. With one rank the model itself is returned.
+    before it stays valid. With one rank the model itself is returned, with a `step` unless it has one.
     `inputs`: `"global"` when every rank passes the whole batch, `"per-rank"` when each passes its own part (see `Plan.sampler`).
     A model on `meta` is materialised shard by shard with its own initialisation. `sync_module_states`: start from rank 0's values.
     `timeout_s`: limit of every collective; a rank that dies or disagrees ends the others with an error instead of a hang.
@@ -248,4 +248,6 @@ def _on_one_device(model: nn.Module, device: torch.device | str | None) -> nn.Mo
         from autopar.runtime.materialize import materialize_whole
 
         model = materialize_whole(model, torch.device(device or "cpu"))
-    return model if device is None else model.to(device)
+    from autopar.runtime.one_device import with_step
+
+    return with_step(model if device is None else model.to(device))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.ir.placement import R
@@ -41,6 +41,15 @@ class DeferredModule(nn.Module):
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # the class changes under the caller's feet; nothing here is worth compiling
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Plan for these arguments, become the distributed module, and run it."""
+        self._become(args, kwargs)
+        return self.forward(*args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Plan for these arguments, become the distributed module, and train one step of it."""
+        self._become(args, kwargs)
+        return self.step(*args, **kwargs)
+
+    def _become(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         model, build = self.__dict__["_deferred"]
         mine, mode = dict(self.named_parameters()), self.training
         for fqn, parameter in model.named_parameters():
@@ -53,4 +62,3 @@ class DeferredModule(nn.Module):
         self.__dict__ = module.__dict__
         self.__dict__.update(hooks)
         self.train(mode)
-        return self.forward(*args, **kwargs)

@@ -38,6 +38,8 @@ from autopar.runtime.shards import torch_placements
 
 _Part = tuple[tuple[Tensor, ...], Tensor]
 
+NO_GRADIENTS = "`step` computes gradients, but is called under `torch.no_grad()`; call the module itself to evaluate"
+
 NO_LOSS = (
     "`step` needs a loss to differentiate, and the model returns no floating-point scalar that carries a gradient; return the loss from "
     "`forward` (pass the labels to it), or call the module and differentiate what you compute from its outputs"
@@ -181,7 +183,7 @@ class ParallelModule(DistributedModule):
         if self._loss is None:
             raise RuntimeSetupError(NO_LOSS)
         if not torch.is_grad_enabled():
-            raise RuntimeSetupError("`step` computes gradients, but is called under `torch.no_grad()`; call the module itself to evaluate")
+            raise RuntimeSetupError(NO_GRADIENTS)
         over_time = self._microbatches.batched.outputs[self._loss]
         parts = self._bind(args, kwargs)
         reducing = self._reducer.enabled

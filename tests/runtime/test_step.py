@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
+import autopar
 from autopar.errors import InputError, RuntimeSetupError
 from autopar.ir.microbatch import microbatched
 from autopar.ir.placement import R, S
 from autopar.ir.plan import InputPlan
 from autopar.ir.trace import trace
 from autopar.runtime.dropout import without_dropout
+from autopar.runtime.launch import RankPool
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.shards import coordinate_of, local_part
 from tests.runtime.random_plans import Facts, Mesh, Wide, difference, empty_plan, example, float64, random_assignment, total, whole, widened
@@ -217,3 +220,61 @@ def test_a_step_that_raised_leaves_nothing_behind() -> None:
 
     with float64():
         simulate((2, 1), rank)
+
+
+class Scaled(nn.Linear):
+    """A model with a loss, and with a `step` of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square().mean()
+
+    def step(self) -> str:
+        return "its own"
+
+
+def test_on_one_device() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Loss())
+    x = torch.randn(2, 4)
+    names = set(model.state_dict())
+    module: Any = autopar.parallelize(model, x)
+    assert module is model and type(module) is nn.Sequential and set(module.state_dict()) == names
+    loss = module.step(x)
+    assert not loss.requires_grad and torch.equal(loss, model(x)) and all(p.grad is not None for p in model.parameters())
+    copied = copy.deepcopy(module)
+    copied.step(x)
+    for one, other in zip(module.parameters(), copied.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)  # a copy has its own gradients
+    assert pickle.loads(pickle.dumps(module)).step(x) == loss
+    with torch.no_grad(), pytest.raises(RuntimeSetupError, match="no_grad"):
+        module.step(x)
+    with pytest.raises(RuntimeSetupError, match="return the loss"):
+        autopar.parallelize(nn.Linear(4, 4)).step(x)  # type: ignore[operator]
+    own: Any = autopar.parallelize(Scaled(4, 4))
+    assert own.step() == "its own"
+
+
+def first_call_is_a_step() -> tuple[float, bool]:
+    torch.manual_seed(0)
+    model = Loss()
+    x = torch.randn(4, 4)
+    expected = model(x)
+    module: Any = autopar.parallelize(model, microbatches=2, mesh={"dp": 2, "tp": 1})
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    loss = module.step(x)
+    optimizer.step()
+    with torch.no_grad():
+        return abs(float(loss) - float(expected)), bool(module(x) < loss)
+
+
+class Loss(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square().mean()
+
+
+@pytest.mark.processes
+def test_planned_at_the_first_step(ranks2: RankPool) -> None:
+    for error, falls in ranks2.run(first_call_is_a_step):
+        assert error < 1e-6 and falls
