@@ -154,9 +154,11 @@ def ranged(module: str, segment: SegmentPlan) -> str:
 
 
 def crossing_words(item: Crossing) -> str:
-    """`add_14 of model.layers.3, made in stage 0 and read in stage 2; stage 1 hands it on`."""
+    """`add_14 of model.layers.3: made in stage 0 and needed up to stage 2; stage 1 hands it on`."""
     last, between = item.stages[-1], list(item.stages[1:-1])
-    words = f"made in stage {item.stages[0]}" + (f" and read in stage {last}" if len(item.stages) > 1 else "")
+    words = f"made in stage {item.stages[0]}"
+    if len(item.stages) > 1:
+        words += f" and {'needed up to' if between else 'read in'} stage {last}"
     if between:
         words += f"; {numbers_words('stage', between)} {'hands' if len(between) == 1 else 'hand'} it on"
     return f"{item.value}{f' of {item.module}' if item.module else ''}: {words}"

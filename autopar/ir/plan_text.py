@@ -189,21 +189,28 @@ def _candidates(plan: Plan) -> str:
 CANDIDATES_TITLE = "best plan for each depth of pipeline (groups of ranks that share the stages)"
 
 
-def tensor_rows(plan: Plan) -> list[tuple[str, InputPlan | OutputPlan]]:
-    """Inputs and outputs with their words; what several stages read alike, as with a mask, is told once."""
-    rows: dict[tuple[object, ...], tuple[str, InputPlan | OutputPlan]] = {}
+def tensor_rows(plan: Plan) -> list[tuple[str, str, InputPlan | OutputPlan]]:
+    """Inputs and outputs, each with its word and its path; what several stages read alike is told once, else with the stages."""
+    rows: dict[tuple[object, ...], tuple[str, InputPlan | OutputPlan, list[int]]] = {}
+    told: Counter[tuple[str, str]] = Counter()
     for word, tensors in (("input", plan.inputs), ("output", plan.outputs)):
         for item in tensors:
             key = word, item.path, item.shape, item.dtype, *item.placement.items()
-            rows.setdefault(key, (word, item))
-    return list(rows.values())
+            if key not in rows:
+                rows[key] = (word, item, [])
+                told[word, item.path] += 1
+            rows[key][2].append(item.stage)
+    return [
+        (word, item.path + (f" ({numbers_words('stage', sorted(stages))})" if told[word, item.path] > 1 else ""), item)
+        for word, item, stages in rows.values()
+    ]
 
 
 def _inputs(plan: Plan) -> str:
     axes = real_axes(plan)
     rows = [
-        [word, item.path, units.shape(item.shape), item.dtype, *(item.placement.get(axis, "") for axis in axes)]
-        for word, item in tensor_rows(plan)
+        [word, path, units.shape(item.shape), item.dtype, *(item.placement.get(axis, "") for axis in axes)]
+        for word, path, item in tensor_rows(plan)
     ]
     return "inputs and outputs\n" + _table(["", "", "global shape", "dtype", *axes], rows) if rows else ""
 

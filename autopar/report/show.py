@@ -127,9 +127,9 @@ def _candidates(plan: Plan) -> RenderableType | None:
 def _inputs(plan: Plan) -> RenderableType | None:
     axes = real_axes(plan)
     made = table("", "path", "global shape", "dtype", *axes, fold=("path",))
-    for word, item in plan_text.tensor_rows(plan):
+    for word, path, item in plan_text.tensor_rows(plan):
         cells = (placed(item.placement.get(axis, "")) for axis in axes)
-        made.add_row(word, item.path, units.shape(item.shape), item.dtype, *cells)
+        made.add_row(word, path, units.shape(item.shape), item.dtype, *cells)
     return made if made.row_count else None
 
 

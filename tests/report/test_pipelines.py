@@ -49,7 +49,7 @@ def test_the_facts_are_there(text: str) -> None:
         "39.1 ms",
         "3 of 8",
         "16.0 MiB in 0.400 ms: add_273, mask_7",
-        "made in stage 0 and read in stage 3; stages 1-2 hand it on",
+        "made in stage 0 and needed up to stage 3; stages 1-2 hand it on",
         "chosen",
         "25% slower",
         "none: 32 groups are more than there are ranks",
