@@ -56,21 +56,25 @@ def errors() -> str:
 PROCESSING_ORDER = {
     "autopar": "api cli errors",
     "autopar/ir": (
-        "graph placement text trace trace_export trace_repeats trace_lower trace_expand trace_assemble canonical reshard_points "
-        "trace_errors library_patches sources fold conversion cluster plan plan_json plan_check assignment folded_names plan_roles "
-        "plan_digest plan_text units"
+        "graph placement text trace trace_export trace_repeats trace_lower trace_expand trace_assemble canonical canonical_losses rewriter "
+        "reshard_points trace_errors library_patches own_backward sources modes fold microbatch stages schedules schedule_zbv "
+        "schedule_check conversion cluster plan plan_json plan_check plan_stages assignment folded_names plan_roles plan_digest plan_text "
+        "units"
     ),
     "autopar/ir/rules": "split notation nest table neighbours local_args local_context operators samples pieces check discover",
-    "autopar/ir/rules/families": "common pointwise views cuts reductions contractions indexing",
+    "autopar/ir/rules/families": "common pointwise views cuts reductions contractions indexing losses",
     "autopar/search": (
         "planner meshes structure strategies pins baselines follow work collectives costs build problem solve reduce eliminate chain "
-        "minimise memory local incumbent exact account describe remedies alternatives"
+        "minimise memory local incumbent exact account describe remedies alternatives flat pipeline place stage_search stage_space "
+        "stage_costs stage_bounds stage_replay stage_workload profile segments workload flows simulate timeline quick predict"
     ),
     "autopar/runtime": (
-        "build handshake process_mesh lower convert collectives local_ops dropout module inputs parameters gather gradients materialize "
-        "initialise shards strided_shards deferred sampler clip checkpoint verify launch rank_process"
+        "build handshake process_mesh lower convert collectives local_ops dropout recompute module microbatches inputs parameters gather "
+        "gradients distributed pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied materialize "
+        "initialise shards strided_shards deferred evaluation sampler clip checkpoint verify verify_runs verify_report one_dtype launch "
+        "rank_process"
     ),
-    "autopar/report": "show explain diff validate compare clusters progress terminal",
+    "autopar/report": "show explain diff validate simulate timeline chrome_trace schedule_svg compare clusters progress terminal",
 }
 
 

@@ -68,11 +68,11 @@ class Case:
 
     def _cuts(self, model: Any, example: Any) -> tuple[int, ...]:
         traced = trace(model, (), example) if isinstance(example, dict) else trace(model, example)
-        places = candidates(microbatched(traced.graph, self.microbatches).body)
-        stages = len(self.groups)
-        assert self.uneven is not None and len(places) >= stages
-        first = max(1, round(len(places) * self.uneven))
-        return tuple(places[min(first + step, len(places) - stages + 1 + step)] for step in range(stages - 1))
+        places = [place for place in candidates(microbatched(traced.graph, self.microbatches).body) if place]
+        later = len(self.groups) - 1
+        assert self.uneven is not None and len(places) >= later, f"{self.model} can be cut at {len(places)} places"
+        first = min(round(len(places) * self.uneven), len(places) - later)
+        return tuple(places[first : first + later])
 
     def plan(self, model: Any, example: Any) -> autopar.Plan:
         return autopar.plan(model, example, talkative(self.ranks), **self.options(model, example))

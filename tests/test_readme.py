@@ -44,13 +44,13 @@ def losses(output: str) -> list[float]:
 @pytest.mark.processes
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
 def test_blocks_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block after the other in one namespace, as a reader would; those that are a `train.py` also under torchrun on 4 ranks."""
+    """One block after the other in one namespace, as a reader would; those that are a script also under torchrun on 4 ranks."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for number, text in enumerate(blocks(page), 1):
-        if text.startswith("# train.py"):
-            (tmp_path / "train.py").write_text(text)
-            found = losses(run_on_ranks(tmp_path / "train.py"))
+        if script := re.match(r"# (\w+\.py)\n", text):
+            (tmp_path / script[1]).write_text(text)
+            found = losses(run_on_ranks(tmp_path / script[1]))
             assert len(found) >= 3 and found[-1] < found[0]
             # What follows in the page speaks of this model, batch and plan.
             text = text[: text.index("m = autopar.parallelize")]
