@@ -11,6 +11,7 @@ from autopar.errors import PlanError
 from autopar.ir import units
 from autopar.ir.plan import Plan
 from autopar.ir.plan_digest import bytes_moved
+from autopar.ir.plan_stages import sizes_words
 from autopar.report.terminal import heading, table
 
 
@@ -34,8 +35,9 @@ def compare(plans: Mapping[str, Plan | PlanError], console: Console) -> None:
 
 def _cells(plan: Plan, reference: float) -> list[str]:
     predicted = plan.predicted
+    uneven = plan.pipeline is not None and len(plan.mesh) == 1
     return [
-        " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one rank",
+        " + ".join(map(sizes_words, [group.mesh for group in plan.groups] if uneven else [plan.mesh])),
         units.seconds(plan.cost_s),
         f"x{plan.cost_s / reference:.2f}" if reference else "",
         units.seconds(predicted.compute_s),

@@ -144,11 +144,12 @@ def _bubble(plan: Plan, simulation: Simulation) -> str:
 
 def _times(plan: Plan, simulation: Simulation) -> RenderableType:
     pipeline = plan.pipeline is not None
-    columns = ["group", "ranks", *(["stages"] if pipeline else []), "computing", "optimizer", "communication", "idle", "busy", "bubble"]
+    columns = ["group", "ranks", *["stages"] * pipeline, "computing", "optimizer", "communication", "idle", "busy", *["bubble"] * pipeline]
     made = table(*columns, right=("computing", "optimizer", "communication", "idle", "busy", "bubble"))
     for number, (group, times) in enumerate(zip(plan.groups, simulation.groups, strict=True)):
         stages = [numbers_words("", list(_stages(plan, number))).strip("s ")] if pipeline else []
-        made.add_row(str(number), ranks_words(group), *stages, *_time_cells(times, simulation.step_s))
+        cells = _time_cells(times, simulation.step_s)
+        made.add_row(str(number), ranks_words(group), *stages, *(cells if pipeline else cells[:-1]))
     return made
 
 

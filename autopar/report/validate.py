@@ -78,9 +78,18 @@ def _simulated(plan: Plan) -> Iterator[str]:
     if predicted.step_s and plan.microbatches * sum(segment.count for segment in plan.segments) <= MOST_PASSES:
         from autopar.search.simulate import simulate
 
-        step_s = simulate(plan).step_s
-        if abs(step_s - predicted.step_s) > 0.01 * max(step_s, predicted.step_s):
+        simulation = simulate(plan)
+        if _differ(simulation.step_s, predicted.step_s):
+            step_s = simulation.step_s
             yield f"predicted.step_s is {predicted.step_s}, but the simulator makes it {step_s:.6g} from the costs of the segments"
+        for group, (said, found) in enumerate(zip(predicted.stage_memory_bytes, simulation.peak_bytes, strict=False)):
+            if _differ(said, found):
+                place = f"predicted.stage_memory_bytes[{group}]"
+                yield f"{place} is {units.size(said)}, but the simulator makes it {units.size(found)} from the costs of the segments"
+
+
+def _differ(a: float, b: float) -> bool:
+    return abs(a - b) > 0.01 * max(a, b)
 
 
 def _near(a: float, b: float) -> bool:
