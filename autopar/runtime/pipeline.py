@@ -256,8 +256,9 @@ class PipelineModule(DistributedModule):
         if not torch.is_grad_enabled():
             raise RuntimeSetupError("`step` computes gradients, but is called under `torch.no_grad()`; call the module itself to evaluate")
         batch = self._batch(args, kwargs, train=True)
+        tied = [weight for weight in self._tied if weight.parameter.requires_grad]
         with self._running("a training step"):
-            for weight in self._tied:
+            for weight in tied:
                 weight.set_aside()
             self._begin()
             self._training_run.run(batch)
@@ -266,9 +267,9 @@ class PipelineModule(DistributedModule):
                 stage.live.finish(reduced=self._sync)
             if self._sync:
                 self._progress.doing = "adding up the gradients of weights that several stages read"
-                exchange(self._tied)
+                exchange(tied)
             else:
-                for weight in self._tied:
+                for weight in tied:
                     weight.restore()
             self._outbox.settle_all()
             return self._whole_output(self._loss, train=True)

@@ -41,14 +41,16 @@ class TiedWeight:
             group: Channel(what, shape, dtype, layouts[group], layouts[mine], everyone, device) for group in self.groups if group != mine
         }
         self._before: Tensor | None = None
+        self._aside = False
 
     def set_aside(self) -> None:
         """Before a step: what has been added up until now must not be added up again."""
-        self._before, self.parameter.grad = self.parameter.grad, None
+        self._before, self.parameter.grad, self._aside = self.parameter.grad, None, True
 
     def restore(self) -> None:
-        """After a step that raised."""
-        self._before, self.parameter.grad = None, self._before
+        """As if there had been no step: after one that raised, or that left its gradients to a later one."""
+        if self._aside:
+            self._before, self.parameter.grad, self._aside = None, self._before, False
 
     def start(self) -> tuple[Tensor, list[Flight], dict[int, Arriving]]:
         own = self._local_gradient()
@@ -72,7 +74,7 @@ class TiedWeight:
         total = terms[0] + terms[1]
         for term in terms[2:]:
             total += term
-        before, self._before = self._before, None
+        before, self._before, self._aside = self._before, None, False
         if before is not None:
             (before._local_tensor if isinstance(before, DTensor) else before).add_(total)
             self.parameter.grad = before

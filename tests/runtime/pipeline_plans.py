@@ -1,5 +1,6 @@
-"""Random legal plans with stages, and the comparison of a model under one with itself on one device. Runs on real ranks: each calls
-`run_case`. Also a command:
+"""Random legal plans with stages, and the comparison of a model under one with itself on one device, on every real rank.
+
+Also a command:
 
     python -m tests.runtime.pipeline_plans llama --seeds 0-9 --meshes 1x1,1x1 --schedule 1f1b --microbatches 4
 """
@@ -7,13 +8,13 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from autopar.ir.assignment import Expanded
@@ -46,7 +47,6 @@ class Case:
     seed: int = 0
     starts: tuple[int, ...] | None = None
     sizes: tuple[tuple[str, Any], ...] = ()
-    gather: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -98,33 +98,22 @@ def pipeline_module(model: nn.Module, traced: TracedModel, plan: Plan, expanded:
     return PipelineModule(traced, plan, group, local, expanded=expanded, timeout_s=timeout_s)
 
 
-def prepared(case: Case) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], TracedModel]:
-    model, args, kwargs = example(case.model, **dict(case.sizes))
+@lru_cache(maxsize=8)
+def _prepared(name: str, sizes: tuple[tuple[str, Any], ...]) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], TracedModel]:
+    model, args, kwargs = example(name, **dict(sizes))
     with float64():
         return model, args, kwargs, widened(trace(model, args, kwargs))
 
 
-def run_case(case: Case) -> tuple[float, str]:
-    """The difference between this rank's loss, gradients and buffers and those of the model on one device. Runs on every rank."""
-    torch.manual_seed(0)
-    model, args, kwargs, traced = prepared(case)
-    plan, expanded = plan_of(case, traced.graph)
-    with float64():
-        module = pipeline_module(model, traced, plan, expanded)
-        with without_dropout(module):
-            loss = module.step(*args, **kwargs)
-        found = facts_of(module, loss)
-    expected = reference(model, args, kwargs)
-    missing = expected.keys() - found.keys()
-    held = {f"gradient of {name}" for name, _ in module.named_parameters()} | {f"buffer {name}" for name, _ in module.named_buffers()}
-    if missing & held:
-        return float("inf"), f"missing: {sorted(missing & held)}"
-    error, where = difference({name: expected[name] for name in found}, found)
-    return (error if error == error else float("inf")), where
+def prepared(case: Case) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], TracedModel]:
+    """The model, which must not be changed, its arguments, and its trace."""
+    return _prepared(case.model, case.sizes)
 
 
-def reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
-    """Loss, gradients and buffers of `model` on one device, which get them."""
+@lru_cache(maxsize=8)
+def _reference(name: str, sizes: tuple[tuple[str, Any], ...]) -> Facts:
+    model, args, kwargs, _ = _prepared(name, sizes)
+    model = copy.deepcopy(model)
     with float64(), without_dropout(model), Wide():
         loss = total(model(*args, **kwargs))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -133,17 +122,35 @@ def reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return found | {f"buffer {name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
 
 
+def made(case: Case, timeout_s: float = 120.0) -> PipelineModule:
+    """This rank's module of `case`, without values of its own making."""
+    torch.manual_seed(0)
+    model, _, _, traced = prepared(case)
+    plan, expanded = plan_of(case, traced.graph)
+    with float64():
+        return pipeline_module(model, traced, plan, expanded, timeout_s)
+
+
+def run_case(case: Case) -> tuple[float, str]:
+    """The difference between this rank's loss, gradients and buffers and those of the model on one device. Runs on every rank."""
+    _, args, kwargs, _ = prepared(case)
+    module = made(case)
+    with float64(), without_dropout(module):
+        found = facts_of(module, module.step(*args, **kwargs))
+    expected = _reference(case.model, case.sizes)
+    held = {f"gradient of {name}" for name, _ in module.named_parameters()} | {f"buffer {name}" for name, _ in module.named_buffers()}
+    if missing := (expected.keys() - found.keys()) & held:
+        return float("inf"), f"missing: {sorted(missing)}"
+    error, where = difference(expected, expected | found)
+    return (error if error == error else float("inf")), where
+
+
 def facts_of(module: PipelineModule, loss: Tensor) -> Facts:
     found = {"loss": loss}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.grad is not None:
             found[f"gradient of {name}"] = whole_tensor(parameter.grad)
     return found | {f"buffer {name}": buffer.detach().clone() for name, buffer in module.named_buffers()}
-
-
-def on_ranks(pool: RankPool, function: Callable[..., Any], case: Case, *args: Any) -> list[Any]:
-    assert case.world_size == pool.world_size == (dist.get_world_size() if dist.is_initialized() else pool.world_size)
-    return pool.run(function, case, *args, timeout_s=180)
 
 
 def main() -> None:
@@ -163,10 +170,10 @@ def main() -> None:
             for seed in range(int(first), int(last) + 1):
                 case = Case(name, meshes, options.schedule, options.microbatches, options.stages_per_group, seed)
                 try:
-                    error, where = max(on_ranks(pool, run_case, case))
+                    error, where = max(pool.run(run_case, case, timeout_s=180))
                     print(f"{name} seed {seed}: {error:.1e} {where}{'' if error < 1e-10 else '   <----'}", flush=True)
                 except Exception as failure:
-                    print(f"{name} seed {seed}: {type(failure).__name__}: {str(failure)}", flush=True)
+                    print(f"{name} seed {seed}: {type(failure).__name__}: {failure!s}", flush=True)
 
 
 if __name__ == "__main__":
