@@ -44,9 +44,9 @@ docs: $(INSTALLED) ## build the documentation into site/; a warning is an error
 serve: $(INSTALLED) ## show the documentation on a local port
 	@$(BIN)/python -m mkdocs serve
 
-bench: $(INSTALLED) ## planning time, step time beside PyTorch's own, and the verify matrix: JSON, kept in build/
+bench: $(INSTALLED) ## planning time, step time beside PyTorch's own, memory, and the verify matrices: JSON, kept in build/
 	@mkdir -p build
-	@set -o pipefail; for name in plan_time step_time verify_zoo; do $(BIN)/python benchmarks/$$name.py | tee build/$$name.json; done
+	@set -o pipefail; for name in plan_time step_time memory_prediction verify_zoo verify_pipelines; do $(BIN)/python benchmarks/$$name.py | tee build/$$name.json; done
 
 clean: ## remove the environment and everything built
 	@rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
