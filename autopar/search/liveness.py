@@ -7,8 +7,9 @@ while the operation runs. An operation whose backward pass goes through somethin
 that one's gradient as well. From these and from what each operation keeps follows the largest moment of a row of operations
 (`forward_peak`, `backward_peak`).
 
-A training step (`ParallelModule.step`) drops what the model returns beside its loss; `dropped[i]` is what the account of operation i
-counts as kept for that alone.
+Where the step keeps other values than the account of operation i says, `corrected[i]` is the difference: it drops what the model returns
+beside its loss (`ParallelModule.step`), and a stage holds what it received, and what it sent that has a gradient, until the backward pass
+of the microbatch (`autopar.runtime.pipeline_stage`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from autopar.search.costs import Costs
 from autopar.search.problem import Floats
 from autopar.search.rows import Ints, groups_of
 from autopar.search.structure import Structure
+from autopar.search.work import RECEIVE, SEND
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +36,15 @@ class Alive:
 
     forward: Floats
     backward: Floats
-    dropped: Floats
+    corrected: Floats
 
 
 class _Lives(NamedTuple):
     """Rows of `(operation, slot)`: results that have storage of their own, and where it begins and ends to be alive.
 
     `read`, `graded`: first position after its last reader, and after its last reader with a gradient (its own where there is none).
-    `counted`: where it is counted as kept (-1: nowhere); `drops`: whether only for being returned.
+    `counted`: where it is counted as kept (-1: nowhere); `correct`: -1 where that is only for being returned, 1 where it is kept though
+    it is not counted, else 0.
     """
 
     at: Ints
@@ -49,7 +52,7 @@ class _Lives(NamedTuple):
     read: Ints
     graded: Ints
     counted: Ints
-    drops: Ints
+    correct: Ints
 
 
 _LIVES: WeakKeyDictionary[Structure, _Lives] = WeakKeyDictionary()
@@ -72,6 +75,7 @@ def _lives(structure: Structure) -> _Lives:
                 graded[base] = at
         if work.view and op.operands:
             root.update(dict.fromkeys(op.outputs, root.get(op.operands[0], op.operands[0])))
+    sent = {root.get(name, name) for op in graph.ops if op.target == SEND for name in op.operands if graph.values[name].requires_grad}
     rows = []
     for at, op in enumerate(graph.ops):
         row = structure.classes[structure.class_of[at]]
@@ -80,9 +84,9 @@ def _lives(structure: Structure) -> _Lives:
                 continue
             readers = needs.get(name, ())
             counted = at if slot in row.kept else readers[0][0] if len(readers) == 1 else -1
-            keeps = bool(needed.get(name)) or slot in row.work.keeps_outputs
+            keeps = bool(needed.get(name)) or slot in row.work.keeps_outputs or op.target == RECEIVE or name in sent
             trained = graded.get(name, at) + 1 if graph.training and graph.values[name].requires_grad else at
-            rows.append((at, slot, last.get(name, at) + 1, trained, counted, counted >= 0 and not keeps))
+            rows.append((at, slot, last.get(name, at) + 1, trained, counted, keeps - (counted >= 0)))
     found = _Lives(*np.array(rows, np.int64).reshape(-1, 6).T)
     _LIVES[structure] = found
     return found
@@ -92,7 +96,7 @@ def alive(structure: Structure, costs: Costs, chosen: Sequence[Choice], choice: 
     """What is alive beside what is kept, under the `chosen` splits of each operation, equal ones having equal numbers in `choice`."""
     count = len(chosen)
     lives = _lives(structure)
-    forward, backward, dropped = np.zeros(count + 1), np.zeros(count + 1), np.zeros(count)
+    forward, backward, corrected = np.zeros(count + 1), np.zeros(count + 1), np.zeros(count)
     beside_forward, beside_backward = np.zeros(count), np.zeros(count)
     place = np.full((count, max([len(row.outputs) for row in structure.classes], default=0)), -1, np.int64)
     place[lives.at, lives.slot] = np.arange(len(lives.at))
@@ -106,15 +110,16 @@ def alive(structure: Structure, costs: Costs, chosen: Sequence[Choice], choice: 
             slot = row.work.extra.slot
             state = tuple(split.inputs[slot] for split in splits)
             beside_backward[members] += row.work.extra.bytes * costs.of(row.operands[slot], state) / max(row.operands[slot].size_bytes, 1)
-    drops = lives.drops > 0
-    np.add.at(dropped, lives.counted[drops], size[drops])
-    until = np.where((lives.counted < 0) | drops, lives.read, lives.counted)
+    drops, holds = lives.correct < 0, lives.correct > 0
+    np.add.at(corrected, lives.counted[drops], -size[drops])
+    np.add.at(corrected, lives.at[holds], size[holds])
+    until = np.where(holds, lives.at, np.where((lives.counted < 0) | drops, lives.read, lives.counted))
     np.add.at(forward, lives.at, size)
     np.add.at(forward, np.maximum(until, lives.at), -size)
     np.add.at(backward, lives.at, size)
     np.add.at(backward, lives.graded, -size)
     _conversions(structure, costs, chosen, choice, beside_forward, beside_backward)
-    return Alive(np.cumsum(forward[:-1]) + beside_forward, np.cumsum(backward[:-1]) + beside_backward, dropped)
+    return Alive(np.cumsum(forward[:-1]) + beside_forward, np.cumsum(backward[:-1]) + beside_backward, corrected)
 
 
 def _conversions(structure: Structure, costs: Costs, chosen: Sequence[Choice], choice: Ints, forward: Floats, backward: Floats) -> None:

@@ -82,7 +82,7 @@ class OpCosts:
         self._edges()
         self._parameters()
         self.alive = alive(structure, costs, self.chosen, self.choice)
-        self.scalars["activation_bytes"] -= self.alive.dropped
+        self.scalars["activation_bytes"] += self.alive.corrected
 
     def _add_moves(self, members: Sequence[int] | np.ndarray, moves: Sequence[Move]) -> None:
         for move in moves:

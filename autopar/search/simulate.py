@@ -11,7 +11,8 @@ The computing stream runs the schedule's actions in order, an action its pieces 
 * before a forward pass for the microbatch from the stage before, before a backward pass for gradients from the stage behind;
 * for the collectives that computing needs (`forward_comm`, `backward_comm`), which go on their axis's stream behind what was issued there;
 * before a piece for its gathered parameters: they are fetched while the piece before it computes;
-* before the optimizer for all gradients to be reduced: a piece's are issued once its last backward pass is over.
+* before the optimizer for all gradients to be reduced: a piece's are issued once its last backward pass is over, in a pipeline once that
+  of its stage is.
 
 How streams slow each other down: `autopar.search.flows`. Memory over time: `autopar.search.timeline`.
 
@@ -144,7 +145,7 @@ class _Step:
             stages = {action.stage for action in order}
             for stage in stages:
                 forwards = [action for action in order if action.stage == stage and action.kind == "F"]
-                gradients = [action for action in order if action.stage == stage and action.kind in "BW"]
+                gradients = [action for action in order if action.stage == stage and workload.stages[stage].does(action.kind) in ("B", "W")]
                 self._first.add(forwards[0])
                 self._final.add(gradients[-1])
         self._lay()
@@ -201,13 +202,13 @@ class _Step:
         self._pieces(group, action, steps, ahead, arrival)
 
     def _backward(self, group: int, action: Action, stage: Stage, arrival: int) -> None:
-        kind = action.kind
+        kind = stage.does(action.kind)
         steps: list[tuple[Piece, float, tuple[Flow, ...], str]] = []
         ahead: list[tuple[Flow, ...]] = []
         # What the forward pass gathered last is still there if nothing came between.
         still_there = self._previous.get(action.stage) == "F" and next((piece for piece in reversed(stage.pieces) if piece.gather), None)
         behind: list[tuple[Flow, ...]] = []
-        for piece in reversed(stage.pieces):
+        for piece in reversed(stage.pieces) if kind else ():
             if kind == "W":
                 steps.append((piece, piece.weight_s, (), ""))
                 ahead.append(())
@@ -221,6 +222,9 @@ class _Step:
                 steps.append((piece, seconds, piece.backward_comm, ""))
                 ahead.append(() if piece.recompute else regather)
             behind.append(piece.reduce if action in self._final else ())
+        late = tuple(flow for flows in behind for flow in flows)
+        if len(self.workload.stages) > 1 and late:  # a pipeline reduces when all microbatches have left their gradients
+            behind = [()] * (len(steps) - 1) + [late]
         self._pieces(group, action, steps, ahead, arrival, behind)
 
     def _pieces(

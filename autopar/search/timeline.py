@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from autopar.ir.schedules import Action
 from autopar.search.workload import Piece, Workload
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers")
@@ -72,26 +71,30 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
     yield -1, 0.0, _level(now)
     graded: set[int] = set()
     order = workload.orders[group]
-    final = {action.stage: action for action in order if action.kind in "BW"}
+    final = {action.stage: action for action in order if workload.stages[action.stage].does(action.kind) in ("B", "W")}
     once = workload.microbatches == 1
     way = _Messages()
+    at_end = len(workload.stages) > 1
     for position, action in enumerate(order):
-        row = workload.stages[action.stage].pieces
+        stage = workload.stages[action.stage]
+        row, kind = stage.pieces, stage.does(action.kind)
+        if not kind:
+            continue
         done = 0.0
-        run = row if action.kind == "F" else row[::-1]
-        total = sum(_work(piece, action) for piece in run) or 1.0
-        makes_gradients = action.kind in "BW"
+        run = row if kind == "F" else row[::-1]
+        total = sum(_work(piece, kind) for piece in run) or 1.0
+        makes_gradients = kind in "BW"
         for index, piece in enumerate(run):
             kept = piece.checkpoint_bytes if piece.recompute else piece.activation_bytes
             new = piece.gradient_bytes if makes_gradients and action.stage not in graded else 0.0
-            if action.kind == "F":
+            if kind == "F":
                 now[ACTIVATIONS] += kept
             if not once:
                 now[GRADIENTS] += new  # the workspace of one microbatch counts them as they come
-            extra = _passing(piece, run[index + 1] if index + 1 < len(run) else None, action)
+            extra = _passing(piece, run[index + 1] if index + 1 < len(run) else None, kind)
             if once and makes_gradients:
                 way.add(piece.unreduced_bytes)
-            rebuilt = piece.activation_bytes - kept if action.kind in "BI" else 0.0
+            rebuilt = piece.activation_bytes - kept if kind in "BI" else 0.0
             now[ACTIVATIONS] += rebuilt
             now[BUFFERS] += extra + way.bytes
             yield position, done / total, _level(now)
@@ -99,18 +102,18 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
             now[BUFFERS] -= extra + way.bytes
             if once:
                 now[GRADIENTS] += new
-            if action.kind == "I":
+            if kind == "I":
                 now[ACTIVATIONS] += rebuilt + piece.postponed_bytes
             elif makes_gradients:
-                again = piece.activation_bytes + piece.postponed_bytes if action.kind == "W" else kept
+                again = piece.activation_bytes + piece.postponed_bytes if kind == "W" else kept
                 now[ACTIVATIONS] -= again
                 if piece.reduce and final[action.stage] == action:
-                    copy = way.ready(piece, last=index + 1 == len(run))
+                    copy = way.ready(piece, leaves=not at_end, last=index + 1 == len(run))
                     now[BUFFERS] += copy + way.bytes
-                    yield position, (done + _work(piece, action)) / total, _level(now)
+                    yield position, (done + _work(piece, kind)) / total, _level(now)
                     now[BUFFERS] -= copy + way.bytes
                     way.settle(last=index + 1 == len(run))
-            done += _work(piece, action)
+            done += _work(piece, kind)
             now[BUFFERS] += way.bytes
             yield position, done / total, _level(now)
             now[BUFFERS] -= way.bytes
@@ -132,10 +135,10 @@ class _Messages:
         self.bytes += more
         self._packing += more
 
-    def ready(self, piece: Piece, last: bool) -> float:
+    def ready(self, piece: Piece, leaves: bool, last: bool) -> float:
         """A piece's gradients are there; returns what packing takes if a message leaves now."""
         self._packed += piece.gradient_bytes + piece.unreduced_bytes
-        if self._packed < MESSAGE_BYTES and not last:
+        if not last and (self._packed < MESSAGE_BYTES or not leaves):
             return 0.0
         self._flying.append(self._packing)
         copy = min(self._packed, MESSAGE_BYTES)
@@ -147,11 +150,11 @@ class _Messages:
             self.bytes -= self._flying.pop(0)
 
 
-def _passing(piece: Piece, after: Piece | None, action: Action) -> float:
+def _passing(piece: Piece, after: Piece | None, kind: str) -> float:
     """What is there only while `piece` runs, beside its activations."""
-    if action.kind == "W":
+    if kind == "W":
         return 0.0
-    if action.kind == "F":
+    if kind == "F":
         ahead = after is not None and after.gather
         return piece.workspace_bytes + piece.gathered_bytes + (after.gathered_bytes if after and ahead else 0.0)
     ahead = after is not None and after.regather
@@ -160,12 +163,12 @@ def _passing(piece: Piece, after: Piece | None, action: Action) -> float:
     return passing + piece.gathered_bytes + (after.gathered_bytes if after and ahead else 0.0)
 
 
-def _work(piece: Piece, action: Action) -> float:
-    if action.kind == "F":
+def _work(piece: Piece, kind: str) -> float:
+    if kind == "F":
         return piece.forward_s + sum(flow.seconds for flow in piece.forward_comm)
-    if action.kind == "W":
+    if kind == "W":
         return piece.weight_s
-    seconds = piece.backward_s - (piece.weight_s if action.kind == "I" else 0.0) + sum(flow.seconds for flow in piece.backward_comm)
+    seconds = piece.backward_s - (piece.weight_s if kind == "I" else 0.0) + sum(flow.seconds for flow in piece.backward_comm)
     return seconds + (piece.forward_s + sum(flow.seconds for flow in piece.forward_comm) if piece.recompute else 0.0)
 
 

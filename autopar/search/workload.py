@@ -9,13 +9,17 @@ same time, so one stands for all of them. A `Flow` is communication: so many sec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from autopar.errors import PlanError
+from autopar.ir import folded_names
+from autopar.ir.graph import DTYPE_BYTES
+from autopar.ir.placement import local_shape, parse
 from autopar.ir.plan import GroupPlan, Plan, SegmentCost, SegmentPlan, StagePlan
-from autopar.ir.schedules import Orders, named
+from autopar.ir.schedules import Kind, Orders, named
+from autopar.search.costs import OPTIMIZER_STATES
 
 MOST_PIECES = 1_000_000
 """More repeats than any model has; a plan file that says more would fill the memory of whoever simulates it."""
@@ -70,13 +74,21 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """`pieces` in forward order, on `group`. `receive`: one microbatch from the stage before; `returns`: its gradients back to that
-    stage. Both None for the first stage and where the stage before is on the same group."""
+    stage. Both None for the first stage and where the stage before is on the same group. `at_once`: where a schedule splits the backward
+    pass, the action that does all of it nevertheless."""
 
     name: str
     group: int
     pieces: tuple[Piece, ...]
     receive: Flow | None = None
     returns: Flow | None = None
+    at_once: Literal["", "I", "W"] = ""
+
+    def does(self, kind: Kind) -> Kind | Literal[""]:
+        """What an action of `kind` does here: a stage that makes all gradients `at_once` has the whole backward pass there."""
+        if not self.at_once or kind not in "IW":
+            return kind
+        return "B" if kind == self.at_once else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +104,11 @@ class Workload:
     felt_share: float = 0.0
     resident_bytes: tuple[float, ...] = ()
     ranks: tuple[range, ...] = ()
+
+    @property
+    def splits(self) -> bool:
+        """Whether gradients of weights are made apart."""
+        return any(action.kind == "W" for action in self.orders[0])
 
     @property
     def groups(self) -> int:
@@ -119,18 +136,53 @@ def of_plan(plan: Plan) -> Workload:
         for index, stage in enumerate(stages):
             if stage.group != (right := schedule.group_of(index, len(groups))):
                 raise PlanError(f"stage {index} is on group {stage.group}; schedule {schedule.name} has it on group {right}")
+    splits = any(action.kind == "W" for action in orders[0])
     places = [_Place(plan, index, group) for index, group in enumerate(groups)]
     found = []
     for index, row in enumerate(stages):
         place = places[row.group]
         pieces = [piece for segment in plan.segments if segment.stage == index for piece in _pieces(segment, place)]
+        at_once: Literal["", "I", "W"] = ""
+        if splits:
+            pieces = [_kept_for_step(piece) for piece in pieces]
+            # What recomputes would do so for each part. The first stage receives nothing that has a gradient.
+            at_once = "I" if any(piece.recompute for piece in pieces) else "W" if index == 0 else ""
         before = places[stages[index - 1].group] if index else place
         receive = returns = None
         if before is not place:
             receive, returns = before.to(place, row.receives_s), place.to(before, row.returns_s)
-        found.append(Stage(row.name or f"stage {index}", row.group, tuple(pieces), receive, returns))
+        found.append(Stage(row.name or f"stage {index}", row.group, tuple(pieces), receive, returns, at_once))
     ranks = tuple(place.ranks for place in places)
-    return Workload(tuple(found), orders, plan.cluster.felt_share, tuple(map(float, plan.predicted.resident_bytes)), ranks)
+    resident = list(map(float, plan.predicted.resident_bytes)) or [0.0] * len(groups)
+    for group, size in _held_once(plan).items():
+        resident[group] -= size
+    return Workload(tuple(found), orders, plan.cluster.felt_share, tuple(resident), ranks)
+
+
+def _kept_for_step(piece: Piece) -> Piece:
+    """Where the backward pass is split, the runtime keeps gathered parameters for the step."""
+    return replace(
+        piece, gather=(), regather=(), step_gather=piece.step_gather + piece.gather, gathered_bytes=0.0,
+        parameter_bytes=piece.parameter_bytes + piece.gathered_bytes,
+    )  # fmt: skip
+
+
+def _held_once(plan: Plan) -> dict[int, float]:
+    """By group, bytes of parameters and optimizer state that several of its stages count, but which it holds once (tied weights)."""
+    if plan.pipeline is None:
+        return {}
+    found: dict[int, float] = {}
+    seen: set[tuple[int, str]] = set()
+    states = OPTIMIZER_STATES.get(plan.predicted.optimizer, 0)
+    for row in plan.parameters:
+        group = plan.pipeline.stages[row.stage].group
+        stored = tuple(parse(text) for text in row.stored.values())
+        size = prod(local_shape(row.shape, stored, tuple(plan.groups[group].mesh.values()))) * DTYPE_BYTES[row.dtype]
+        for name in folded_names.expand(row.name):
+            if (group, name) in seen:
+                found[group] = found.get(group, 0.0) + size * (1 + (states if row.trainable else 0))
+            seen.add((group, name))
+    return found
 
 
 def sizes_of(cost: SegmentCost) -> dict[str, Any]:
