@@ -11,9 +11,7 @@ of its stages, and train another model without a word; `install` has it ask here
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import wraps
 
 import torch
@@ -22,6 +20,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.utils import clip_grad
+
+from autopar.runtime import parts_checkpoint
+from autopar.runtime.parts import PartOfModel, enrol, part_of
+
+__all__ = ["PartOfModel", "clip_grad_norm_", "install", "register", "total_norm"]
 
 _Where = tuple[DeviceMesh, tuple[int, ...]] | None
 """A mesh and the axes of it over which a gradient's parts must be added up; None for a plain tensor."""
@@ -47,43 +50,18 @@ def clip_grad_norm_(
         parameters = [parameters]
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = _norm(gradients, norm_type, _part_of(parameters))
+    norm = _norm(gradients, norm_type, part_of(parameters))
     _refuse_nonfinite(norm, norm_type, error_if_nonfinite)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # both constants are those of torch.nn.utils.clip_grad_norm_
     _scale([_local(gradient) for gradient in gradients], scale, foreach)
     return norm
 
 
-@dataclass(frozen=True)
-class PartOfModel:
-    """What the norm must know of a module that holds a part of the model on each group of ranks: a process group of `everyone`, whether
-    this rank is the `first` of its group, and the parameters that an earlier group `counted_elsewhere`; `device` of this rank."""
-
-    everyone: dist.ProcessGroup
-    first: bool
-    counted_elsewhere: tuple[nn.Parameter, ...]
-    device: torch.device
-
-
-_parts: weakref.WeakKeyDictionary[nn.Module, PartOfModel] = weakref.WeakKeyDictionary()
-
-
 def register(module: nn.Module, part: PartOfModel) -> None:
-    """Have norms of gradients of `module` taken over all groups of ranks, by PyTorch's own `clip_grad_norm_` too."""
-    _parts[module] = part
+    """Have norms of gradients of `module`, and its checkpoints, taken over all groups of ranks, by PyTorch's own functions too."""
+    enrol(module, part)
     install()
-
-
-def _part_of(tensors: Sequence[Tensor]) -> PartOfModel | None:
-    """What is registered of the module that these parameters or gradients belong to.
-
-    Of none, that is of the youngest such module: a rank whose stages have no gradients takes part all the same, for the others wait.
-    """
-    wanted = {id(tensor) for tensor in tensors}
-    for module, part in reversed(list(_parts.items())):
-        if not wanted or any(id(tensor) in wanted for parameter in module.parameters() for tensor in (parameter, parameter.grad)):
-            return part
-    return None
+    parts_checkpoint.install()
 
 
 def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
@@ -93,7 +71,7 @@ def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     group of ranks, the gradients of all groups count, and every rank must call.
     """
     gradients = list(gradients)
-    return _norm(gradients, norm_type, _part_of(gradients))
+    return _norm(gradients, norm_type, part_of(gradients))
 
 
 def _norm(gradients: Sequence[Tensor], norm_type: float, part: PartOfModel | None) -> Tensor:
@@ -142,7 +120,7 @@ def install() -> None:
         tensors: Tensor | Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
     ) -> Tensor:
         found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        if (part := _part_of(found)) is None:
+        if (part := part_of(found)) is None:
             return original(found, norm_type, error_if_nonfinite, foreach)
         with torch.no_grad():
             norm = _norm(found, float(norm_type), part)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import autopar
 from autopar.ir.plan import Plan
@@ -15,15 +16,45 @@ from tests.zoo import ZOO
 Mesh = dict[str, int]
 
 
+class TinyLM(nn.Module):
+    """A language model that computes its loss in the dtype of its weights, with one table for the tokens it reads and predicts."""
+
+    def __init__(self, layers: int = 2, width: int = 16, vocabulary: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(), nn.Linear(2 * width, width))
+            for _ in range(layers)
+        )
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        logits = self.head(x)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), target.flatten()), "logits": logits}
+
+
+def _tokens(model: nn.Module) -> dict[str, Tensor]:
+    tokens = torch.randint(0, 32, (8, 6), generator=torch.Generator().manual_seed(1))
+    return {"tokens": tokens, "target": tokens.roll(-1, 1)}
+
+
+MODELS = {name: (entry.build, entry.inputs) for name, entry in ZOO.items()} | {"tiny": (TinyLM, _tokens)}
+
+
 def example(name: str, dropout: float = 0.0, **sizes: Any) -> tuple[nn.Module, Any]:
-    """A small model of the zoo in float64, the same on every rank, and inputs."""
+    """A small model in float64, the same on every rank, and inputs."""
+    build, inputs = MODELS[name]
     with float64():
         torch.manual_seed(0)
-        model = ZOO[name].build(**sizes).double()
+        model = build(**sizes).double()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
-        return model, ZOO[name].inputs(model)
+        return model, inputs(model)
 
 
 def planned(name: str, mesh: Mesh, microbatches: int = 1, schedule: str | None = None, recompute: int = 0, **sizes: Any) -> Plan:
