@@ -205,6 +205,10 @@ def _alternatives(plan: Plan, parameter: ParameterPlan, instead: str | None) -> 
     wanted = [] if instead is None else _asked(mesh, parameter, instead)
     if parameter.stored in wanted:
         return Text("That is how it is stored.")
+    if not parameter.alternatives and plan.pipeline:
+        return Text(
+            "The file holds no alternatives for it: they are priced for plans without a pipeline.", style="yellow" if instead else "dim"
+        )
     if not parameter.alternatives:
         return Text(
             "The file holds no alternatives for it; `autopar plan ... --alternatives` prices them.", style="yellow" if instead else "dim"

@@ -143,6 +143,7 @@ def test_parameters_and_operations_say_their_stage() -> None:
     text = explained(FOUR, "model.layers.9.mlp.up_proj.weight")
     assert "stage 1 on ranks 4-7" in text
     assert "1792" not in text and "7168 x 2048 on each rank" in text
+    assert "priced for plans without a pipeline" in text
     assert "also read by stage 3" in explained(FOUR, "model.embed_tokens.weight")
     text = explained(FOUR, "mask_7")
     assert "stages 1-2 hand it on" in text
