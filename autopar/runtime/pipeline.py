@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import combinations
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import PlanError, RuntimeSetupError
 from autopar.ir.assignment import Expanded, expand_stages
 from autopar.ir.conversion import State
-from autopar.ir.graph import Graph
+from autopar.ir.graph import Graph, Parameter
 from autopar.ir.microbatch import PROLOGUE
 from autopar.ir.placement import R
 from autopar.ir.plan import Plan
@@ -197,24 +198,25 @@ class PipelineModule(DistributedModule):
             for name, source, target in self._wire_layouts(index)
         ]
 
-    def _find_tied(self) -> list[TiedWeight]:
-        """The weights that other groups hold too."""
-        graph = self._traced.graph
-        groups = self._plan.groups
+    def _tied_layouts(self) -> Iterator[tuple[Parameter, dict[int, Layout]]]:
+        """The weights that several groups hold, and how each of these (by index) does."""
         stored = [
-            storage_of(self._expanded, tuple(index for index, owner in enumerate(self._stage_groups) if owner == group))
-            for group in range(len(groups))
+            storage_of(self._expanded, [index for index, owner in enumerate(self._stage_groups) if owner == group])
+            for group in range(len(self._plan.groups))
         ]
-        found = []
-        for item in graph.parameters:
+        for item in self._traced.graph.parameters:
             holders = {group: self._layout(group, states[item.fqn]) for group, states in enumerate(stored) if item.fqn in states}
-            if len(holders) > 1 and self._group.index in holders:
-                value = graph.values[item.value]
-                dtype = getattr(torch, value.dtype)
-                parameter = self._parameters_of[item.fqn]
-                found.append(
-                    TiedWeight(item.fqn, value.shape, dtype, holders, self._group.index, parameter, self._group.everyone, self._device)
-                )
+            if len(holders) > 1:
+                yield item, holders
+
+    def _find_tied(self) -> list[TiedWeight]:
+        """The weights that this rank and other groups hold."""
+        found = []
+        for item, holders in self._tied_layouts():
+            if self._group.index in holders:
+                value, parameter = self._traced.graph.values[item.value], self._parameters_of[item.fqn]
+                dtype, everyone = getattr(torch, value.dtype), self._group.everyone
+                found.append(TiedWeight(item.fqn, value.shape, dtype, holders, self._group.index, parameter, everyone, self._device))
         return found
 
     def _make_binder(
@@ -234,14 +236,18 @@ class PipelineModule(DistributedModule):
         return self._microbatches.states
 
     def _pairs(self) -> list[tuple[int, int]]:
-        """All pairs of ranks that ever send to each other."""
-        found: set[tuple[int, int]] = set()
+        """All pairs of ranks that ever send to each other, the lower first."""
+        ways: list[tuple[tuple[int, ...], Layout, Layout]] = []
         for index in range(len(self._stage_groups) - 1):
             values = self._expanded.stages[index + 1].graph.values
-            for name, source, target in self._wire_layouts(index):
-                if source.first_rank != target.first_rank:
-                    for there in (messages(values[name].shape, source, target), messages(values[name].shape, target, source)):
-                        found |= {(min(m.source, m.target), max(m.source, m.target)) for m in there}
+            ways += [(values[name].shape, source, target) for name, source, target in self._wire_layouts(index)]
+        for item, holders in self._tied_layouts():
+            ways += [(self._traced.graph.values[item.value].shape, *pair) for pair in combinations(holders.values(), 2)]
+        found: set[tuple[int, int]] = set()
+        for shape, one, other in ways:
+            if one.first_rank != other.first_rank:
+                for message in (*messages(shape, one, other), *messages(shape, other, one)):
+                    found.add((min(message.source, message.target), max(message.source, message.target)))
         return sorted(found)
 
     # ---- calls -----------------------------------------------------------------------------------------------------------------------
@@ -293,6 +299,8 @@ class PipelineModule(DistributedModule):
                 stage.live.finish(reduced=False)
             self._outbox.settle_all()
             results = [self._whole_output(index, train=False) for index in range(len(self._traced.graph.outputs))]
+            for stage in self._stages:
+                stage.outputs = {}
         leaves = [slot.literal if slot.index is None else results[slot.index] for slot in self._traced.output_slots]
         return pytree.tree_unflatten(leaves, self._traced.out_spec)
 

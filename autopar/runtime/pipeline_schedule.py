@@ -178,11 +178,13 @@ class PipelineStage(_PipelineStageBase):
         received = at.handed if at.handed is not None else [item.wait() for item in at.arriving]
         at.arriving, at.handed = [], None
         with torch.set_grad_enabled(batch.train):
-            outputs, at.sent = self.live.forward(
+            outputs, sent = self.live.forward(
                 fwd_chunk_id, batch.inputs[fwd_chunk_id], received, batch.counters[fwd_chunk_id], batch.mode, train=batch.train
             )
         self.outputs[fwd_chunk_id] = outputs
-        return at.sent
+        if any(item.there is not None for item in self.after):
+            at.sent = sent
+        return sent
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         at = self._at[fwd_chunk_id]
@@ -215,8 +217,11 @@ class PipelineStage(_PipelineStageBase):
             given = [item.wait() if item is not None else None for item in at.gradients_arriving]
         at.gradients_arriving, at.gradients_handed, at.sent = [], None, []
         self.outbox.settle((self.stage_index, bwd_chunk_id))
-        run = self.live.backward if full_backward else self.live.backward_input
-        found = run(bwd_chunk_id, given)
+        assert self._batch is not None
+        if full_backward:
+            found = self.live.backward(bwd_chunk_id, given, reduce=last_backward and self._batch.reduce)
+        else:
+            found = self.live.backward_input(bwd_chunk_id, given)
         at.gradients = [
             self._gradient(item, gradient) if item.differentiable else None for item, gradient in zip(self.before, found, strict=True)
         ]

@@ -138,6 +138,10 @@ class LiveStage:
         self._gatherer.holding = False
         self._gatherer.start()
         self._gatherer.holding = True
+        # The first microbatch may be long in coming. What stays for the step comes now, of the rest only what is used first.
+        for index, bucket in enumerate(self._buckets):
+            if bucket.keep or index == 0:
+                bucket.prefetch()
         self._alive.clear()
         self._owed.clear()
 
@@ -182,12 +186,17 @@ class LiveStage:
                 roots.append((position, tensor.clone() if self.splits_backward and tensor._is_view() else tensor))
         self._alive[microbatch] = _Alive(leaves, roots, relayed)
 
-    def backward(self, microbatch: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Both backward passes: from the gradients of what was sent (None for what carries none) to those of what was received."""
+    def backward(self, microbatch: int, gradients: Sequence[Tensor | None], *, reduce: bool = False) -> list[Tensor | None]:
+        """Both backward passes: from the gradients of what was sent (None for what carries none) to those of what was received.
+
+        `reduce`: it is the step's last; gradients of parameters are reduced as they come, in the background.
+        """
         alive = self._alive.pop(microbatch)
         roots, given = self._seeds(microbatch, alive, gradients)
         if roots:
+            self._reducer.enabled = reduce
             torch.autograd.backward(roots, given)
+            self._reducer.enabled = False
         return self._of_received(alive, gradients)
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -223,7 +232,7 @@ class LiveStage:
             stage_backward_weight(iter(self._weights()), owed.groups)  # type: ignore[arg-type]
 
     def reduce(self) -> None:
-        """Start reducing the gradients that the microbatches have left, in the background."""
+        """Start reducing the gradients that are left, in the background."""
         self._reducer.launch()
 
     def finish(self, *, reduced: bool = True) -> None:
@@ -237,6 +246,7 @@ class LiveStage:
         """After a step that raised: forget all of it."""
         self._alive.clear()
         self._owed.clear()
+        self._reducer.enabled = False
         self._reducer.reset()
         self.drop_terms()
 
@@ -288,11 +298,19 @@ class LiveStage:
 
 
 class _StepReducer(Reducer):
-    """A `Reducer` that takes what many backward passes have left, when it is told to, and delivers when it is told to."""
+    """A `Reducer` whose messages stay under way behind the backward pass that sends them: the stage before is waiting for what that
+    pass has for it, and nobody for these."""
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        self._running = False
+        if self.enabled:
+            self.launch()
+        self.on_end()
 
     @torch.no_grad()
     def launch(self) -> None:
-        """Send the gradients that the leaves hold."""
+        """Send the gradients that the leaves still hold."""
         for leaf in self.leaves:
             if leaf.tensor.grad is not None:
                 gradient, leaf.tensor.grad = leaf.tensor.grad, None

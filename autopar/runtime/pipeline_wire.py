@@ -158,16 +158,19 @@ def _land(flights: Sequence[Flight]) -> None:
 
 
 def warm_up(pairs: Sequence[tuple[int, int]], group: dist.ProcessGroup, device: torch.device) -> None:
-    """Have each of the `pairs` of global ranks open its connection: backends do so at a pair's first transfer, and nccl blocks until
-    both have come. The same list, in the same order, on every rank."""
+    """Have each of the `pairs` (lower global rank first) open its connection: nccl does so at a pair's first transfer, and blocks until
+    both have come. The same list, in the same order, on every rank. One by one, as all transfers are: what is batched takes another
+    communicator."""
     rank = dist.get_rank()
     for low, high in pairs:
         if rank in (low, high):
             peer = high if rank == low else low
             there, back = torch.zeros(1, device=device), torch.zeros(1, device=device)
-            operations = [dist.P2POp(dist.isend, there, peer, group), dist.P2POp(dist.irecv, back, peer, group)]
             with peer_errors("opening connections", peer):
-                for work in dist.batch_isend_irecv(operations):
+                first = dist.isend(there, peer, group) if rank == low else dist.irecv(back, peer, group)
+                second = dist.irecv(back, peer, group) if rank == low else dist.isend(there, peer, group)
+                for work in (first, second):
+                    assert work is not None
                     work.wait()
 
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 import autopar
 from autopar.errors import InputError, PlanError, RanksFailedError, RuntimeSetupError
 from autopar.ir.placement import R
+from autopar.ir.plan import Plan
 from autopar.ir.schedule_check import live_by_stage
 from autopar.ir.schedules import named
 from autopar.runtime.checkpoint import accept_whole_tensors, whole_tensor
@@ -24,6 +25,7 @@ from autopar.runtime.launch import RankPool
 from autopar.runtime.lower import Borders, lower
 from autopar.runtime.pipeline import PipelineModule
 from autopar.runtime.pipeline_stage import LiveStage
+from tests.runtime import pipelined
 from tests.runtime.pipeline_plans import Case, made, plan_of, prepared, run_case
 from tests.runtime.random_plans import Facts, Wide, difference, float64
 from tests.zoo import ZOO
@@ -57,6 +59,11 @@ ON_FOUR = [
 ]
 
 
+def limit(case: Case) -> float:
+    """Behind a batch norm the gradient of a bias is zero, and what is left of it rounding."""
+    return 1e-9 if case.model == "unet-batch" else 1e-10
+
+
 def name_of(case: Case) -> str:
     meshes = "+".join("x".join(map(str, mesh)) for mesh in case.meshes)
     return f"{case.model}-{meshes}-{case.schedule}-{case.microbatches}"
@@ -66,14 +73,14 @@ def name_of(case: Case) -> str:
 @pytest.mark.parametrize("case", ON_TWO, ids=name_of)
 def test_two_ranks_agree_with_one_device(case: Case, ranks2: RankPool) -> None:
     for error, where in ranks2.run(run_case, case):
-        assert error < 1e-10, where
+        assert error < limit(case), where
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("case", ON_FOUR, ids=name_of)
 def test_four_ranks_agree_with_one_device(case: Case, ranks4: RankPool) -> None:
     for error, where in ranks4.run(run_case, case):
-        assert error < 1e-10, where
+        assert error < limit(case), where
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------------
@@ -304,7 +311,9 @@ def test_no_two_operations_draw_the_same_mask() -> None:
         for index in range(assignment.mesh[0]):
             place = Place(assignment.mesh, (index, 0), ("", ""))
             borders = Borders(
-                {}, {item.value: assignment.storage[item.fqn].stored for item in stage.graph.parameters}, ((R, R),) * len(stage.graph.outputs)
+                {},
+                {item.value: assignment.storage[item.fqn].stored for item in stage.graph.parameters},
+                ((R, R),) * len(stage.graph.outputs),
             )
             program = lower(stage.graph, assignment, place, borders, torch.device("cpu"), numbers=traced.graph.op_index)
             drawn += _parts_drawn(program)
@@ -316,6 +325,48 @@ def test_no_two_operations_draw_the_same_mask() -> None:
 
 def _parts_drawn(program: Any) -> list[int]:
     return [node.args[2] for node in program.graph.nodes if node.op == "call_function" and node.target.__name__ == "dropout"]
+
+
+def recomputed(plans: list[Plan]) -> list[Facts]:
+    """Loss and gradients of the same step, with dropout, under each of `plans`."""
+    found = []
+    for plan in plans:
+        model, inputs = pipelined.example("gpt2", dropout=0.3, layers=4)
+        with float64():
+            module = autopar.parallelize(model, inputs, plan=plan)
+            found.append({"loss": module.step(**inputs)} | gradients(module))
+    return found
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_recomputation_changes_nothing(schedule: str, ranks2: RankPool) -> None:
+    mesh = {"pp": 2, "dp": 1, "tp": 1}
+    plans = [pipelined.planned("gpt2", mesh, 2, schedule, recompute, layers=4) for recompute in (0, 1)]
+    assert any(segment.recompute and segment.count > 1 for segment in plans[1].segments)
+    for plain, again in ranks2.run(recomputed, plans):
+        assert difference(plain, again)[0] < 1e-12
+
+
+def masked(plan: Plan) -> list[Tensor]:
+    """The loss of three steps with dropout from one seed, and of three more from the same."""
+    model, inputs = pipelined.example("gpt2", dropout=0.3)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        with float64():
+            module = autopar.parallelize(model, inputs, plan=plan)
+            losses += [module.step(**inputs) for _ in range(3)]
+    return losses
+
+
+@pytest.mark.processes
+def test_masks_follow_the_seed(ranks2: RankPool) -> None:
+    results = ranks2.run(masked, pipelined.planned("gpt2", {"pp": 2, "dp": 1, "tp": 1}, 2, "gpipe"))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    losses = [float(loss) for loss in results[0]]
+    assert losses[:3] == losses[3:]
+    assert len(set(losses[:3])) == 3
 
 
 # ---- ranks that are lost ---------------------------------------------------------------------------------------------------------
