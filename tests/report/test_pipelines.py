@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from autopar.errors import PlanError, PlanFileError
+from autopar.ir import units
 from autopar.ir.plan import Plan
 from autopar.ir.plan_stages import crossings
 from autopar.report.diff import changes, diff
@@ -42,7 +43,7 @@ def test_the_facts_are_there(text: str) -> None:
         "pp 4 x dp 2 x tp 2 = 16 ranks",
         "1f1b: 4 stages on 4 groups of ranks, 8 microbatches",
         "12 of 32 repeats",
-        "bubble 41% of computing",
+        f"bubble {units.percent(FOUR.predicted.bubble)} of computing",
         "model.layers.{24-31}, head",
         "12-15",
         "16.9 ms",
