@@ -83,7 +83,8 @@ def test_what_does_not_fit_is_told() -> None:
 
 def test_an_edited_plan_is_told_beside_what_its_file_says() -> None:
     predicted = PLAN.predicted.model_copy(update={"step_s": 0.5})
-    assert f"{units.seconds(PLAN.predicted.step_s)} (the file says 500 ms: it was edited)" in told(
+    text = told(PLAN.model_copy(update={"predicted": predicted}))
+    assert f"{units.seconds(PLAN.predicted.step_s)} (the file says 500 ms: it was edited)" in text
         PLAN.model_copy(update={"predicted": predicted})
     )
 
