@@ -85,8 +85,6 @@ def test_an_edited_plan_is_told_beside_what_its_file_says() -> None:
     predicted = PLAN.predicted.model_copy(update={"step_s": 0.5})
     text = told(PLAN.model_copy(update={"predicted": predicted}))
     assert f"{units.seconds(PLAN.predicted.step_s)} (the file says 500 ms: it was edited)" in text
-        PLAN.model_copy(update={"predicted": predicted})
-    )
 
 
 def test_a_plan_without_times_is_refused() -> None:
