@@ -194,7 +194,7 @@ class StagePlan(_Data):
     """One stage: operations `start` to `stop` of the graph of one microbatch, on the ranks of `groups[group]`.
 
     `sends_bytes`: what one microbatch sends to the next stage forward, in all; `receives_s`: time on the link for one rank to receive
-    its part from the stage before, `returns_s` for the gradients on their way back to that stage.
+    its part from the stage before (`receives_bytes`), `returns_s` for the gradients on their way back to that stage.
     """
 
     name: str
@@ -202,6 +202,7 @@ class StagePlan(_Data):
     stop: Size
     group: Size
     sends_bytes: Bytes = 0
+    receives_bytes: Bytes = 0
     receives_s: Seconds = 0.0
     returns_s: Seconds = 0.0
 

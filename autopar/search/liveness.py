@@ -8,8 +8,8 @@ that one's gradient as well. From these and from what each operation keeps follo
 (`forward_peak`, `backward_peak`).
 
 Where the step keeps other values than the account of operation i says, `corrected[i]` is the difference: it drops what the model returns
-beside its loss (`ParallelModule.step`), and a stage holds what it received, and what it sent that has a gradient, until the backward pass
-of the microbatch (`autopar.runtime.pipeline_stage`).
+beside its loss (`ParallelModule.step`), and a stage holds what it received and sent until the backward pass of the microbatch
+(`autopar.runtime.pipeline_stage`, `pipeline_schedule`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _lives(structure: Structure) -> _Lives:
                 graded[base] = at
         if work.view and op.operands:
             root.update(dict.fromkeys(op.outputs, root.get(op.operands[0], op.operands[0])))
-    sent = {root.get(name, name) for op in graph.ops if op.target == SEND for name in op.operands if graph.values[name].requires_grad}
+    sent = {root.get(name, name) for op in graph.ops if op.target == SEND for name in op.operands}
     rows = []
     for at, op in enumerate(graph.ops):
         row = structure.classes[structure.class_of[at]]

@@ -11,8 +11,8 @@ The computing stream runs the schedule's actions in order, an action its pieces 
 * before a forward pass for the microbatch from the stage before, before a backward pass for gradients from the stage behind;
 * for the collectives that computing needs (`forward_comm`, `backward_comm`), which go on their axis's stream behind what was issued there;
 * before a piece for its gathered parameters: they are fetched while the piece before it computes;
-* before the optimizer for all gradients to be reduced: a piece's are issued once its last backward pass is over, in a pipeline once that
-  of its stage is.
+* before the optimizer for all gradients to be reduced: a piece's are issued once its last backward pass is over (once that of its
+  stage is, where gradients of weights are made apart).
 
 How streams slow each other down: `autopar.search.flows`. Memory over time: `autopar.search.timeline`.
 
@@ -223,7 +223,7 @@ class _Step:
                 ahead.append(() if piece.recompute else regather)
             behind.append(piece.reduce if action in self._final else ())
         late = tuple(flow for flows in behind for flow in flows)
-        if len(self.workload.stages) > 1 and late:  # a pipeline reduces when all microbatches have left their gradients
+        if self.workload.splits and late:  # then gradients are reduced when all microbatches have left theirs
             behind = [()] * (len(steps) - 1) + [late]
         self._pieces(group, action, steps, ahead, arrival, behind)
 

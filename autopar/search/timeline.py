@@ -11,10 +11,13 @@ state and what is resident. Beside them, piece by piece:
 * Gradients that become smaller when they are reduced are as large as they were until then. They are packed in messages that leave when
   they have 25 MiB, or at the end of the last backward pass; two are on their way at once (`autopar.runtime.gradients`). A message that
   packs more than one gradient is a copy, for a moment beside what it packs.
+* What the next microbatch receives from another group arrives while this one computes, and gradients on their way back to it are held
+  until four more have been sent (`autopar.runtime.pipeline_wire`).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +27,7 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, BUFFERS = range(5)
 MESSAGE_BYTES = 25 * 2**20
 IN_FLIGHT = 2
+RETURNS_IN_FLIGHT = 4
 Level = tuple[float, float, float, float, float]
 """Bytes by kind, in the order of `KINDS`."""
 
@@ -74,12 +78,18 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
     final = {action.stage: action for action in order if workload.stages[action.stage].does(action.kind) in ("B", "W")}
     once = workload.microbatches == 1
     way = _Messages()
-    at_end = len(workload.stages) > 1
+    at_end = workload.splits
+    arriving = {action.stage: workload.microbatches for action in order}
+    returning: deque[float] = deque(maxlen=RETURNS_IN_FLIGHT)
     for position, action in enumerate(order):
         stage = workload.stages[action.stage]
         row, kind = stage.pieces, stage.does(action.kind)
         if not kind:
             continue
+        if kind == "F":
+            arriving[action.stage] -= 1
+        wire = sum(workload.stages[number].receives_bytes for number, left in arriving.items() if left) + sum(returning)
+        now[BUFFERS] = resident + wire
         done = 0.0
         run = row if kind == "F" else row[::-1]
         total = sum(_work(piece, kind) for piece in run) or 1.0
@@ -119,7 +129,9 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
             now[BUFFERS] -= way.bytes
         if makes_gradients:
             graded.add(action.stage)
-    now[GRADIENTS] = 0.0
+        if kind in "BI" and stage.receives_bytes:
+            returning.append(stage.receives_bytes)
+    now[GRADIENTS], now[BUFFERS] = 0.0, resident
     yield len(order), 1.0, _level(now)
 
 

@@ -4,7 +4,7 @@ import random
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import PlanError
@@ -49,6 +49,7 @@ def idle(orders: Orders, stages: int, forward: int = 1, inputs: int = 1, weights
     return [Fraction(max(clock) - time, time) for time in busy]
 
 
+@settings(deadline=None)
 @given(cases())
 def test_every_schedule_passes_the_check(case: tuple[Schedule, int, int, int]) -> None:
     schedule, groups, per_group, microbatches = case
@@ -57,6 +58,7 @@ def test_every_schedule_passes_the_check(case: tuple[Schedule, int, int, int]) -
     assert schedule.splits_backward == any(action.kind in "IW" for order in orders for action in order)
 
 
+@settings(deadline=None)
 @given(cases())
 def test_orders_print_and_parse_back(case: tuple[Schedule, int, int, int]) -> None:
     schedule, groups, per_group, microbatches = case
@@ -87,6 +89,7 @@ def test_torch_can_place_the_transfers_of_every_schedule() -> None:
                 _add_send_recv(theirs, lambda stage: schedule.group_of(stage, groups), groups * per_group)  # noqa: B023
 
 
+@settings(deadline=None)
 @given(cases())
 def test_bubble_formula(case: tuple[Schedule, int, int, int]) -> None:
     schedule, groups, per_group, microbatches = case
@@ -97,6 +100,7 @@ def test_bubble_formula(case: tuple[Schedule, int, int, int]) -> None:
     assert [float(share) for share in idle(orders, groups * per_group)] == pytest.approx([expected] * groups)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 4), st.integers(0, 4))
 def test_gpipe_and_1f1b_have_the_same_bubble_whatever_the_backward_pass_takes(p: int, m: int, forward: int, backward: int) -> None:
     for name in ("gpipe", "1f1b"):
@@ -104,6 +108,7 @@ def test_gpipe_and_1f1b_have_the_same_bubble_whatever_the_backward_pass_takes(p:
         assert shares == [Fraction(p - 1, m)] * p
 
 
+@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(1, 24))
 def test_zero_bubble_schedules_idle_less_than_1f1b(groups: int, microbatches: int) -> None:
     plain = max(idle(SCHEDULES["1f1b"].orders(groups, 1, microbatches), groups))
@@ -113,6 +118,7 @@ def test_zero_bubble_schedules_idle_less_than_1f1b(groups: int, microbatches: in
             assert max(idle(schedule.orders(groups, per_group, microbatches), groups * per_group)) < plain
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 24))
 def test_live_microbatches(groups: int, microbatches: int) -> None:
     def found(name: str, per_group: int = 1) -> tuple[int, ...]:
@@ -170,6 +176,7 @@ def broken(orders: Orders, group: int, change: list[Action]) -> Orders:
     return (*orders[:group], tuple(change), *orders[group + 1 :])
 
 
+@settings(deadline=None)
 @given(cases(), st.randoms(use_true_random=False))
 def test_dropped_doubled_and_moved_actions_are_found(case: tuple[Schedule, int, int, int], dice: random.Random) -> None:
     schedule, groups, per_group, microbatches = case
@@ -189,6 +196,7 @@ def test_dropped_doubled_and_moved_actions_are_found(case: tuple[Schedule, int, 
             check(moved, owners, microbatches)
 
 
+@settings(deadline=None)
 @given(cases(), st.randoms(use_true_random=False))
 def test_a_backward_pass_before_its_forward_pass_is_found(case: tuple[Schedule, int, int, int], dice: random.Random) -> None:
     schedule, groups, per_group, microbatches = case
@@ -202,6 +210,7 @@ def test_a_backward_pass_before_its_forward_pass_is_found(case: tuple[Schedule, 
         check(broken(orders, group, order), owners, microbatches)
 
 
+@settings(deadline=None)
 @given(cases(), st.randoms(use_true_random=False))
 def test_swapped_neighbours_are_accepted_only_if_they_run(case: tuple[Schedule, int, int, int], dice: random.Random) -> None:
     """Against an independent judge: the timing loop above ends with every action done, or does not."""

@@ -6,7 +6,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import PlanError
@@ -55,6 +55,7 @@ def test_bubble_is_the_formula(schedule: str, groups: int, microbatches: int) ->
         assert [group.bubble for group in simulation.groups] == pytest.approx([expected] * groups)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 16), st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from([0.5, 2.0, 5.0]))
 def test_gpipe_and_1f1b_take_the_same_time(groups: int, microbatches: int, forward_s: float, backward_s: float) -> None:
     for schedule in ("gpipe", "1f1b"):
@@ -62,6 +63,7 @@ def test_gpipe_and_1f1b_take_the_same_time(groups: int, microbatches: int, forwa
         assert simulation.step_s == pytest.approx((microbatches + groups - 1) * (forward_s + backward_s))
 
 
+@settings(deadline=None)
 @given(st.integers(2, 6), st.integers(1, 16))
 def test_zero_bubble_schedules_take_less_than_1f1b(groups: int, microbatches: int) -> None:
     plain = run(equal_stages("1f1b", groups, 1, microbatches)).bubble
@@ -70,6 +72,7 @@ def test_zero_bubble_schedules_take_less_than_1f1b(groups: int, microbatches: in
             assert run(equal_stages(row.name, groups, row.stages_per_group or 1, microbatches)).bubble < plain
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 12), st.sampled_from(sorted(SCHEDULES)))
 def test_peak_memory_is_the_schedules_live_microbatches(groups: int, microbatches: int, schedule: str) -> None:
     per_group = SCHEDULES[schedule].stages_per_group or 2
@@ -80,6 +83,7 @@ def test_peak_memory_is_the_schedules_live_microbatches(groups: int, microbatche
 # ---- laws -----------------------------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(cases())
 def test_the_quick_simulator_says_the_same(case: tuple[str, int, list[StageTime], int]) -> None:
     whole, fast = run(as_workload(*case)), quick(*case)
@@ -87,6 +91,7 @@ def test_the_quick_simulator_says_the_same(case: tuple[str, int, list[StageTime]
     assert fast.memory_bytes == pytest.approx(whole.peak_bytes)
 
 
+@settings(deadline=None)
 @given(cases(), st.data())
 def test_nothing_gets_faster_when_something_gets_slower(case: tuple[str, int, list[StageTime], int], data: st.DataObject) -> None:
     schedule, groups, stages, microbatches = case
@@ -160,12 +165,14 @@ def check_laws(workload: Workload, simulation: Simulation) -> None:
         assert memory.levels[0] == (2.0 * len(pieces), 0.0, 4.0 * len(pieces), 0.0, 7.0)
 
 
+@settings(deadline=None)
 @given(workloads())
 def test_laws(workload: Workload) -> None:
     """Busy and idle time make up the step, streams do one thing at a time, memory goes back to where it was."""
     check_laws(workload, run(workload))
 
 
+@settings(deadline=None)
 @given(workloads())
 def test_sharing_links_and_feeling_traffic_take_time(workload: Workload) -> None:
     """For each schedule at least the longest chain of a step in which nobody is in the other's way."""
