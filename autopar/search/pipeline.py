@@ -52,6 +52,11 @@ class Pipeline:
     def first_ranks(self) -> tuple[int, ...]:
         return tuple(sum(dp * tp for dp, tp in self.meshes[:group]) for group in range(len(self.meshes)))
 
+    def __str__(self) -> str:
+        shapes = [", ".join(f"{axis} {size}" for axis, size in zip(AXES, mesh, strict=True) if size > 1) or "1 rank" for mesh in self.meshes]
+        many = f"{len(shapes)} x ({shapes[0]})" if len(set(shapes)) == 1 else f"{len(shapes)} groups"
+        return f"{many}, {self.schedule}, {self.microbatches} microbatches"
+
     def group_of(self, stage: int) -> int:
         return named(self.schedule).group_of(stage, len(self.meshes))
 
@@ -219,9 +224,16 @@ class Pipelined:
         return StagePlan(
             name=_name(self.body, stage), start=stage.start, stop=stage.stop, group=self.pipeline.group_of(index),
             sends_bytes=sum(self.body.values[name].size_bytes for name in stage.sends),
+            receives_bytes=self._received_bytes(index),
             receives_s=self._wire_s(index, index - 1, stage.receives, backward=False),
             returns_s=self._wire_s(index - 1, index, self.stages[index - 1].sends, backward=True) if index else 0.0,
         )  # fmt: skip
+
+    def _received_bytes(self, index: int) -> int:
+        """What a rank of stage `index` receives of one microbatch."""
+        graph, part = self.parts[index].structure.graph, self.parts[index]
+        ops = [graph.ops[graph.op_index[f"receive_{name}"]] for name in self.stages[index].receives]
+        return sum(part.costs.of(graph.values[op.outputs[0]], part.assignment.output_states(op)[0]) for op in ops)
 
     def _wire_s(self, index: int, other: int, names: tuple[str, ...], backward: bool) -> float:
         """Time on the link for a rank of stage `index` to receive its parts of the values `names`, or of their gradients, from `other`."""
