@@ -53,7 +53,9 @@ class Pipeline:
         return tuple(sum(dp * tp for dp, tp in self.meshes[:group]) for group in range(len(self.meshes)))
 
     def __str__(self) -> str:
-        shapes = [", ".join(f"{axis} {size}" for axis, size in zip(AXES, mesh, strict=True) if size > 1) or "1 rank" for mesh in self.meshes]
+        shapes = [
+            ", ".join(f"{axis} {size}" for axis, size in zip(AXES, mesh, strict=True) if size > 1) or "1 rank" for mesh in self.meshes
+        ]
         many = f"{len(shapes)} x ({shapes[0]})" if len(set(shapes)) == 1 else f"{len(shapes)} groups"
         return f"{many}, {self.schedule}, {self.microbatches} microbatches"
 

@@ -18,9 +18,11 @@ from autopar.ir.plan import Plan
 from autopar.search.alternatives import price_alternatives
 from autopar.search.baselines import baseline as baseline_of
 from autopar.search.build import FREE
+from autopar.search.choose import with_pipelines
 from autopar.search.flat import Search, best_of, named_for_what_it_does, shortfall
-from autopar.search.meshes import Wanted, candidates, read_mesh
+from autopar.search.meshes import Mesh, candidates, read_mesh
 from autopar.search.pins import Pins, apply_pins, pins_for, read_pins
+from autopar.search.pipeline import plan_stages
 from autopar.search.place import Effort, Found, Settings
 from autopar.search.predict import predicted_plan
 from autopar.search.solve import Progress
@@ -62,13 +64,14 @@ def plan_graph(
     settings = Settings(cluster, memory_limit_bytes or cluster.device.memory_bytes, optimizer, effort, deadline_s, progress)
     with _collector_paused():
         read = read_pins(pins, graph)
-        if wanted.groups is not None or schedule is not None or cuts is not None or stages is not None:
-            if baseline is not None or alternatives:
-                raise PlanError(
-                    "baselines and alternatives are of plans without a pipeline; leave out `baseline` and `alternatives`, or stages"
-                )
-            from autopar.search.pipeline import plan_stages
-
+        forced = wanted.groups is not None or cuts is not None or stages is not None
+        if (forced or schedule is not None) and (baseline is not None or alternatives):
+            raise PlanError(
+                "baselines and alternatives are of plans without a pipeline; leave out `baseline` and `alternatives`, or stages"
+            )
+        if forced:
+            if wanted.groups is None:
+                raise PlanError("`cuts` and `stages` are of a pipeline: say how many groups of ranks it has, as in mesh={'pp': 2, 'dp': 2}")
             return plan_stages(
                 graph,
                 settings,
@@ -79,7 +82,16 @@ def plan_graph(
                 cuts=cuts,
                 stages=stages,
             )
-        return _plan_flat(graph, settings, read, wanted, microbatches or 1, baseline, alternatives)
+        if schedule is not None and wanted.flat is not None:
+            raise PlanError(f"schedule `{schedule}` is of a pipeline, and mesh {mesh} has none; give it `pp`, or leave out one of the two")
+        flat = _plan_flat(graph, settings, read, wanted.flat, microbatches or 1, baseline, alternatives)
+        if wanted.flat is not None or baseline is not None or alternatives:
+            return flat
+
+        def flat_on(mesh: Mesh, microbatches: int) -> Plan:
+            return _plan_flat(graph, settings, read, mesh, microbatches, None, False)
+
+        return with_pipelines(graph, settings, read, flat, flat_on, schedule, microbatches)
 
 
 @contextmanager
@@ -95,21 +107,21 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _plan_flat(
-    graph: Graph, settings: Settings, pins: Pins, wanted: Wanted, microbatches: int, baseline: str | None, alternatives: bool
+    graph: Graph, settings: Settings, pins: Pins, forced: Mesh | None, microbatches: int, baseline: str | None, alternatives: bool
 ) -> Plan:
     """Without a pipeline."""
     body = microbatched(graph, microbatches).body
     pins = pins_for(pins, graph, body)
     search = Search(Structure(body), settings, microbatches)
-    restriction, meshes = FREE, candidates(settings.cluster, wanted.flat, named=bool(pins.given))
+    restriction, meshes = FREE, candidates(settings.cluster, forced, named=bool(pins.given))
     if baseline is not None:
         own, restriction = baseline_of(baseline, body, settings.cluster.world_size)
-        if wanted.flat is not None and meshes != (own,):
+        if forced is not None and meshes != (own,):
             raise PlanError(f"baseline `{baseline}` lies on mesh {own[0]} x {own[1]}; leave `mesh` out")
         meshes = (own,)
     what = f"pins {dict(pins.given)}" if pins.given else f"baseline `{baseline}`" if baseline else "its rules"
     best, bound_s = best_of(search, meshes, apply_pins(pins, body, restriction), pins, what)
-    if wanted.flat is None and baseline is None and not pins.given:
+    if forced is None and baseline is None and not pins.given:
         best = named_for_what_it_does(search, best)
     return _describe(graph, search, best, bound_s, baseline, pins, alternatives)
 

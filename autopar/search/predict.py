@@ -24,7 +24,8 @@ def predicted_plan(
     predicted = Predicted(
         cost_s=longest.cost_s, lower_bound_s=min(bound_s, longest.cost_s),
         compute_s=sum(part.account.compute_s for part in longest.parts),
-        communication_s=sum(part.account.exposed_s for part in longest.parts), memory_bytes={}, memory_limit_bytes=settings.limit_bytes, fits=True, optimizer=settings.optimizer, effort=settings.effort,
+        communication_s=sum(part.account.exposed_s for part in longest.parts),
+        memory_bytes={}, memory_limit_bytes=settings.limit_bytes, fits=True, optimizer=settings.optimizer, effort=settings.effort,
         resident_bytes=tuple(sum(part.account.resident_bytes for part in found.parts) for found in groups),
     )  # fmt: skip
     plan = describe(graph, settings.cluster, rows_of(graph, stages), predicted, **fields)

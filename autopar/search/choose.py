@@ -1,0 +1,121 @@
+"""The best plan with a pipeline or without one: proposals are solved exactly, simulated, and the fastest that fits is kept.
+
+Without a pipeline the search is exact; what pipelines cost is estimated first (`autopar.search.propose`) and only the most promising are
+solved. The table of candidates says what the best plan of every number of groups takes, or why there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from autopar.errors import InfeasibleError, PinError, PlanError
+from autopar.ir.graph import Graph
+from autopar.ir.plan import Candidate, Plan
+from autopar.search.meshes import Mesh
+from autopar.search.pins import Pins
+from autopar.search.pipeline import Pipelined, has_loss
+from autopar.search.place import Settings
+from autopar.search.propose import Proposal, Proposals
+
+_SOLVED = 3  # proposals that are solved stage by stage
+_WORTH = 0.98  # a pipeline must promise at least so much, in times of the plan without one, to be looked at
+_WORTH_IN_ONE_MACHINE = 0.9
+
+Flat = Callable[[Mesh, int], Plan]
+"""The best plan without a pipeline on a mesh, with so many microbatches."""
+
+
+def with_pipelines(
+    graph: Graph, settings: Settings, pins: Pins, flat: Plan, flat_on: Flat, schedule: str | None = None, microbatches: int | None = None
+) -> Plan:
+    """`flat`, the best plan without a pipeline and `microbatches`, or a faster one with stages or more microbatches; where `flat` does not
+    fit, the fastest that does, or that of least memory. `schedule`: search only pipelines that run it."""
+    world = settings.cluster.world_size
+    if world == 1 or not (graph.training and has_loss(graph)):
+        return flat
+    try:
+        proposals = Proposals(graph, settings, pins, schedule, microbatches)
+    except PlanError:
+        return flat
+    if schedule is None and flat.predicted.fits and not _promising(proposals, flat):
+        return flat
+    table: dict[int, Candidate] = {} if schedule else {1: _candidate(flat)}
+    found: dict[int, Proposal] = {}
+    for proposal in proposals.all(accumulate=not flat.predicted.fits and microbatches is None and schedule is None):
+        if proposal.pipeline is None:
+            table.setdefault(proposal.groups, Candidate(groups=proposal.groups, what=f"{proposal.groups} groups", why=proposal.why))
+        else:
+            found[proposal.groups] = proposal
+    plans = [] if schedule else [flat]
+    for at, proposal in enumerate(sorted(found.values(), key=lambda item: (item.step_s, item.groups))):
+        groups, pipeline = proposal.groups, proposal.pipeline
+        assert pipeline is not None and proposal.simulated is not None
+        if at < _SOLVED and (settings.deadline_s is None or settings.seconds_left() > 0.2):  # type: ignore[operator]
+            try:
+                plan = (
+                    Pipelined(graph, settings, pins, pipeline).plan() if groups > 1 else flat_on(pipeline.meshes[0], pipeline.microbatches)
+                )
+            except (InfeasibleError, PinError) as error:
+                table[groups] = Candidate(groups=groups, what=str(pipeline), why=str(error))
+                continue
+            plans.append(plan)
+            table[groups] = _better(table.get(groups), _candidate(plan))
+        elif groups > 1:
+            said = proposal.simulated
+            table[groups] = Candidate(
+                groups=groups, what=str(pipeline), cost_s=said.step_s, bubble=said.bubble, communication_s=said.communication_s,
+                memory_bytes=round(max(said.memory_bytes)), why="estimated; not solved, since others promise more",
+            )  # fmt: skip
+    if not plans:
+        raise InfeasibleError(f"`{graph.name}`: no pipeline under `{schedule}` fits on `{settings.cluster.name}`; use another schedule")
+    best = min(plans, key=_rank)
+    bounds = [plan.predicted.lower_bound_s for plan in plans] + [proposals.least_s]
+    predicted = best.predicted.model_copy(update={"lower_bound_s": min(*bounds, best.predicted.cost_s)})
+    notes = () if best.predicted.fits else best.notes or flat.notes
+    candidates = tuple(table[groups] for groups in sorted(table))
+    return best.model_copy(update={"candidates": candidates, "predicted": predicted, "notes": notes})
+
+
+def _promising(proposals: Proposals, flat: Plan) -> bool:
+    """Whether a pipeline may be so much faster than `flat` that it is worth a search."""
+    cluster = proposals.settings.cluster
+    worth = _WORTH if cluster.nodes > 1 else _WORTH_IN_ONE_MACHINE
+    return proposals.least_s < worth * flat.predicted.step_s
+
+
+def _rank(plan: Plan) -> tuple[bool, float, int]:
+    """Faster is better; of plans as fast, and within rounding, that with fewer groups."""
+    size = sum(plan.predicted.memory_bytes.values())
+    return not plan.predicted.fits, plan.predicted.step_s if plan.predicted.fits else float(size), len(plan.groups)
+
+
+def _better(one: Candidate | None, other: Candidate) -> Candidate:
+    if one is None or one.cost_s is None or one.why:
+        return other
+    return other if other.cost_s is not None and not other.why and other.cost_s < one.cost_s else one
+
+
+def _candidate(plan: Plan) -> Candidate:
+    predicted = plan.predicted
+    size = sum(predicted.memory_bytes.values())
+    over = size - predicted.memory_limit_bytes
+    return Candidate(
+        groups=len(plan.groups), what=describe_shape(plan), cost_s=predicted.step_s, bubble=predicted.bubble,
+        communication_s=predicted.communication_s, memory_bytes=size,
+        why="" if predicted.fits else f"does not fit: {over / 2**30:.2f} GiB more than there is",
+    )  # fmt: skip
+
+
+def describe_shape(plan: Plan) -> str:
+    """`4 x (dp 2, tp 8), 1f1b, 32 microbatches`."""
+    shapes = [", ".join(f"{axis} {size}" for axis, size in group.mesh.items() if size > 1) or "1 rank" for group in plan.groups]
+    if plan.pipeline is None:
+        text = shapes[0]
+    elif len(set(shapes)) == 1:
+        text = f"{len(shapes)} x ({shapes[0]})"
+    else:
+        text = " + ".join(f"({shape})" for shape in shapes[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else "")
+    if plan.pipeline is not None:
+        per_group = len(plan.pipeline.stages) // len(shapes)
+        text += f", {plan.pipeline.schedule}" + (f" with {per_group} stages a group" if per_group > 1 else "")
+    return text + (f", {plan.microbatches} microbatches" if plan.microbatches > 1 else "")

@@ -1,0 +1,279 @@
+"""What stages cost, for the stage search: `StageCosts` of a graph.
+
+Of every mesh and size of microbatch the shortened model (`autopar.search.short`) is solved as a whole, at some prices of memory. Each
+solution gives every operation its time and memory; a stage is the sum over its operations. That is what the search compares; what it
+proposes is then solved stage by stage, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from autopar.errors import InfeasibleError, PlanError
+from autopar.ir.fold import fold
+from autopar.ir.graph import Graph
+from autopar.ir.microbatch import microbatched
+from autopar.ir.stages import candidates, crossing
+from autopar.search.build import FREE, Built, Restriction, build
+from autopar.search.collectives import between
+from autopar.search.costs import OPTIMIZER_STATES, Costs
+from autopar.search.follow import batch_size
+from autopar.search.meshes import AXES, Mesh
+from autopar.search.pins import Pins, apply_pins, pins_for
+from autopar.search.place import Settings
+from autopar.search.problem import Floats
+from autopar.search.segments import OpCosts
+from autopar.search.short import shortened
+from autopar.search.solve import solve_with
+from autopar.search.stage_costs import Group, StageCost
+from autopar.search.structure import Structure
+
+_MANY = 16  # repeats from which on one place to cut in each will do
+_PRICES = (0.0, 1.0)
+"""Of memory: what the whole of a device's limit is worth, in parts of the time of a step."""
+
+
+_COLUMNS = (
+    "forward_s", "backward_s", "weight_s", "forward_comm_s", "backward_comm_s", "gather_s", "regather_s", "step_gather_s", "reduce_s",
+    "optimizer_s", "parameter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """One solution. `sums`: of `_COLUMNS` over the units before each place, `(units + 1, columns)`; `workspace_bytes`: of each unit."""
+
+    mesh: tuple[int, ...]
+    sums: Floats
+    workspace_bytes: Floats
+    felt_share: float
+    resident_bytes: float
+
+    def stage(self, start: int, stop: int, shared_bytes: float) -> StageCost:
+        forward, backward, weight, comm, back_comm, gather, regather, step_gather, reduce, optimizer, *sizes, live = (
+            self.sums[stop] - self.sums[start]
+        ).tolist()
+        felt = self.felt_share
+
+        def exposed(traffic_s: float, computing_s: float) -> float:
+            return max(0.0, traffic_s - computing_s) + felt * min(traffic_s, computing_s) if traffic_s else 0.0
+
+        return StageCost(
+            forward + comm + exposed(gather, forward), backward + back_comm + exposed(regather, backward), min(weight, backward),
+            exposed(step_gather, forward), exposed(reduce, backward) + optimizer, sum(sizes) + shared_bytes + self.resident_bytes, live,
+            float(self.workspace_bytes[start:stop].max()), self.mesh, optimizer,
+        )  # fmt: skip
+
+    @cached_property
+    def whole(self) -> tuple[float, ...]:
+        """What says whether another solution is better in all: times of a microbatch and of a step, bytes held and for each live one."""
+        cost = self.stage(0, len(self.workspace_bytes), 0.0)
+        return (
+            cost.forward_s, cost.backward_s, cost.before_s + cost.after_s, cost.fixed_bytes, cost.live_bytes, cost.workspace_bytes
+        )  # fmt: skip
+
+
+class StagePrices:
+    """`StageCosts` of the traced `graph`; units are what lies between its cut candidates.
+
+    `tensor`: the sizes of the inner axis to look at; `starts[unit]`: where a unit begins in the graph."""
+
+    def __init__(self, graph: Graph, settings: Settings, pins: Pins, tensor: Sequence[int], restriction: Restriction = FREE) -> None:
+        self.graph, self.settings, self.pins, self.tensor, self.restriction = graph, settings, pins, tuple(tensor), restriction
+        self.starts = (0, *_places(graph))
+        self.short = shortened(graph)
+        self._priced: dict[tuple[Mesh, int, int], tuple[_Priced, ...]] = {}
+        self._on_ranks: dict[tuple[int, int], tuple[_Priced, ...]] = {}
+        self._structures: dict[int, Structure | PlanError] = {}
+        self._wires: dict[int, int] = {}
+        self._kinds = self._find_kinds()
+        self.solves = 0
+
+    # ---- units ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def units(self) -> int:
+        return len(self.starts)
+
+    def kind(self, unit: int) -> Hashable:
+        return self._kinds[unit]
+
+    @cached_property
+    def _bounds(self) -> list[int]:
+        return [*self.starts, len(self.graph.ops)]
+
+    def _find_kinds(self) -> list[Hashable]:
+        bounds = [*self.starts, len(self.graph.ops)]
+        numbers: dict[tuple[str, ...], int] = {}
+        like = self.short.like
+        shared = self._shared_units
+        return [
+            (numbers.setdefault(like[start:stop], len(numbers)), shared.get(unit, ()))
+            for unit, (start, stop) in enumerate(pairwise(bounds))
+        ]
+
+    @cached_property
+    def _shared(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Parameters that several units read, by name in the graph, with these units."""
+        unit_of = np.searchsorted(np.array(self.starts), np.arange(len(self.graph.ops)), side="right") - 1
+        found = []
+        for item in self.graph.parameters:
+            units = dict.fromkeys(int(unit_of[self.graph.op_index[op.name]]) for op in self.graph.consumers[item.value])
+            if len(units) > 1:
+                found.append((item.value, tuple(units)))
+        return tuple(found)
+
+    @cached_property
+    def _shared_units(self) -> dict[int, tuple[str, ...]]:
+        found: dict[int, tuple[str, ...]] = {}
+        for name, units in self._shared:
+            for unit in units:
+                found[unit] = (*found.get(unit, ()), name)
+        return found
+
+    @cached_property
+    def batch(self) -> int:
+        return batch_size(self.graph)
+
+    def in_body(self, starts: Sequence[int], microbatches: int) -> tuple[int, ...]:
+        """Positions in the graph as positions in the graph of one microbatch: of the same operation, or the next that is still there."""
+        body = microbatched(self.graph, microbatches).body
+        found = []
+        for start in starts:
+            names = (op.name for op in self.graph.ops[start:])
+            found.append(0 if start == 0 else next(body.op_index[name] for name in names if name in body.op_index))
+        return tuple(found)
+
+    # ---- prices -----------------------------------------------------------------------------------------------------------------
+
+    def options(self, start: int, stop: int, group: Group, microbatches: int, live: int) -> tuple[StageCost, ...]:
+        shared = self._shared_here(start, stop)
+        return tuple(
+            priced.stage(start, stop, shared / priced.mesh[1]) for priced in self.on_ranks(group.size, microbatches, live)
+        )  # fmt: skip
+
+    def on_ranks(self, size: int, microbatches: int, live: int) -> tuple[_Priced, ...]:
+        """Solutions for groups of `size` ranks that are not worse than another in all."""
+        key = size, microbatches
+        if key not in self._on_ranks:
+            rows = [one for tp in self.tensor if size % tp == 0 for one in self._solved((size // tp, tp), microbatches, live)]
+            self._on_ranks[key] = tuple(
+                one for at, one in enumerate(rows) if not any(_beats(other, one, at < number) for number, other in enumerate(rows))
+            )
+        return self._on_ranks[key]
+
+    def _shared_here(self, start: int, stop: int) -> float:
+        """Bytes of state of parameters that are counted with a unit before this stage, and that it reads too (a tied embedding)."""
+        names = [name for name, units in self._shared if units[0] < start and any(start <= unit < stop for unit in units)]
+        states = 2 + OPTIMIZER_STATES[self.settings.optimizer]
+        return float(sum(states * self.graph.values[name].size_bytes for name in names))
+
+    def transfer(self, cut: int, sender: Group, receiver: Group, microbatches: int) -> tuple[float, float]:
+        """As if what travels were cut among all ranks that receive it; where they want copies, links inside a machine make them."""
+        if cut not in self._wires:
+            values = [self.graph.values[name] for name in crossing(self.graph, self.starts[cut])]
+            self._wires[cut] = sum(value.size_bytes for value in values)
+        cluster = self.settings.cluster
+        link = between(cluster, (sender.first_rank, sender.size), (receiver.first_rank, receiver.size))
+        seconds = self._wires[cut] / microbatches / receiver.size / link.bytes_per_s + link.latency_s + link.start_s
+        return seconds, seconds
+
+    def _structure(self, microbatches: int) -> Structure:
+        """Of the shortened model's microbatch. Raises `PlanError` where the batch cannot be divided so."""
+        known = self._structures.get(microbatches)
+        if known is None:
+            try:
+                known = Structure(microbatched(self.short.graph, microbatches).body)
+            except PlanError as error:
+                known = error
+            self._structures[microbatches] = known
+        if isinstance(known, PlanError):
+            raise known
+        return known
+
+    def divides(self, microbatches: int) -> bool:
+        try:
+            self._structure(microbatches)
+        except PlanError:
+            return False
+        return True
+
+    def built(self, mesh: Mesh, microbatches: int, live: int) -> Built:
+        structure, settings = self._structure(microbatches), self.settings
+        body = structure.graph
+        costs = Costs(
+            settings.cluster, mesh, AXES, settings.optimizer, body.training, microbatches=microbatches, live=min(live, microbatches)
+        )  # fmt: skip
+        pins = pins_for(self.pins, self.graph, body)
+        return build(structure, costs, apply_pins(pins, body, self.restriction))
+
+    def _solved(self, mesh: Mesh, microbatches: int, live: int) -> tuple[_Priced, ...]:
+        key = mesh, microbatches, 0
+        found = self._priced.get(key)
+        if found is None:
+            found = self._priced[key] = tuple(self._solve(mesh, microbatches, live))
+        return found
+
+    def _solve(self, mesh: Mesh, microbatches: int, live: int) -> list[_Priced]:
+        built = self.built(mesh, microbatches, live)
+        if any(not options for options in built.options):
+            return []
+        self.solves += 1
+        found: list[_Priced] = []
+        seen: set[tuple[int, ...]] = set()
+        scale = 0.0
+        for price in _PRICES:
+            try:
+                solution = solve_with(built.problem, {}, price * scale)
+            except InfeasibleError:
+                return []
+            if solution.choice not in seen:
+                seen.add(solution.choice)
+                found.append(self._sums(built, solution.choice))
+            if not scale:
+                # The shortened model stands for a part of the whole, and the limit is for a stage of it.
+                scale = solution.cost_s / self.settings.limit_bytes
+        return found
+
+    def _sums(self, built: Built, choice: tuple[int, ...]) -> _Priced:
+        per_op = OpCosts(built.structure, built.costs, built.assignment(choice))
+        position = built.structure.graph.op_index
+        at = np.array([position.get(name, -1) for name in self.short.like])
+        bounds = np.array(self._bounds)
+
+        columns = per_op.scalars | {name: table.sum(1) for name, table in per_op.by_axis.items()}
+        table = np.stack([columns[name] for name in _COLUMNS], 1)
+        # What the prologue does is no stage's.
+        table = np.concatenate([table, np.zeros((1, len(_COLUMNS)))])[at]
+        sums = np.concatenate([np.zeros((1, len(_COLUMNS))), np.cumsum(table, 0)])[bounds]
+        workspace = np.append(per_op.workspace + per_op.gathered, 0.0)[at]
+        graph = built.structure.graph
+        resident = sum(graph.values[item.value].size_bytes for item in graph.inputs) * built.costs.microbatches
+        return _Priced(
+            built.costs.mesh, sums, np.maximum.reduceat(workspace, bounds[:-1]), built.costs.felt_share, float(resident)
+        )  # fmt: skip
+
+
+def _beats(one: _Priced, other: _Priced, first: bool) -> bool:
+    """Whether `one` is better than `other` in something and worse in nothing; of equals the first."""
+    return one is not other and all(a <= b for a, b in zip(one.whole, other.whole, strict=True)) and (first or one.whole != other.whole)
+
+
+def _places(graph: Graph) -> tuple[int, ...]:
+    """Where to cut: at all candidates; of a long row of repeats at one place in each, the one that fewest bytes cross."""
+    found = candidates(graph)
+    for segment in fold(graph):
+        inside = [at for at in found if segment.start <= at < segment.stop]
+        if segment.count < _MANY or len(inside) <= segment.count:
+            continue
+        middle = segment.start + segment.length * (segment.count // 2)
+        offsets = [at - middle for at in inside if middle <= at < middle + segment.length]
+        if offsets:
+            best = min(offsets, key=lambda offset: sum(graph.values[name].size_bytes for name in crossing(graph, middle + offset)))
+            found = tuple(at for at in found if at not in inside or (at - segment.start) % segment.length == best)
+    return found
