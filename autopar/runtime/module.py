@@ -33,6 +33,7 @@ from autopar.runtime.inputs import InputBinder, given_states
 from autopar.runtime.lower import Borders, Hooks, Mode, lower
 from autopar.runtime.microbatches import Microbatches, joined
 from autopar.runtime.parameters import Leaf, uses
+from autopar.runtime.pipeline_wire import peer_errors
 from autopar.runtime.recompute import regions_of
 from autopar.runtime.shards import torch_placements
 
@@ -178,7 +179,8 @@ class ParallelModule(DistributedModule):
 
         Adds the gradients of the global batch to `p.grad`, as `loss.backward()` does, reduced once, with the last microbatch. Returns
         the model's loss, a detached scalar `()` that is the same on every rank. Forward hooks of the module do not run.
-        Raises `InputError` as `forward` does, and `RuntimeSetupError` where the model returns no loss or gradients are switched off.
+        Raises `InputError` as `forward` does, `RuntimeSetupError` where the model returns no loss or gradients are switched off, and
+        `PeerError` where another rank is lost.
         """
         if self._loss is None:
             raise RuntimeSetupError(NO_LOSS)
@@ -189,15 +191,16 @@ class ParallelModule(DistributedModule):
         reducing = self._reducer.enabled
         losses: list[Tensor] = []
         try:
-            for index, part in enumerate(parts):
-                last = index == len(parts) - 1
-                self._reducer.enabled = reducing and last
-                loss = self._run(part, loss_only=True)[0]
-                self._gatherer.holding = not last
-                # A loss that no microbatch has a part of, such as a penalty on weights, counts once.
-                if last or over_time.is_partial:
-                    loss.backward()  # type: ignore[no-untyped-call]
-                losses.append(loss.detach())
+            with peer_errors(lambda: f"training microbatch {len(losses)} of {len(parts)}"):
+                for part in parts:
+                    last = len(losses) == len(parts) - 1
+                    self._reducer.enabled = reducing and last
+                    loss = self._run(part, loss_only=True)[0]
+                    self._gatherer.holding = not last
+                    # A loss that no microbatch has a part of, such as a penalty on weights, counts once.
+                    if last or over_time.is_partial:
+                        loss.backward()  # type: ignore[no-untyped-call]
+                    losses.append(loss.detach())
         except BaseException:
             self._abandon()
             raise

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import autopar
 from autopar.ir.plan import Plan
 from tests.runtime.random_plans import float64
-from tests.zoo import ZOO
+from tests.zoo import ZOO, talkative
 
 Mesh = dict[str, int]
 
@@ -58,12 +58,12 @@ def example(name: str, dropout: float = 0.0, **sizes: Any) -> tuple[nn.Module, A
 
 
 def planned(name: str, mesh: Mesh, microbatches: int = 1, schedule: str | None = None, recompute: int = 0, **sizes: Any) -> Plan:
-    """The plan of that model forced to `mesh`; `recompute` repeats of every segment."""
+    """The plan of that model forced to `mesh`, where talking costs nothing; `recompute` repeats of every segment."""
     model, inputs = example(name, **sizes)
     ranks = 1
     for size in mesh.values():
         ranks *= size
     options = {"schedule": schedule} if schedule is not None else {}
-    plan = autopar.plan(model, inputs, f"cpu:{ranks}", mesh=mesh, microbatches=microbatches, **options)
+    plan = autopar.plan(model, inputs, talkative(ranks), mesh=mesh, microbatches=microbatches, **options)
     segments = [item.model_copy(update={"recompute": min(recompute, item.count)}) for item in plan.segments]
     return plan.model_copy(update={"segments": tuple(segments)})
