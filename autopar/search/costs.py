@@ -33,10 +33,8 @@ from autopar.ir.graph import DTYPE_BYTES, Value
 from autopar.ir.placement import RP, R, local_shape
 from autopar.search.collectives import axes, between
 from autopar.search.problem import Floats
+from autopar.search.optimizers import OPTIMIZER_STATES as OPTIMIZER_STATES  # known here too
 from autopar.search.work import Work
-
-OPTIMIZER_STATES = {"sgd": 0, "sgd-momentum": 1, "adamw": 2}
-"""State tensors per parameter, in the parameter's dtype and placement."""
 
 
 @dataclass(frozen=True, slots=True)

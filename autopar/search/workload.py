@@ -19,7 +19,7 @@ from autopar.ir.graph import DTYPE_BYTES
 from autopar.ir.placement import local_shape, parse
 from autopar.ir.plan import GroupPlan, Plan, SegmentCost, SegmentPlan, StagePlan
 from autopar.ir.schedules import Kind, Orders, named
-from autopar.search.costs import OPTIMIZER_STATES
+from autopar.search.optimizers import OPTIMIZER_STATES
 
 MOST_PIECES = 1_000_000
 """More repeats than any model has; a plan file that says more would fill the memory of whoever simulates it."""
