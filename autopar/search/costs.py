@@ -32,8 +32,8 @@ from autopar.ir.conversion import COLLECTIVES, Action, State, steps
 from autopar.ir.graph import DTYPE_BYTES, Value
 from autopar.ir.placement import RP, R, local_shape
 from autopar.search.collectives import axes, between
-from autopar.search.problem import Floats
 from autopar.search.optimizers import OPTIMIZER_STATES as OPTIMIZER_STATES  # known here too
+from autopar.search.problem import Floats
 from autopar.search.work import Work
 
 
