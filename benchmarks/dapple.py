@@ -88,6 +88,7 @@ class ProfiledCosts:
     global_batch: int
     whole_samples: bool
     parameter_copies: float
+    live_matters = False
 
     @property
     def units(self) -> int:

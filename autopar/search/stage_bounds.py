@@ -112,57 +112,71 @@ def fold(facts: Facts, microbatches: int, f: Number, e: Number, w: Number, after
     return Behind(c + f + behind.trip + e + r, c + first + r, out, c + end)
 
 
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """One option of every stage on groups of one shape: arrays (unit it starts at, unit it stops before); `fits` where there is one."""
-
-    fits: np.ndarray
-    forward_s: np.ndarray
-    backward_s: np.ndarray
-    weight_s: np.ndarray
-    before_s: np.ndarray
-    after_s: np.ndarray
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """A group for a stage and the state of devices `after`. `transfer_s`: (2, unit), least times into a stage that starts at a unit."""
+class Ways:
+    """All ways to go on with one stage: an entry each, sorted by the state of devices before it, then by the unit it starts at.
 
-    after: int
-    prices: Prices
-    transfer_s: np.ndarray
+    `first[state * units + start]`: the first entry there, and at the end how many there are. `to`: state behind it; `stop`: the unit it
+    stops before; `c`, `r`: the least that transfers into it and back out may take. `edge`, `slot`: which group and which option it is.
+    """
+
+    first: Array
+    stop: Array
+    to: Array
+    edge: Array
+    slot: Array
+    f: Array
+    b: Array
+    w: Array
+    before: Array
+    after: Array
+    c: Array
+    r: Array
 
 
 class Layer(NamedTuple):
-    """Bounds of a stage and all behind it, and their least computing in all: arrays (state of devices, unit at which it starts)."""
+    """Bounds of a stage and all behind it, `(5, states, units + 1)`, by the state of devices and the unit it starts at: `trip`, `first`,
+    `last`, `end`, and the least computing in all. `met`: where one of these stages is a long one; `any`: whether or not."""
 
-    behind: Behind
-    work: np.ndarray
+    met: Array
+    any: Array
 
 
-def no_stages(states: int, units: int, full: int) -> Layer:
+def no_stages(states: int, units: int, full: int, met: bool) -> Layer:
     """Behind the last stage: nothing, where all units and devices (state `full`) are taken."""
-    done = np.full((states, units + 1), np.inf)
-    done[full, units] = 0.0
-    return Layer(Behind(done, done, done, done), done)
+    never = np.full((5, states, units + 1), np.inf)
+    done = never.copy()
+    done[:, full, units] = 0.0
+    return Layer(done if met else never, done)
 
 
-def layer(facts: Facts, microbatches: int, ways: tuple[tuple[Way, ...], ...], behind: Layer) -> Layer:
-    """`behind` with one more stage before it, that has `ways[state]` to go on from each state of devices."""
-    found = [np.full_like(behind.work, np.inf) for _ in range(5)]
-    for state, every in enumerate(ways):
-        open_ways = [way for way in every if np.isfinite(behind.work[way.after]).any()]
-        if not open_ways:
-            continue
-        to = [way.after for way in open_ways]
-        e: Any
-        w: Any
-        fits, f, b, w, before, after = (np.stack([getattr(way.prices, name) for way in open_ways]) for name in Prices.__slots__)
-        c, r = np.stack([way.transfer_s for way in open_ways], axis=1)[:, :, :, None]
-        e, w = (b - w, w) if facts.splits else (b, 0.0)
-        del before  # known to hold up the first stage only, which `children` of nothing adds
-        rest = [part[to][:, None, :] for part in (*behind.behind, behind.work)]
-        seen = fold(facts, microbatches, f, e, w, after, c, r, Behind(*rest[:4]))
-        for target, value in zip(found, (*seen, microbatches * (f + b) + rest[4]), strict=True):
-            target[state, :-1] = np.where(fits, value, np.inf).min(axis=(0, 2))
-    return Layer(Behind(*found[:4]), found[4])
+def layer(facts: Facts, microbatches: int, ways: Ways, long_s: float, behind: Layer) -> Layer:
+    """`behind` with one more stage before it; it is long if a microbatch takes it at least `long_s`."""
+    width = behind.any.shape[2]
+    open_ways = np.nonzero(np.isfinite(behind.any[4][ways.to, ways.stop]))[0]
+    met, free = (np.full(behind.any.shape, np.inf) for _ in range(2))
+    if len(open_ways):
+        place = np.repeat(np.arange(len(ways.first) - 1), np.diff(ways.first))[open_ways]
+        to, stop, f, b, w, after, c, r = (
+            part[open_ways] for part in (ways.to, ways.stop, ways.f, ways.b, ways.w, ways.after, ways.c, ways.r)
+        )
+        starts = np.nonzero(np.diff(place, prepend=-1))[0]
+        where = np.divmod(place[starts], width - 1)
+        e, w = (b - w, w) if facts.splits else (b, 0.0 * w)
+
+        def seen(rest: Array) -> Array:
+            parts = rest[:, to, stop]
+            found = fold(facts, microbatches, f, e, w, after, c, r, Behind(*parts[:4]))
+            return np.stack([*found, microbatches * (f + b) + parts[4]])
+
+        freely = seen(behind.any)
+        free[:, where[0], where[1]] = np.minimum.reduceat(freely, starts, axis=1)
+        if long_s > 0:
+            bound = np.where(f + b >= long_s, freely, seen(behind.met))
+            met[:, where[0], where[1]] = np.minimum.reduceat(bound, starts, axis=1)
+        else:
+            met = free
+    return Layer(met, free)

@@ -62,7 +62,10 @@ class StageCost:
 
 
 class StageCosts(Protocol):
-    """Prices of stages. Every answer must be exact: what is searched for is the best under these numbers."""
+    """Prices of stages. Every answer must be exact: what is searched for is the best under these numbers.
+
+    One whose `options` do not depend on `live` may say so with an attribute `live_matters = False`: it is asked less often.
+    """
 
     @property
     def units(self) -> int:

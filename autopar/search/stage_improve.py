@@ -88,9 +88,11 @@ def _balanced(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...]) 
     backs = []
     for stage in range(form.count):
         load = np.full((units, units + 1), np.inf)
-        for prices, _ in pricing.stages(groups[form.group_of[stage]], form.microbatches, form.facts[stage].live):
-            seconds = form.microbatches * (prices.forward_s + prices.backward_s) + prices.after_s
-            load = np.minimum(load, np.where(prices.fits, seconds, np.inf))
+        live = form.facts[stage].live
+        for option in pricing.options(groups[form.group_of[stage]], form.microbatches, live):
+            fits = option.exists & (option.fixed_bytes + live * option.live_bytes <= pricing.limit_bytes)
+            seconds = form.microbatches * (option.times[0] + option.times[1]) + option.times[4]
+            load = np.minimum(load, np.where(fits, seconds, np.inf))
         through = np.maximum(best[:-1, None], load)
         backs.append(through.argmin(0))
         best = through.min(0)
@@ -101,7 +103,20 @@ def _balanced(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...]) 
     for back in reversed(backs):
         at = int(back[at])
         starts.insert(0, at)
-    return _draft(form, sizes, policies, tuple(starts), (0,) * form.count)
+    return _fastest(form, sizes, policies, tuple(starts))
+
+
+def _fastest(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...], starts: tuple[int, ...]) -> Draft | None:
+    """With the fastest option of every stage that fits."""
+    slots = []
+    for stage, group in enumerate(_groups(form, sizes, policies)[form.group_of[stage]] for stage in range(form.count)):
+        live, stop = form.facts[stage].live, (*starts, form.pricing.units)[stage + 1]
+        every = form.pricing.every(starts[stage], stop, group, form.microbatches, live)
+        fitting = [(cost.forward_s + cost.backward_s, slot) for slot, cost in enumerate(every) if form.pricing.fits(cost, live)]
+        if not fitting:
+            return None
+        slots.append(min(fitting)[1])
+    return _draft(form, sizes, policies, starts, tuple(slots))
 
 
 def _draft(
@@ -113,10 +128,8 @@ def _draft(
         stop = starts[stage + 1] if stage + 1 < form.count else form.pricing.units
         group = groups[form.group_of[stage]]
         live = form.facts[stage].live
-        options = [
-            cost for cost in form.pricing.every(start, stop, group, form.microbatches, live) if form.pricing.fits(cost, live)
-        ] if start < stop else []  # fmt: skip
-        if slots[stage] >= len(options):
+        options = form.pricing.every(start, stop, group, form.microbatches, live) if start < stop else ()
+        if slots[stage] >= len(options) or not form.pricing.fits(options[slots[stage]], live):
             return None
         moved = (0.0, 0.0)
         if stage and form.group_of[stage] != form.group_of[stage - 1]:

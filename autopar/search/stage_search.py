@@ -19,16 +19,19 @@ from autopar.errors import PlanError
 from autopar.ir.units import size
 from autopar.search.stage_bounds import Layer
 from autopar.search.stage_costs import Devices, Group, Pipeline, PlacedStage, Policy, Simulated, StageCost, StageCosts
-from autopar.search.stage_form import SAFE, Children, Form, Partial
+from autopar.search.stage_form import SAFE, Children, Form
 from autopar.search.stage_improve import improve, seed
 from autopar.search.stage_replay import replay_s
 from autopar.search.stage_space import Pricing, Space
 
 __all__ = ["Devices", "Group", "Pipeline", "PlacedStage", "Row", "Simulated", "StageCost", "StageCosts", "StageSearch", "search_stages"]
 
-_FIRST_LOOK = 100  # partial pipelines opened for every number of groups
 _IMPROVED = 2  # forms of every number of groups whose best pipeline is changed in small ways
-_TURN = 200  # and then at a time, where it looks best
+_TURN = 200  # partial pipelines opened at a time, where it looks best
+_SHORT = 0.02  # a longest stage that takes less than this share of a step is not looked at more closely
+_FIRST_LOOK = 50  # partial pipelines opened of every number of groups, before anything cleverer
+_DIVE_EVERY = 20  # of so many partial pipelines that are opened, one is completed at once
+_NARROW = 1.03  # loads of the longest stage that differ by no more are looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,8 @@ def search_stages(
     policies: tuple[Policy, ...] = ("append",),
     simulate: Callable[[Pipeline], Simulated],
     tolerance: float = 0.0,
-    most_opened: int = 20_000,
+    every_row: bool = False,
+    most_opened: int = 5_000,
 ) -> StageSearch:
     """The pipeline with the least simulated step time whose memory fits, and the best for each number of groups.
 
@@ -82,7 +86,8 @@ def search_stages(
     `sizes`: groups of equal size, of any size, or of these sizes; together they have all devices. `policies`: which devices a group may
     get. `limit_bytes`: per device. `simulate`: from a candidate to its time, never less than the bounds. `tolerance`: stop where the
     bound proves that nothing is faster than the best by more than this share; 0.0 is exact, unless more than `most_opened` partial
-    pipelines of one number of groups would have to be looked at. `lower_bound_s` is what has been proven, in all and in each row.
+    pipelines would have to be looked at. `every_row`: do so for every number of groups; otherwise numbers that cannot win have what
+    small changes to even pipelines lead to. `lower_bound_s` is what has been proven, in all and in each row.
     """
     pricing = Pricing(costs, limit_bytes)
     spaces: dict[tuple[int, ...], Space] = {}
@@ -102,16 +107,18 @@ def search_stages(
                     except PlanError as error:
                         why = str(error)
         races.append(_Race(count, forms, why, simulate, tolerance))
-        races[-1].run(_FIRST_LOOK, math.inf)
-    # Of numbers of groups that cannot win, the best so far will do.
-    left = dict.fromkeys(races, most_opened)
-    while True:
+    best_s = min((race.best_s for race in races), default=math.inf)
+    for race in sorted(races, key=lambda race: race.best_s):
+        race.begin(race.best_s if every_row else min(best_s, race.best_s))
+        best_s = min(best_s, race.best_s)
+    left = most_opened
+    while left > 0:
         beat_s = min((race.best_s for race in races), default=math.inf) * (1 - tolerance)
-        hopeful = [race for race in races if left[race] > 0 and race.lower_bound_s < min(beat_s, race.beat_s)]
+        hopeful = [race for race in races if race.lower_bound_s < (race.beat_s if every_row else min(beat_s, race.beat_s))]
         if not hopeful:
             break
         race = min(hopeful, key=lambda race: race.lower_bound_s)
-        left[race] -= max(1, race.run(min(_TURN, left[race]), beat_s))
+        left -= max(1, race.run(min(_TURN, left), math.inf if every_row else beat_s))
     rows = tuple(race.row() for race in races)
     best = min((row for row in rows if row.best), key=lambda row: row.step_s, default=None)
     return StageSearch(best, rows, min((row.lower_bound_s for row in rows), default=math.inf))
@@ -133,14 +140,13 @@ class _Race:
         self.best: Pipeline | None = None
         self.said: Simulated | None = None
         self.simulations = 0
-        self._open: list[tuple[float, int, int, Children, int]] = []
+        self._open: list[tuple[float, int, int, Children | Pipeline, int]] = []
         self._turn = 0
+        self._opened = 0
         self._passed_s = math.inf
         self._seen: set[Hashable] = set()
+        self._least_replay_s = math.inf
         self._improve()
-        roots = [root for form in forms if (root := form.children(Partial((), 0)))]
-        for root in sorted(roots, key=lambda root: float(root.bounds_s[0])):
-            self._dive(root)
 
     @property
     def best_s(self) -> float:
@@ -159,63 +165,101 @@ class _Race:
     def row(self) -> Row:
         return Row(self.groups, self.best, self.said, self.lower_bound_s, "" if self.best else self._why(), self.simulations)
 
+    def begin(self, limit_s: float) -> None:
+        """Open all forms, as far as they may be faster than `limit_s`."""
+        self._passed_s = min(self._passed_s, limit_s)
+        roots = [root for form in self.forms if (root := self._root(form.narrowed(0.0, limit_s / form.microbatches), limit_s))]
+        for root in sorted(roots, key=lambda root: float(root.bounds_s[0]))[: 1 if self.best else None]:
+            self._dive(root)
+        for root in roots:
+            self._add(root)
+        self.run(_FIRST_LOOK, limit_s)
+        if not self._open or self._open[0][0] >= min(limit_s, self.beat_s):
+            return
+        # Too many to open: look at them by the load of the longest stage, in ever narrower parts.
+        self._open.clear()
+        for root in roots:
+            parts = [root.form.loads_s]
+            while parts:
+                least_s, most_s = parts.pop()
+                part = self._root(root.form.narrowed(least_s, most_s), limit_s)
+                if part is None:
+                    continue
+                if math.isinf(most_s) or most_s <= _NARROW * least_s or most_s < _SHORT * root.form.loads_s[1]:
+                    self._add(part)
+                else:
+                    middle_s = math.sqrt(least_s * most_s) if least_s else most_s / 2
+                    parts += [(least_s, middle_s), (middle_s, most_s)]
+
+    def _root(self, form: Form, limit_s: float) -> Children | None:
+        """The first stages of a form that may be faster."""
+        root = form.children(form.start())
+        if root is not None and root.bounds_s[0] >= min(limit_s, self.beat_s):
+            self._passed_s = min(self._passed_s, float(root.bounds_s[0]))
+            return None
+        return root
+
     def run(self, most: int, until_s: float) -> int:
         """Open at most so many partial pipelines, those that may be faster than `until_s`; returns how many."""
         for opened in range(most):
+            self._opened += 1
             if not self._open or self._open[0][0] >= min(self.beat_s, until_s):
                 return opened
             bound_s, _, _, children, number = heapq.heappop(self._open)
+            if isinstance(children, Pipeline):
+                self._simulate(children, bound_s)
+                continue
             self._add(children, number + 1)
             partial = children.child(number)
             if len(partial.stages) == children.form.count:
-                self._try_whole(children.form, partial, bound_s)
+                self._replay(children.form, partial.stages, bound_s)
             else:
-                self._add(children.form.children(partial))
+                found = children.form.children(partial)
+                self._add(found)
+                if self._opened % _DIVE_EVERY == 0:
+                    self._dive(found)
         return most
 
     def _add(self, children: Children | None, number: int = 0) -> None:
-        if children is None or number == len(children.bounds_s):
-            return
-        bound_s = float(children.bounds_s[number])
+        if children is not None and number < len(children.bounds_s):
+            self._push(float(children.bounds_s[number]), len(children.partial.stages), children, number)
+
+    def _push(self, bound_s: float, depth: int, what: Children | Pipeline, number: int) -> None:
         if bound_s >= self.beat_s:
             self._passed_s = min(self._passed_s, bound_s)
             return
         self._turn += 1
-        heapq.heappush(self._open, (bound_s, -len(children.partial.stages), self._turn, children, number))
+        heapq.heappush(self._open, (bound_s, -depth, self._turn, what, number))
 
     def _dive(self, children: Children | None) -> None:
-        """Always the most promising next stage: a first time to beat. What is passed by stays to be looked at."""
+        """Always the most promising next stage: a first time to beat."""
         while children is not None:
             bound_s = float(children.bounds_s[0])
-            if bound_s >= self.beat_s:
-                self._add(children)
-                return
-            self._add(children, 1)
             partial = children.child(0)
             if len(partial.stages) == children.form.count:
-                self._try_whole(children.form, partial, bound_s)
+                self._replay(children.form, partial.stages, bound_s)
                 return
             children = children.form.children(partial)
 
-    def _try_whole(self, form: Form, partial: Partial, bound_s: float) -> None:
-        if form.fits([stage.cost for stage in partial.stages]):
-            self._look_at(form, partial.stages, bound_s)
-
-    def _look_at(self, form: Form, stages: tuple[PlacedStage, ...], bound_s: float) -> None:
-        key = (form, *((stage.group, stage.cost, stage.transfer_s) for stage in stages))
-        if key in self._seen:  # other cuts between equal units
+    def _replay(self, form: Form, stages: tuple[PlacedStage, ...], bound_s: float) -> None:
+        """A whole pipeline: better known now, it waits for its turn to be simulated."""
+        costs, transfers_s = [stage.cost for stage in stages], [stage.transfer_s for stage in stages]
+        key = (form.schedule, form.microbatches, *((stage.group, stage.cost, stage.transfer_s) for stage in stages))
+        if key in self._seen or not form.fits(costs):  # seen: other cuts between equal units
             return
         self._seen.add(key)
-        least_s = SAFE * replay_s(
-            form.schedule, form.groups, form.microbatches, [stage.cost for stage in stages], [stage.transfer_s for stage in stages]
-        )
-        if least_s >= self.beat_s:
-            self._passed_s = min(self._passed_s, max(bound_s, least_s))
-            return
+        least_s = SAFE * replay_s(form.schedule, form.groups, form.microbatches, costs, transfers_s)
         pipeline = Pipeline(form.schedule, form.microbatches, form.groups, stages)
+        if least_s < self._least_replay_s:
+            self._least_replay_s = least_s
+            self._simulate(pipeline, max(bound_s, least_s))
+        else:
+            self._push(max(bound_s, least_s), form.count, pipeline, 0)
+
+    def _simulate(self, pipeline: Pipeline, bound_s: float) -> None:
         said = self.judge(pipeline)
         self.simulations += 1
-        assert said.step_s >= max(least_s, bound_s) * (1 - 1e-9), f"simulated {said.step_s} s, below a bound {bound_s} s: {pipeline}"
+        assert said.step_s >= bound_s * (1 - 1e-9), f"simulated {said.step_s} s, below the bound {bound_s} s: {pipeline}"
         if said.step_s < self.best_s:
             self.best, self.said = pipeline, said
 
@@ -223,7 +267,7 @@ class _Race:
         """A first time to beat: every form's evenest pipeline, and small changes to the best of them."""
         seeds = [(found.step_s, number, form, found) for number, form in enumerate(self.forms) if (found := seed(form))]
         for _, _, form, found in sorted(seeds)[:_IMPROVED]:
-            self._look_at(form, improve(form, found).stages, 0.0)
+            self._simulate(Pipeline(form.schedule, form.microbatches, form.groups, improve(form, found).stages), 0.0)
 
     def _why(self) -> str:
         """Why there is none."""

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-from autopar.search.stage_bounds import Prices, Way
+from autopar.search.stage_bounds import Array, Ways
 from autopar.search.stage_costs import Devices, Group, Policy, StageCost, StageCosts
 
-Options = dict[tuple[int, int], StageCost]
-"""(start, stop) -> what runs these units."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A way to go on from a state of devices: the `group`, the bounds' view of it, and what each stage there would be."""
-
-    group: Group
-    way: Way
-    options: Options
+_Devices = tuple[tuple[int, int], ...]
 
 
 class Space:
-    """Which groups stages may have: states of devices in use, numbered, the empty one first."""
+    """Which groups stages may have: states of devices in use, numbered, the empty one first. By state: the groups that may come next and
+    the state then (`groups`), and those that may have come last (`before`). `full`: the state with all devices in use, if it is reached."""
 
     def __init__(self, devices: Devices, sizes: tuple[int, ...], policies: tuple[Policy, ...]) -> None:
         self.devices, self.sizes, self.policies = devices, sizes, policies
@@ -50,22 +42,42 @@ class Space:
         self.states = len(order)
 
 
+class _Option(NamedTuple):
+    """The first, second, ... option of every stage on groups of one shape, by (start, stop)."""
+
+    exists: Array
+    times: Array
+    """`(5, units, units + 1)`: forward, backward, gradients of weights, before, after."""
+    fixed_bytes: Array
+    live_bytes: Array
+
+
+@dataclass(frozen=True)
+class Table:
+    """`ways` as the bounds see them; `groups[state][edge]` is the group of an entry with that `edge`."""
+
+    ways: Ways
+    groups: tuple[tuple[Group, ...], ...]
+    arrivals: dict[tuple[_Devices, int], Array] = field(default_factory=dict)
+
+
 class Pricing:
     """Answers of `costs`, asked once, as arrays."""
 
     def __init__(self, costs: StageCosts, limit_bytes: float) -> None:
         self.costs, self.limit_bytes = costs, limit_bytes
         self.units = costs.units
+        self._live_matters = getattr(costs, "live_matters", True)
         kinds: dict[Hashable, int] = {}
         self._kinds = tuple(kinds.setdefault(costs.kind(unit), len(kinds)) for unit in range(self.units))
-        self._asked: dict[tuple[tuple[int, ...], tuple[int, ...], int, int], tuple[StageCost, ...]] = {}
-        self._stages: dict[tuple[tuple[int, ...], int, int], list[tuple[Prices, Options]]] = {}
-        self._steps: dict[tuple[int, int, int], tuple[tuple[Step, ...], ...]] = {}
-        self._transfers: dict[tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...], int], np.ndarray] = {}
+        self._asked: dict[Hashable, tuple[StageCost, ...]] = {}
+        self._options: dict[Hashable, list[_Option]] = {}
+        self._tables: dict[Hashable, Table] = {}
+        self._transfers: dict[Hashable, Array] = {}
 
     def every(self, start: int, stop: int, group: Group, microbatches: int, live: int) -> tuple[StageCost, ...]:
         """All options, also those that do not fit."""
-        key = (self._kinds[start:stop], group.shape, microbatches, live)
+        key = (self._kinds[start:stop], group.shape, microbatches, live if self._live_matters else 0)
         if key not in self._asked:
             self._asked[key] = self.costs.options(start, stop, group, microbatches, live)
         return self._asked[key]
@@ -73,40 +85,26 @@ class Pricing:
     def fits(self, cost: StageCost, live: int) -> bool:
         return needed_bytes(cost, live) <= self.limit_bytes
 
-    def stages(self, group: Group, microbatches: int, live: int) -> list[tuple[Prices, Options]]:
-        """For the first, second, ... option that fits: every stage's."""
-        key = (group.shape, microbatches, live)
-        if key in self._stages:
-            return self._stages[key]
-        slots: list[Options] = []
-        for start in range(self.units):
-            for stop in range(start + 1, self.units + 1):
-                fitting = [cost for cost in self.every(start, stop, group, microbatches, live) if self.fits(cost, live)]
-                for slot, cost in enumerate(fitting):
-                    if slot == len(slots):
-                        slots.append({})
-                    slots[slot][start, stop] = cost
-        self._stages[key] = [(self._prices(options), options) for options in slots]
-        return self._stages[key]
+    def options(self, group: Group, microbatches: int, live: int) -> list[_Option]:
+        key = (group.shape, microbatches, live if self._live_matters else 0)
+        if key not in self._options:
+            rows: list[tuple[int, int, int, StageCost]] = []
+            for start in range(self.units):
+                for stop in range(start + 1, self.units + 1):
+                    every = self.every(start, stop, group, microbatches, live)
+                    rows += [(slot, start, stop, cost) for slot, cost in enumerate(every)]
+            slots = 1 + max((slot for slot, *_ in rows), default=-1)
+            data = np.zeros((8, slots, self.units, self.units + 1))
+            if rows:
+                at = tuple(np.array([row[:3] for row in rows]).T)
+                data[(slice(None), *at)] = np.array([
+                    (1.0, cost.forward_s, cost.backward_s, cost.weight_s, cost.before_s, cost.after_s,
+                     cost.fixed_bytes + cost.workspace_bytes, cost.live_bytes) for *_, cost in rows
+                ]).T  # fmt: skip
+            self._options[key] = [_Option(part[0] > 0, part[1:6], part[6], part[7]) for part in np.moveaxis(data, 1, 0)]
+        return self._options[key]
 
-    def needed(self, group: Group, microbatches: int, live: int) -> np.ndarray:
-        """What a device holds at least, by (start, stop) of a stage; infinite where there is no option."""
-        found = np.full((self.units, self.units + 1), np.inf)
-        for start in range(self.units):
-            for stop in range(start + 1, self.units + 1):
-                options = self.every(start, stop, group, microbatches, live)
-                found[start, stop] = min((needed_bytes(cost, live) for cost in options), default=math.inf)
-        return found
-
-    def _prices(self, options: Options) -> Prices:
-        arrays = np.zeros((6, self.units, self.units + 1))
-        if options:
-            where = tuple(np.array(list(options)).T)
-            rows = [(1.0, cost.forward_s, cost.backward_s, cost.weight_s, cost.before_s, cost.after_s) for cost in options.values()]
-            arrays[:, where[0], where[1]] = np.array(rows).T
-        return Prices(arrays[0] > 0, *arrays[1:])
-
-    def transfers(self, sender: Group, receiver: Group, microbatches: int) -> np.ndarray:
+    def transfers(self, sender: Group, receiver: Group, microbatches: int) -> Array:
         """(2, units): seconds into a stage that starts at a unit, and back; 0 at unit 0."""
         first = min(sender.devices[0][0], receiver.devices[0][0])
         key = (_moved(sender, first), _moved(receiver, first), microbatches)
@@ -115,36 +113,79 @@ class Pricing:
             self._transfers[key] = np.array(rows).T
         return self._transfers[key]
 
-    def steps(self, space: Space, microbatches: int, live: int) -> tuple[tuple[Step, ...], ...]:
-        """From each state of devices, the ways to go on."""
-        if (key := (id(space), microbatches, live)) in self._steps:
-            return self._steps[key]
-        found = []
-        for state, groups in enumerate(space.groups):
-            steps = []
-            for group, after in groups:
-                arrivals = [self.transfers(sender, group, microbatches) for sender in space.before[state]]
-                least = np.min(arrivals, axis=0) if arrivals else np.zeros((2, self.units))
-                steps += [Step(group, Way(after, prices, least), options) for prices, options in self.stages(group, microbatches, live)]
-            found.append(tuple(steps))
-        self._steps[key] = tuple(found)
-        return self._steps[key]
+    def arrivals(self, table: Table, sender: Group, state: int, microbatches: int) -> Array:
+        """(2, edges, units): `transfers` from `sender` to each group that may come next."""
+        if (key := (sender.devices, state)) not in table.arrivals:
+            table.arrivals[key] = np.stack([self.transfers(sender, group, microbatches) for group in table.groups[state]], axis=1)
+        return table.arrivals[key]
 
-    def again(self, space: Space, microbatches: int, live: int) -> tuple[Step, ...]:
-        """The ways of one more stage on devices that all have one already: a group of each shape there is."""
-        shapes = {group.shape: group for groups in space.groups for group, _ in groups}
-        free = np.zeros((2, self.units))  # which groups neighbours have is not known here
-        assert space.full is not None
-        return tuple(
-            Step(group, Way(space.full, prices, free), options)
-            for group in shapes.values()
-            for prices, options in self.stages(group, microbatches, live)
-        )
+    def table(self, space: Space, microbatches: int, live: int, most_s: float, again: bool) -> Table:
+        """The ways to go on from each state of devices, with stages that a microbatch takes at most `most_s`. `again`: not with new
+        groups but, where all devices are taken, with one more stage on a group of each shape there is."""
+        asked = (id(space), microbatches, live, most_s, again)
+        if asked not in self._tables:
+            self._tables[asked] = self._table_of(space, microbatches, live, most_s, again)
+        return self._tables[asked]
+
+    def _table_of(self, space: Space, microbatches: int, live: int, most_s: float, again: bool) -> Table:
+        groups = space.groups
+        if again:
+            shapes = {group.shape: group for found in space.groups for group, _ in found}
+            groups = [
+                [(group, state) for group in shapes.values()] if state == space.full else [] for state in range(space.states)
+            ]  # fmt: skip
+        fitting: dict[tuple[int, ...], list[Array]] = {}
+        for group in {group.shape: group for found in groups for group, _ in found}.values():
+            fitting[group.shape] = [
+                option.exists
+                & (option.fixed_bytes + live * option.live_bytes <= self.limit_bytes)
+                & (option.times[0] + option.times[1] <= most_s)
+                for option in self.options(group, microbatches, live)
+            ]
+        digest = tuple(hash(mask.tobytes()) for masks in fitting.values() for mask in masks)
+        # Most limits leave the same stages.
+        key = (id(space), microbatches, live if self._live_matters else 0, again, digest)
+        if key not in self._tables:
+            places = {shape: [np.nonzero(mask) for mask in masks] for shape, masks in fitting.items()}
+            self._tables[key] = self._table(space, groups, microbatches, live, places, again)
+        return self._tables[key]
+
+    def _table(
+        self, space: Space, groups: Sequence[Sequence[tuple[Group, int]]], microbatches: int, live: int,
+        places: dict[tuple[int, ...], list[tuple[Array, ...]]], again: bool,
+    ) -> Table:  # fmt: skip
+        columns: list[Array] = []
+        for state, found in enumerate(groups):
+            for edge, (group, after) in enumerate(found):
+                least = np.zeros((2, self.units))
+                if not again and space.before[state]:
+                    least = np.min([self.transfers(sender, group, microbatches) for sender in space.before[state]], axis=0)
+                for slot, (option, (start, stop)) in enumerate(
+                    zip(self.options(group, microbatches, live), places[group.shape], strict=True)
+                ):
+                    named = np.broadcast_to(np.array([[state], [after], [edge], [slot]]), (4, len(start)))
+                    columns.append(np.vstack([start, stop, named, option.times[:, start, stop], least[:, start]]))
+        every = np.concatenate(columns, axis=1) if columns else np.zeros((13, 0))
+        every = every[:, np.lexsort((every[0], every[2]))]
+        start, stop, state_of, to, edges, slots = every[:6].astype(np.int64)
+        first = np.searchsorted(state_of * self.units + start, np.arange(space.states * self.units + 1))
+        ways = Ways(first, stop, to, edges, slots, *every[6:])
+        return Table(ways, tuple(tuple(group for group, _ in found) for found in groups))
 
 
-def _moved(group: Group, nodes: int) -> tuple[tuple[int, int], ...]:
+def _moved(group: Group, nodes: int) -> _Devices:
     return group.devices if nodes == 0 else tuple((node - nodes, count) for node, count in group.devices)
 
 
 def needed_bytes(cost: StageCost, live: int) -> float:
+    """What a device holds that runs the stage, and nothing else, with `live` microbatches."""
     return cost.fixed_bytes + live * cost.live_bytes + cost.workspace_bytes
+
+
+def least_needed_bytes(pricing: Pricing, group: Group, microbatches: int, live: int) -> Array:
+    """By (start, stop) of a stage; infinite where there is no option."""
+    found = np.full((pricing.units, pricing.units + 1), np.inf)
+    for option in pricing.options(group, microbatches, live):
+        need = option.fixed_bytes + live * option.live_bytes
+        found = np.minimum(found, np.where(option.exists, need, math.inf))
+    return found

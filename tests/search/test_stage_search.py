@@ -92,7 +92,7 @@ def test_equals_enumeration(rows, devices, schedule, sizes, policies, lean, tigh
             best[pipeline.groups] = min(best.get(pipeline.groups, math.inf), replay(pipeline).step_s)
     found = search_stages(
         costs, devices, limit_bytes=limit, microbatches=(1, 2, 4), schedules=(schedule,), sizes=sizes, policies=policies, simulate=replay,
-        stages_per_group=(1,),
+        stages_per_group=(1,), every_row=True,
     )  # fmt: skip
     assert {row.groups for row in found.rows if row.best} == set(best)
     for row in found.rows:
