@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -154,8 +155,9 @@ class _Call:
     """One call of a model that is to be traced."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: State, once_per_repeat: bool) -> None:
-        self.model, self.args, self.kwargs, self.state, self.once_per_repeat = model, args, kwargs, state, once_per_repeat
+        self.model, self.state, self.once_per_repeat = model, state, once_per_repeat
         leaves, self.in_spec = pytree.tree_flatten((args, kwargs))
+        self.args, self.kwargs = pytree.tree_unflatten(_each_its_own(leaves), self.in_spec)
         positional, named = self.in_spec.children()
         self.input_paths = tuple(path for part in (positional, named) if part.num_leaves for path in leaf_paths(part))
         self.literals = {path: leaf for path, leaf in zip(self.input_paths, leaves, strict=True) if not isinstance(leaf, Tensor)}
@@ -199,6 +201,20 @@ class _Call:
                 else:
                     return None
         return None
+
+
+def _each_its_own(leaves: list[Any]) -> list[Any]:
+    """`leaves`, a tensor that is given twice replaced by another one like it: export would have both places read the one, and a later call,
+    which may bring two, would be computed with the one as well."""
+    seen: set[int] = set()
+    found = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            again = id(leaf) in seen
+            seen.add(id(leaf))
+            leaf = torch.empty_like(leaf).requires_grad_(leaf.requires_grad) if again else leaf
+        found.append(leaf)
+    return found
 
 
 @contextmanager

@@ -262,3 +262,14 @@ def test_sizes_that_grow_do_not_grow_memory() -> None:
     traced = traced_with(model, ZOO["llama"].inputs(model, batch=16, sequence=4096, device="meta"))
     assert sum(traced.graph.values[item.value].numel for item in traced.graph.parameters) > 60e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
+
+
+@pytest.mark.parametrize("name", ["gpt2", "encoder"])
+def test_one_tensor_for_two_inputs_is_two_inputs(name: str) -> None:
+    """`{"input_ids": tokens, "labels": tokens}`: the trace must not take it that they are always equal."""
+    model = ZOO[name].build(device="meta")
+    example = ZOO[name].inputs(model, device="meta")
+    twice = dict.fromkeys(example, example["input_ids"]) if isinstance(example, dict) else (example[0], example[0])
+    apart, together = (trace(model, (), given) if isinstance(given, dict) else trace(model, given) for given in (example, twice))
+    assert together.graph == apart.graph
+    assert all(together.graph.consumers[item.value] for item in together.graph.inputs)
