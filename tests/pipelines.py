@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import autopar
 from autopar.ir.microbatch import microbatched
@@ -77,13 +77,13 @@ class Case:
     def plan(self, model: Any, example: Any) -> autopar.Plan:
         return autopar.plan(model, example, talkative(self.ranks), **self.options(model, example))
 
-    def verify(self, pool: RankPool) -> VerifyReport:
+    def verify(self, pool: RankPool, optimizer: Literal["both", "sgd", "adamw"] = "both") -> VerifyReport:
         """Plan and verify, in float64; `pool` has as many `ranks`."""
         model = ZOO[self.model].build(**LARGER.get(self.model, {})).double()
         example = ZOO[self.model].inputs(model, batch=self.batch)
         plan = self.plan(model, example)
         assert plan.world_size == self.ranks and plan.microbatches == self.microbatches
-        return autopar.verify(model, example, plan, ranks=pool)
+        return autopar.verify(model, example, plan, optimizer=optimizer, ranks=pool)
 
 
 LARGER: dict[str, dict[str, Any]] = {"gpt2": {"layers": 4}, "llama": {"layers": 4}, "vit": {"layers": 4}}
