@@ -10,18 +10,19 @@ from __future__ import annotations
 import argparse
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autopar.ir.assignment import Expanded
+from autopar.ir.assignment import Expanded, Storage
+from autopar.ir.fold import fold
 from autopar.ir.graph import Graph
 from autopar.ir.microbatch import microbatched
-from autopar.ir.placement import R
-from autopar.ir.plan import GroupPlan, PipelinePlan, Plan, StagePlan
+from autopar.ir.placement import R, parse
+from autopar.ir.plan import GroupPlan, PipelinePlan, Plan, SegmentPlan, StagePlan
 from autopar.ir.schedules import named
 from autopar.ir.stages import candidates, cut
 from autopar.ir.trace import TracedModel, trace
@@ -36,8 +37,10 @@ from tests.runtime.random_plans import AXES, Facts, Mesh, Wide, difference, exam
 
 @dataclass(frozen=True)
 class Case:
-    """A zoo `model` (built with `sizes`) in stages on groups of `meshes`. `starts`: where stages start; by default spread evenly over the
-    places that make sense."""
+    """A zoo `model` (built with `sizes`) in stages on groups of `meshes`, cut at random places that make sense.
+
+    `stored`: how all parameters are stored on `dp`, whole on `tp`; by default at random.
+    """
 
     model: str
     meshes: tuple[Mesh, ...] = ((1, 1), (1, 1))
@@ -45,7 +48,7 @@ class Case:
     microbatches: int = 2
     stages_per_group: int = 1
     seed: int = 0
-    starts: tuple[int, ...] | None = None
+    stored: str | None = None
     sizes: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -61,7 +64,7 @@ def plan_of(case: Case, graph: Graph) -> tuple[Plan, Expanded]:
         first += mesh[0] * mesh[1]
     count = len(groups) * case.stages_per_group
     parts = microbatched(graph, case.microbatches)
-    starts = case.starts or _spread(candidates(parts.body), count, random.Random(case.seed))
+    starts = _spread(candidates(parts.body), count, random.Random(case.seed))
     stages = cut(parts.body, starts)
     schedule = named(case.schedule)
     rows = tuple(
@@ -71,9 +74,17 @@ def plan_of(case: Case, graph: Graph) -> tuple[Plan, Expanded]:
     assignments = tuple(
         random_assignment(stage.graph, case.meshes[row.group], case.seed + stage.index) for stage, row in zip(stages, rows, strict=True)
     )
+    if case.stored is not None:
+        storage = Storage((parse(case.stored), R), "use")
+        assignments = tuple(replace(item, storage=dict.fromkeys(item.storage, storage)) for item in assignments)
     pipeline = PipelinePlan(schedule=case.schedule, groups=tuple(groups), stages=rows)
+    segments = tuple(
+        SegmentPlan.model_construct(stage=stage.index, start=part.start, length=part.length, count=part.count, recompute=0)
+        for stage in stages
+        for part in fold(stage.graph)
+    )
     plan = Plan.model_construct(
-        inputs=(), outputs=(), segments=(), parameters=(), mesh={"pp": len(groups)}, microbatches=case.microbatches, pipeline=pipeline
+        inputs=(), outputs=(), segments=segments, parameters=(), mesh={"pp": len(groups)}, microbatches=case.microbatches, pipeline=pipeline
     )
     return plan, Expanded(parts, stages, assignments)
 

@@ -24,6 +24,7 @@ from autopar.runtime.dropout import without_dropout
 from autopar.runtime.launch import RankPool
 from autopar.runtime.lower import Borders, lower
 from autopar.runtime.pipeline import PipelineModule
+from autopar.runtime.pipeline_schedule import PipelineStage
 from autopar.runtime.pipeline_stage import LiveStage
 from tests.runtime import pipelined
 from tests.runtime.pipeline_plans import Case, made, plan_of, prepared, run_case
@@ -300,6 +301,56 @@ def test_as_many_microbatches_are_alive_as_the_schedule_says(schedule: str, stag
     found = {stage: count for peaks in ranks2.run(alive, case) for stage, count in peaks.items()}
     expected = live_by_stage(named(schedule).orders(2, stages, 4))
     assert found == dict(enumerate(expected))
+
+
+def gathered(case: Case) -> tuple[float, int, int]:
+    """Of parameters that are gathered for use: their bytes in all, the most that were there between two actions, and those there after
+    the step."""
+    _, args, kwargs, _ = prepared(case)
+    module = made(case)
+    for stage in module._stages:
+        for bucket in stage.live._buckets:
+            bucket.keep = False
+    buckets = [bucket for stage in module._stages for bucket in stage.live._buckets]
+    most = 0
+    perform = PipelineStage.forward_one_chunk, PipelineStage.backward_one_chunk
+
+    def here() -> int:
+        return sum(leaf.data.untyped_storage().nbytes() for bucket in buckets for leaf in bucket.leaves)
+
+    def noting(action: Any) -> Any:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            nonlocal most
+            result = action(*arguments, **options)
+            most = max(most, here())
+            return result
+
+        return noted
+
+    PipelineStage.forward_one_chunk, PipelineStage.backward_one_chunk = map(noting, perform)  # type: ignore[method-assign]
+    try:
+        with float64(), without_dropout(module):
+            module.step(*args, **kwargs)
+    finally:
+        PipelineStage.forward_one_chunk, PipelineStage.backward_one_chunk = perform  # type: ignore[method-assign]
+    total = sum(leaf.data.shape.numel() * leaf.data.element_size() for bucket in buckets for leaf in bucket.leaves)
+    return most / total, here(), len(buckets)
+
+
+@pytest.mark.processes
+def test_what_is_gathered_for_use_is_freed_between_actions(ranks2: RankPool) -> None:
+    case = Case("llama", (DP,), "interleaved-1f1b", 2, 2, seed=3, sizes=(("layers", 8),), stored="S(0)")
+    for share, left, count in ranks2.run(gathered, case):
+        assert count > 6
+        assert share < 0.5
+        assert left == 0
+
+
+@pytest.mark.processes
+def test_all_stages_on_one_group(ranks2: RankPool) -> None:
+    for schedule in ("interleaved-1f1b", "zbv"):
+        for error, where in ranks2.run(run_case, Case("gpt2", (DP,), schedule, 2, 2, seed=4)):
+            assert error < 1e-10, where
 
 
 def test_no_two_operations_draw_the_same_mask() -> None:
