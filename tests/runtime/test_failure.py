@@ -86,3 +86,18 @@ def test_a_killed_rank_ends_all_and_training_resumes(
     plan = planned("tiny", others, 2, layers=4)
     for losses in ranks2.run(resume, plan, str(tmp_path / str(LAST - 1))):
         assert losses == pytest.approx(curve[LAST:], rel=1e-12)
+
+
+def losses_of_the_example(folder: Path, ranks: int, *options: str) -> list[float]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launch, str(ROOT / "examples" / "resume.py"), "--every", "2", "--folder", str(folder), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return [float(text) for text in re.findall(r"loss ([\d.]+)", done.stdout)]
+
+
+def test_the_example(tmp_path: Path) -> None:
+    curve = losses_of_the_example(tmp_path / "uninterrupted", 1, "--steps", "4")
+    assert losses_of_the_example(tmp_path / "other", 2, "--mesh", "pp=2,dp=1,tp=1", "--steps", "3") == pytest.approx(curve[:3], abs=1e-4)
+    assert losses_of_the_example(tmp_path / "other", 1, "--steps", "4") == pytest.approx(curve[2:], abs=1e-4)
