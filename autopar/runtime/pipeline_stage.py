@@ -131,6 +131,7 @@ class LiveStage:
         """A new step: parameters may have changed since the last."""
         renewed = [leaf.refresh() for leaf in self.leaves]
         if any(renewed):
+            self._at_once = None
             self._reducer.watch()
             for bucket in self._buckets:
                 bucket.renew()
