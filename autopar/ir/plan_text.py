@@ -253,7 +253,7 @@ def segment_title(plan: Plan, segments: list[SegmentPlan]) -> str:
     words = []
     for (count, recomputed), found in alike.items():
         each = " each" if len(found) > 1 else ""
-        notes = [f"x{count}{each}"] * (count > 1) + [f"{recomputed} recomputed"] * (recomputed > 0)
+        notes = [f"x{count}{each}"] * (count > 1) + [f"{recomputed} recomputed" if count > 1 else "recomputed"] * (recomputed > 0)
         name = join(list(dict.fromkeys(segment.name for segment in found)), pattern(found[0].name))
         where = f"{numbers_words('stage', sorted({segment.stage for segment in found}))} " if plan.pipeline else ""
         words.append(where + name + (f" ({', '.join(notes)})" if notes else ""))

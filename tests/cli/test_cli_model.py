@@ -35,10 +35,11 @@ def test_the_plan_made_is_a_plan_for_the_model(capsys: pytest.CaptureFixture[str
 
 def test_a_plan_with_a_pipeline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path, svg = tmp_path / "plan.json", tmp_path / "schedule.svg"
-    options = ["--mesh", "pp=2,dp=2,tp=1", "--schedule", "1f1b", "--microbatches", "4"]
+    options = ["--mesh", "pp=2,dp=2,tp=1", "--schedule", "1f1b", "--microbatches", "4", "--recompute", "all"]
     code, out, _ = run(capsys, "plan", MODEL, "-c", "cpu:4", *options, "-o", str(path))
     assert code == 0
     assert "1f1b: 2 stages on 2 groups of ranks, 4 microbatches" in out
+    assert "recomputed" in out
     plan = Plan.load(path)
     assert plan.pipeline is not None and [stage.group for stage in plan.pipeline.stages] == [0, 1]
     assert run(capsys, "validate", str(path), MODEL)[:2] == (0, f"{path}: sound, and a plan for {MODEL}\n")
