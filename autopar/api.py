@@ -44,6 +44,7 @@ def plan(
     microbatches: int | None = None,
     stages: int | None = None,
     cuts: Sequence[int] | None = None,
+    recompute: Literal["auto", "none", "all"] = "auto",
     baseline: str | None = None,
     pins: Mapping[str, str] | None = None,
     effort: Effort = "fast",
@@ -64,6 +65,7 @@ def plan(
     `schedule`: of the pipeline: `"gpipe"`, `"1f1b"`, `"interleaved-1f1b"`, `"interleaved-zb"` or `"zbv"`.
     `microbatches`: into how many equal parts a step divides the batch, with a pipeline or without (gradients add up).
     `stages`: of the pipeline, in all; `cuts`: at which operations of one microbatch's graph they begin, see `autopar.ir.stages`.
+    `recompute`: of repeated layers, instead of keeping their activations: `"none"`, `"all"`, or as many as memory asks for.
     `baseline`: a well-known plan instead of the best: `"ddp"`, `"zero1"`, `"fsdp"`, `"tp"` or `"tp-sp"`.
     `pins`: glob over parameter names -> placement, `{"model.layers.*.up_proj.weight": "S(0)@tp"}`.
     `effort`: `"fast"` (Lagrange multipliers under a memory limit; the gap is reported) or `"exact"` (proven by HiGHS).
@@ -83,6 +85,7 @@ def plan(
         microbatches=microbatches,
         stages=stages,
         cuts=cuts,
+        recompute=recompute,
         baseline=baseline,
         pins=pins,
         effort=effort,

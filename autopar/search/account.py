@@ -17,7 +17,7 @@ import numpy as np
 from autopar.ir.assignment import Assignment, Choice, Storage
 from autopar.search.build import target_states
 from autopar.search.collectives import BUCKET_BYTES
-from autopar.search.costs import Costs, Move, Term
+from autopar.search.costs import AGAIN, WAYS, Costs, Move, Term
 from autopar.search.problem import Floats
 from autopar.search.rows import groups_of
 from autopar.search.structure import Structure
@@ -63,16 +63,22 @@ def memory_bytes(accounts: Sequence[Account]) -> dict[str, int]:
     return {kind: math.ceil(size) for kind, size in total.items()}
 
 
-def account(structure: Structure, costs: Costs, assignment: Assignment) -> Account:
-    """Add up what `assignment` costs: a term for every parameter, operation and edge of the whole graph."""
-    return _Accountant(structure, costs, assignment).account()
+def account(structure: Structure, costs: Costs, assignment: Assignment, recompute: tuple[int, ...] = ()) -> Account:
+    """Add up what `assignment` costs: a term for every parameter, operation and edge of the whole graph, of which the first `recompute`
+    repeats of every segment are computed again."""
+    return _Accountant(structure, costs, assignment, recompute).account()
 
 
 class _Accountant:
     """`terms[number]` are the distinct terms, `counts[number]` says how many parameters, operations or edges have it."""
 
-    def __init__(self, structure: Structure, costs: Costs, assignment: Assignment) -> None:
+    def __init__(self, structure: Structure, costs: Costs, assignment: Assignment, recompute: tuple[int, ...]) -> None:
         self.structure, self.costs = structure, costs
+        again = structure.recomputed(recompute)
+        self.ways = structure.ways(again)
+        numbers = {way: number for number, way in enumerate(WAYS)}
+        self.way = np.array([numbers[way] for way in self.ways] if again is not None else [0] * len(self.ways), np.int64)
+        self.again = np.zeros(len(structure.graph.ops), np.int64) if again is None else (again >= 0).astype(np.int64)
         graph = structure.graph
         # Choices are kept alive by the assignment, so an id means one of them; hashing them takes longer than pricing them.
         self.chosen = [assignment.choices[op.name] for op in graph.ops]
@@ -125,10 +131,11 @@ class _Accountant:
         """Adds the operations; returns the workspace of each in bytes."""
         structure, ops = self.structure, self.structure.graph.ops
         workspace = np.zeros(len(ops))
-        for members in groups_of(np.array(structure.class_of, np.int64), self.choice):
+        for members in groups_of(np.array(structure.class_of, np.int64), self.choice, self.again):
             at = int(members[0])
             row, choice = structure.classes[structure.class_of[at]], self.chosen[at]
-            term = self._add(self.costs.op_term(row.work, row.operands, row.outputs, choice, row.kept, row.returned), len(members))
+            again = bool(self.again[at])
+            term = self._add(self.costs.op_term(row.work, row.operands, row.outputs, choice, row.kept, row.returned, again), len(members))
             workspace[members] = self.costs.workspace_bytes(row.work, row.operands, row.outputs, choice)
             if term.moves:
                 self.runs += [(at, -1, Run(term.moves, at, -1, (ops[at].outputs or ("",))[0])) for at in members.tolist()]
@@ -149,17 +156,17 @@ class _Accountant:
             start = np.where(reads_parameter, self.storage[owner], start)
         # Traffic of parameters hides behind the operation's computing, so there the operation's class counts too.
         behind = np.where(reads_parameter, np.array(structure.class_of, np.int64)[target], -1)
-        for members in groups_of(kind, start, self.choice[target], behind):
-            edge, position = structure.edges[members[0]], int(target[members[0]])
+        for members in groups_of(kind, start, self.choice[target], behind, self.way):
+            edge, position, way = structure.edges[members[0]], int(target[members[0]]), self.ways[members[0]]
             value, choice = graph.values[edge.value], self.chosen[position]
             targets = target_states(choice, edge.slots)
             if edge.slot >= 0:
                 state = tuple(split.outputs[edge.slot] for split in self.chosen[int(source[members[0]])])
-                term = costs.edge_term(value, state, targets, edge.keeps)
+                term = costs.edge_term(value, state, targets, edge.keeps, way)
             else:
                 row, storage = structure.classes[structure.class_of[position]], self.stored[int(source[members[0]])]
                 times_s = costs.op_times(row.work, row.operands, row.outputs, choice)
-                term = costs.use_term(value, storage, targets, times_s, edge.keeps == "target")
+                term = costs.use_term(value, storage, targets, times_s, edge.keeps == "target" or way in AGAIN)
                 if storage.gather == "use":
                     # The gathered parameter and, before it is scattered, its whole gradient (kept all step with several microbatches).
                     twice = value.requires_grad and graph.training and costs.microbatches == 1

@@ -12,7 +12,7 @@ from autopar.ir.assignment import Assignment, Choice, Storage
 from autopar.ir.conversion import State
 from autopar.ir.graph import Value
 from autopar.ir.placement import Placement
-from autopar.search.costs import Costs, Traffic
+from autopar.search.costs import AGAIN, ENTERS, LEAVES, Costs, Traffic
 from autopar.search.problem import Problem, Segment, Table
 from autopar.search.strategies import Allowed, storages, strategies
 from autopar.search.structure import Edge, Structure
@@ -48,6 +48,12 @@ class Built:
     options: tuple[Options, ...]
     structure: Structure
     costs: Costs
+    restriction: Restriction = FREE
+    recompute: tuple[int, ...] = ()
+
+    def recomputing(self, counts: tuple[int, ...]) -> Built:
+        """The same with the first `counts` repeats of every segment of the graph recomputed."""
+        return build(self.structure, self.costs, self.restriction, counts)
 
     def op_choices(self) -> dict[int, list[Choice]]:
         """Choices by class of operation; those of equal operations under different restrictions together."""
@@ -93,9 +99,11 @@ def target_states(choice: Choice, slots: tuple[int, ...]) -> tuple[State, ...]:
     return tuple(dict.fromkeys(tuple(split.inputs[slot] for split in choice) for slot in slots))
 
 
-def build(structure: Structure, costs: Costs, restriction: Restriction = FREE) -> Built:
-    """The problem of planning `structure` on the mesh of `costs`. A node without any option has an empty table: see `empty_nodes`."""
-    return _Builder(structure, costs, restriction).build()
+def build(structure: Structure, costs: Costs, restriction: Restriction = FREE, recompute: tuple[int, ...] = ()) -> Built:
+    """The problem of planning `structure` on the mesh of `costs`. A node without any option has an empty table: see `empty_nodes`.
+
+    `recompute`: of how many repeats, the first ones, of every segment the backward pass runs the forward pass again."""
+    return _Builder(structure, costs, restriction, recompute).build()
 
 
 def empty_nodes(built: Built) -> list[int]:
@@ -104,14 +112,16 @@ def empty_nodes(built: Built) -> list[int]:
 
 
 class _Builder:
-    def __init__(self, structure: Structure, costs: Costs, restriction: Restriction) -> None:
+    def __init__(self, structure: Structure, costs: Costs, restriction: Restriction, recompute: tuple[int, ...]) -> None:
         self.structure, self.costs, self.restriction = structure, costs, restriction
+        self.again = structure.recomputed(recompute)
+        self.recompute = recompute if any(recompute) else ()
         self.tables: list[Table] = []
         self._table_of: dict[object, int] = {}
         self._options_of: dict[object, tuple[int, Options]] = {}
-        self._edge_tables: dict[tuple[int, int, int], int] = {}
+        self._edge_tables: dict[tuple[int, int, int, str], int] = {}
         self._states: dict[State, int] = {}
-        self._prices: dict[object, dict[int, tuple[float, bool]]] = {}
+        self._prices: dict[object, dict[int, tuple[float, float, bool]]] = {}
         self._times: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def build(self) -> Built:
@@ -131,14 +141,15 @@ class _Builder:
             keys[node], options[node] = self._storages(index, readers[node], keys, options)
             nodes[node] = self._parameter_table(index, keys[node], options[node])
         edges = []
-        for edge in structure.edges:
-            ends = keys[edge.source], keys[edge.target], edge.kind
+        ways = structure.ways(self.again)
+        for number, edge in enumerate(structure.edges):
+            ends = keys[edge.source], keys[edge.target], edge.kind, ways[number]
             table = self._edge_tables.get(ends)
             if table is None:
-                table = self._edge_tables[ends] = self._edge_table(edge, options[edge.source], options[edge.target], ends[1])
+                table = self._edge_tables[ends] = self._edge_table(edge, options[edge.source], options[edge.target], *ends[1::2])
             edges.append((edge.source, edge.target, table))
         problem = Problem(tuple(nodes), tuple(edges), tuple(self.tables), _equal_runs(structure.segments, nodes))
-        return Built(problem, tuple(options), structure, self.costs)
+        return Built(problem, tuple(options), structure, self.costs, self.restriction, self.recompute)
 
     def _intern(self, key: object, options: Options) -> tuple[int, Options]:
         return self._options_of.setdefault(key, (len(self._options_of), options))
@@ -162,15 +173,16 @@ class _Builder:
 
     def _op_table(self, position: int, key: int, options: Options) -> int:
         number = self.structure.class_of[position]
-        found = self._table_of.get(("op", key, number))
+        again = self.again is not None and int(self.again[position]) >= 0
+        found = self._table_of.get(("op", key, number, again))
         if found is None:
             row = self.structure.classes[number]
             terms = [
-                self.costs.op_term(row.work, row.operands, row.outputs, choice, row.kept, row.returned)
+                self.costs.op_term(row.work, row.operands, row.outputs, choice, row.kept, row.returned, again)
                 for choice in options if not isinstance(choice, Storage)
             ]  # fmt: skip
             found = self._add(np.array([term.cost_s for term in terms]), np.array([term.memory_bytes for term in terms]))
-            self._table_of["op", key, number] = found
+            self._table_of["op", key, number, again] = found
             if key not in self._times:
                 times = [self.costs.op_times(row.work, row.operands, row.outputs, c) for c in options if not isinstance(c, Storage)]
                 self._times[key] = (np.array([forward for forward, _ in times]), np.array([backward for _, backward in times]))
@@ -209,13 +221,14 @@ class _Builder:
 
     # ---- edges ------------------------------------------------------------------------------------------------------------------
 
-    def _edge_table(self, edge: Edge, source: Options, target: Options, target_key: int) -> int:
+    def _edge_table(self, edge: Edge, source: Options, target: Options, target_key: int, way: str) -> int:
         value = self.structure.graph.values[edge.value]
         wanted = [target_states(choice, edge.slots) for choice in target if not isinstance(choice, Storage)]
-        make = self._use_table if edge.slot < 0 else self._value_table
-        return make(value, edge, source, wanted, target_key)
+        if edge.slot < 0:
+            return self._use_table(value, edge.keeps == "target" or way in AGAIN, source, wanted, target_key)
+        return self._value_table(value, edge, source, wanted, way)
 
-    def _value_table(self, value: Value, edge: Edge, source: Options, wanted: list[tuple[State, ...]], target_key: int) -> int:
+    def _value_table(self, value: Value, edge: Edge, source: Options, wanted: list[tuple[State, ...]], way: str) -> int:
         made = [tuple(split.outputs[edge.slot] for split in choice) for choice in source if not isinstance(choice, Storage)]
         rows, row_of = _distinct(made)
         columns, column_of = _distinct(wanted)
@@ -226,34 +239,42 @@ class _Builder:
                 size = self.costs.of(value, target) * self.costs.live if edge.keeps else 0
                 number = self._number(target)
                 for i, (state, own) in enumerate(zip(rows, numbers, strict=True)):
-                    price_s, moved = self._price(value, own, number, state, target)
+                    price_s, forward_s, moved = self._price(value, own, number, state, target)
                     cost[i, j] += price_s
-                    if moved or edge.keeps == "target":
+                    if way in AGAIN:
+                        cost[i, j] += forward_s
+                    elif moved or edge.keeps == "target" or way == LEAVES:
                         memory[i, j] += size
+        if way == ENTERS:
+            memory += np.array([[self.costs.of(value, state) * self.costs.live] for state in rows], np.float64)
         return self._add(cost[np.ix_(row_of, column_of)], memory[np.ix_(row_of, column_of)])
 
     def _number(self, state: State) -> int:
         return self._states.setdefault(state, len(self._states))
 
-    def _price(self, value: Value, source_number: int, target_number: int, source: State, target: State) -> tuple[float, bool]:
-        """Time of a conversion and whether it makes a new tensor. Keyed by numbers, since hashing states is what building spends its
-        time on."""
+    def _price(self, value: Value, source_number: int, target_number: int, source: State, target: State) -> tuple[float, float, bool]:
+        """Time of a conversion, of its forward part, and whether it makes a new tensor. Keyed by numbers, since
+        hashing states is what building spends its time on."""
         prices = self._prices.setdefault(_kind(value), {})
         key = source_number << 20 | target_number
         found = prices.get(key)
         if found is None:
             step = self.costs.conversion(*_kind(value), source, target)
-            found = prices[key] = (self.costs.microbatches * (step.copy_s[0] + step.copy_s[1] + step.exposed_s), step.moved)
+            forward_s = step.copy_s[0] + sum(
+                self.costs.axes[axis].time_s(kind, size) for kind, axis, phase, size in step.moves if phase == "forward"
+            )
+            times = self.costs.microbatches
+            found = prices[key] = (times * (step.copy_s[0] + step.copy_s[1] + step.exposed_s), times * forward_s, step.moved)
         return found
 
-    def _use_table(self, value: Value, edge: Edge, source: Options, wanted: list[tuple[State, ...]], target_key: int) -> int:
+    def _use_table(self, value: Value, regather: bool, source: Options, wanted: list[tuple[State, ...]], target_key: int) -> int:
         """Exposed traffic depends on the operation's computing as well, so rows of distinct traffic meet columns of all choices."""
         columns, column_of = _distinct(wanted)
         forward_s, backward_s = self._times[target_key]
         cost, memory = np.zeros((len(source), len(column_of))), np.zeros((len(source), len(column_of)))
         for i, storage in enumerate(source):
             assert isinstance(storage, Storage)
-            traffic = [self.costs.traffic(value, storage, targets, edge.keeps == "target") for targets in columns]
+            traffic = [self.costs.traffic(value, storage, targets, regather) for targets in columns]
             columns_of: list[Any] = [np.array(column)[column_of] for column in zip(*traffic, strict=True)]
             all_ = Traffic(*columns_of)
             cost[i] = all_.copy_s

@@ -18,7 +18,7 @@ Every term adds up over nodes and edges, so that a solver may minimise the sum a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Any, NamedTuple
@@ -35,6 +35,11 @@ from autopar.search.collectives import axes, between
 from autopar.search.optimizers import OPTIMIZER_STATES as OPTIMIZER_STATES  # known here too
 from autopar.search.problem import Floats
 from autopar.search.work import Work
+
+KEPT, LEAVES, WITHIN, ENTERS, ENTERS_TOO = WAYS = ("kept", "leaves", "within", "enters", "enters too")
+"""Of an edge: between operations whose values are kept for the backward pass; from one that is recomputed to one that is not; inside a
+repeat that is recomputed; into it (its checkpoint); into it, of a value that another edge has brought in."""
+AGAIN = frozenset((WITHIN, ENTERS, ENTERS_TOO))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,15 +195,16 @@ class Costs:
 
     def op_term(
         self, work: Work, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice, kept_outputs: frozenset[int],
-        returned: tuple[tuple[int, bool], ...],
+        returned: tuple[tuple[int, bool], ...], again: bool = False,
     ) -> Term:  # fmt: skip
         """Computing, the collectives inside, what is kept for the backward pass, and bringing results home.
 
         `kept_outputs`: results whose storage lives until the backward pass; `returned`: results the model returns, and whether whole.
+        `again`: the backward pass computes it once more instead of keeping anything.
         """
         forward_s, backward_s = self.op_times(work, operands, outputs, choice)
-        compute_s = forward_s + backward_s
-        moves = list(self._inside(work, operands, choice))
+        compute_s = forward_s * (2 if again else 1) + backward_s
+        moves = self._again(list(self._inside(work, operands, choice)), again)
         kept = 0.0
         for slot in kept_outputs:
             kept += self.of(outputs[slot], tuple(split.outputs[slot] for split in choice))
@@ -217,7 +223,11 @@ class Costs:
             conversion = self.conversion(value.shape, value.dtype, False, state, home(state, whole))
             compute_s += conversion.copy_s[0]
             moves += self._moves(conversion)
-        return self._term(compute_s, moves, kept, wire_s)
+        return self._term(compute_s, moves, 0.0 if again else kept, wire_s)
+
+    def _again(self, moves: list[Move], again: bool) -> list[Move]:
+        """Forward collectives run twice where the forward pass does."""
+        return [replace(move, times=2 * move.times) if move.phase == "forward" else move for move in moves] if again else moves
 
     def _term(self, compute_s: float, moves: list[Move], kept: float, wire_s: float = 0.0) -> Term:
         """Of what every microbatch computes, waits for and keeps."""
@@ -300,21 +310,23 @@ class Costs:
             found.append(Move(kind, axis, phase, size, time_s, time_s, self.microbatches))
         return found
 
-    def edge_term(self, value: Value, source: State, targets: tuple[State, ...], keeps: str) -> Term:
+    def edge_term(self, value: Value, source: State, targets: tuple[State, ...], keeps: str, way: str = KEPT) -> Term:
         """A value goes from where it is made to where one operation wants it (in several states, if it reads it more than once).
 
         `keeps`: `"target"` when the backward pass reads what arrives and nothing else accounts for it, `"copy"` when it does but the
-        original is accounted for elsewhere, so that only a new tensor counts, `""` when it does not.
+        original is accounted for elsewhere, so that only a new tensor counts, `""` when it does not. `way`: see `WAYS`.
         """
         compute_s = 0.0
         moves: list[Move] = []
         kept = 0
         for target in dict.fromkeys(targets):
             conversion = self.conversion(value.shape, value.dtype, value.requires_grad, source, target)
-            compute_s += sum(conversion.copy_s)
-            moves += self._moves(conversion)
-            if keeps == "target" or (keeps == "copy" and conversion.moved):
+            compute_s += sum(conversion.copy_s) + (conversion.copy_s[0] if way in AGAIN else 0.0)
+            moves += self._again(self._moves(conversion), way in AGAIN)
+            if way not in AGAIN and (keeps == "target" or (keeps and (way == LEAVES or conversion.moved))):
                 kept += self.of(value, target)
+        if way == ENTERS:
+            kept = self.of(value, source)
         return self._term(compute_s, moves, kept)
 
     # ---- parameters -------------------------------------------------------------------------------------------------------------
@@ -343,7 +355,7 @@ class Costs:
                 held += whole
             if self.microbatches > 1 and trains:
                 gradients += max(0, whole - self.of(value, storage.stored))
-        again = storage.gather == "use"
+        again = storage.gather == "use" and gather_s > 0.0
         copy_s = copies_s[0] * (self.microbatches if again else 1) + copies_s[1]
         return Traffic(copy_s, gather_s, gather_s if again and regather else 0.0, reduce_s, held, gradients)
 

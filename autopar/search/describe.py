@@ -43,16 +43,17 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 @dataclass(frozen=True)
 class Part:
     """A stage as it is decided: `structure` of its graph, `costs` on its ranks, the `assignment`, and what it adds up to: in all, and for
-    a repeat of every row of the plan."""
+    a repeat of every row of the plan. `recompute`: of how many repeats, the first ones, of every segment of the graph."""
 
     structure: Structure
     costs: Costs
     assignment: Assignment
     account: Account
+    recompute: tuple[int, ...] = ()
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        return decided_rows(self.structure, self.assignment)
+        return decided_rows(self.structure, self.assignment, self.recompute)
 
     @cached_property
     def row_costs(self) -> tuple[SegmentCost, ...]:
@@ -203,7 +204,16 @@ class _Writer:
             name += f" ({names[name]})" if names[name] > 1 else ""
             rows.append((name, row, tuple(ops)))
         return tuple(
-            SegmentPlan(stage=self.stage, name=name, start=row.start, length=row.length, count=row.count, cost=cost, ops=ops)
+            SegmentPlan(
+                stage=self.stage,
+                name=name,
+                start=row.start,
+                length=row.length,
+                count=row.count,
+                recompute=row.recompute,
+                cost=cost,
+                ops=ops,
+            )
             for (name, row, ops), cost in zip(rows, self.part.row_costs, strict=True)
         )
 

@@ -102,9 +102,10 @@ def named_for_what_it_does(search: Search, best: Found) -> Found:
     if 2 * carrying >= sharding:
         return best
     built = build(search.structure, search.costs((1, size)))
+    built = built.recomputing(part.recompute) if part.recompute else built
     assignment = built.assignment(best.choices[0])
-    one = account(search.structure, built.costs, assignment)
-    return replace(best, place=alone(built), parts=(Part(search.structure, built.costs, assignment, one),))
+    one = account(search.structure, built.costs, assignment, part.recompute)
+    return replace(best, place=alone(built), parts=(Part(search.structure, built.costs, assignment, one, part.recompute),))
 
 
 def shortfall(search: Search, best: Found) -> tuple[str, ...]:
@@ -121,7 +122,8 @@ def shortfall(search: Search, best: Found) -> tuple[str, ...]:
         if any(conflict(graph, op, assignment.choices[op.name], AXES, mesh) for op in kinds.values()):
             return None
         costs = search.costs(mesh, cluster)
-        part = Part(search.structure, costs, assignment, account(search.structure, costs, assignment))
+        recompute = best.parts[0].recompute
+        part = Part(search.structure, costs, assignment, account(search.structure, costs, assignment, recompute), recompute)
         return sum(peak((part,), best.place.numbers, best.place.order).values())
 
     missing = best.memory_bytes - settings.limit_bytes

@@ -25,7 +25,9 @@ from autopar.search.solve import Progress, solve, solve_with
 from autopar.search.workload import Flow, Piece, Stage, Workload, sizes_of
 
 Effort = Literal["fast", "exact"]
+Recompute = Literal["auto", "none", "all"]
 _ROUNDS = 4  # of giving back memory for the workspace of the plan found
+_STEPS = 32  # shares of the repeats that may be recomputed
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,20 @@ class Place:
     builts: tuple[Built, ...]
     numbers: tuple[int, ...]
     order: Order
+
+    def most(self) -> tuple[tuple[int, ...], ...]:
+        """By stage and segment, how many repeats could be recomputed: those of repeats, or the whole stage where nothing repeats."""
+        found = []
+        for built in self.builts:
+            counts = [segment.count for segment in built.structure.op_segments]
+            repeats = max(counts, default=0) > 1
+            trains = built.structure.graph.training
+            found.append(tuple(count if trains and (count > 1 or not repeats) else 0 for count in counts))
+        return tuple(found)
+
+    def recomputing(self, counts: tuple[tuple[int, ...], ...]) -> Place:
+        """The same with so many repeats recomputed."""
+        return replace(self, builts=tuple(built.recomputing(row) for built, row in zip(self.builts, counts, strict=True)))
 
 
 def alone(built: Built) -> Place:
@@ -54,6 +70,8 @@ class Found:
     parts: tuple[Part, ...]
     bound_s: float
     limit_bytes: int
+    price_s_per_byte: float = 0.0
+    """Of memory, at which the bound was found."""
 
     @property
     def fits(self) -> bool:
@@ -88,9 +106,8 @@ def peak(parts: Sequence[Part], numbers: Sequence[int], order: Order) -> dict[st
 def _pieces(row: Row, cost: SegmentCost) -> tuple[Piece, ...]:
     """What counts for memory of the repeats of a row."""
     gather, regather, reduce = ((Flow(1.0),) if flows else () for flows in (cost.gather_s, cost.regather_s, cost.reduce_s))
-    return (Piece(
-        "", 0.0, 0.0, gather=gather, regather=regather, reduce=reduce, **sizes_of(cost),
-    ),) * row.count  # fmt: skip
+    kept = Piece("", 0.0, 0.0, gather=gather, regather=regather, reduce=reduce, **sizes_of(cost))
+    return (replace(kept, recompute=True),) * row.recompute + (kept,) * (row.count - row.recompute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +120,35 @@ class Settings:
     effort: Effort
     deadline_s: float | None = None
     progress: Callable[[Progress], None] | None = None
+    recompute: Recompute = "auto"
 
     def seconds_left(self) -> float | None:
         return None if self.deadline_s is None else max(0.1, self.deadline_s - perf_counter())
 
     def solve(self, place: Place) -> Found:
-        """Solve the stages of one group. What adds up in the problem is below the peak: the solver's limit leaves room for the least
+        """Solve the stages of one group, recomputing no repeat, all, or (`"auto"`) as many as pays."""
+        if self.recompute == "none" or not any(any(row) for row in place.most()):
+            return self.solve_as_is(place)
+        if self.recompute == "all":
+            return self.solve_as_is(place.recomputing(place.most()))
+        kept = self.solve_as_is(place)
+        return kept if kept.fits and not pays(kept) else recomputed(self, kept)
+
+    def solve_as_is(self, place: Place) -> Found:
+        """What adds up in the problem is below the peak: the solver's limit leaves room for the least
         workspace that any plan needs, and where the plan found needs more, room for that is left and it is solved again. The bound is that
         of the first round, which every plan within the limit obeys."""
         problem = beside([built.problem for built in place.builts])
         least = max(least_workspace_bytes(built.structure, built.costs, built.op_choices()) for built in place.builts)
         reserve = least + sum(resident_bytes(built.structure, built.costs.microbatches) for built in place.builts)
         best: Found | None = None
-        bound = 0.0
+        bound = price = 0.0
         for attempt in range(_ROUNDS):
             limited = replace(problem, memory_limit_bytes=max(0.0, self.limit_bytes - reserve))
             solution = solve(limited, effort=self.effort, time_limit_s=self.seconds_left(), progress=self.progress)
-            bound = solution.lower_bound_s if attempt == 0 else bound
-            found = self.found(place, solution, bound)
+            if attempt == 0:
+                bound, price = solution.lower_bound_s, solution.multiplier_s_per_byte
+            found = replace(self.found(place, solution, bound), price_s_per_byte=price)
             if best is None or rank(found) < rank(best):
                 best = found
             if found.fits or not solution.feasible:
@@ -141,13 +169,48 @@ class Settings:
             choice = solution.choice[first : first + len(built.problem.nodes)]
             first += len(choice)
             assignment = built.assignment(choice)
-            one = account(built.structure, built.costs, assignment)
+            one = account(built.structure, built.costs, assignment, built.recompute)
             cost_s = built.problem.evaluate(choice)[0]
             assert abs(one.cost_s - cost_s) <= 1e-9 * max(cost_s, 1e-12), (one.cost_s, cost_s)
             choices.append(choice)
-            parts.append(Part(built.structure, built.costs, assignment, one))
+            parts.append(Part(built.structure, built.costs, assignment, one, built.recompute))
         bound_s = min(bound_s, sum(part.account.cost_s for part in parts))
         return Found(place, tuple(choices), tuple(parts), bound_s, self.limit_bytes)
+
+
+def pays(found: Found) -> bool:
+    """Whether, at the price that memory has, it is cheaper to compute some repeat's forward pass again than to keep what it leaves."""
+    for part in found.parts:
+        for row, cost in zip(part.rows, part.row_costs, strict=True):
+            saved = (cost.activation_bytes - cost.checkpoint_bytes) * part.costs.live
+            again_s = (cost.forward_s + sum(cost.forward_comm_s.values())) * part.costs.microbatches
+            if row.recompute < row.count and found.price_s_per_byte * saved > again_s:
+                return True
+    return False
+
+
+def recomputed(settings: Settings, kept: Found) -> Found:
+    """The best with some share of the repeats recomputed, by bisection: fewer where that fits and costs no more, else more.
+
+    Its bound is that of what costs least with any memory, which recomputes nothing."""
+    most = kept.place.most()
+    whole = settings.solve_as_is(kept.place.recomputing(most))
+    best = min(kept, whole, key=rank)
+    low, high, steps = 0, _STEPS, _STEPS
+    tried = {tuple(tuple(0 for _ in row) for row in most), most}
+    while whole.fits and high - low > 1:
+        middle = (low + high) // 2
+        counts = tuple(tuple(-(-count * middle // steps) for count in row) for row in most)
+        if counts in tried:
+            break
+        tried.add(counts)
+        found = settings.solve_as_is(kept.place.recomputing(counts))
+        if rank(found) <= rank(best):
+            best, high = found, middle
+        else:
+            low = middle
+    free = solve_with(beside([built.problem for built in kept.place.builts]), {})
+    return replace(best, bound_s=min(kept.bound_s, free.lower_bound_s, best.cost_s))
 
 
 def rank(found: Found) -> tuple[bool, float]:

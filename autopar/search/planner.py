@@ -23,7 +23,7 @@ from autopar.search.flat import Search, best_of, named_for_what_it_does, shortfa
 from autopar.search.meshes import Mesh, candidates, read_mesh
 from autopar.search.pins import Pins, apply_pins, pins_for, read_pins
 from autopar.search.pipeline import plan_stages
-from autopar.search.place import Effort, Found, Settings
+from autopar.search.place import Effort, Found, Recompute, Settings
 from autopar.search.predict import predicted_plan
 from autopar.search.solve import Progress
 from autopar.search.structure import Structure
@@ -40,6 +40,7 @@ def plan_graph(
     microbatches: int | None = None,
     cuts: Sequence[int] | None = None,
     stages: int | None = None,
+    recompute: Recompute = "auto",
     baseline: str | None = None,
     pins: Mapping[str, str] | None = None,
     effort: Effort = "fast",
@@ -56,12 +57,14 @@ def plan_graph(
     """
     if effort not in ("fast", "exact"):
         raise PlanError(f"effort `{effort}` is not known; it is `fast` or `exact`")
+    if recompute not in ("auto", "none", "all"):
+        raise PlanError(f"recompute `{recompute}` is not known; it is `auto`, `none` or `all`")
     for name, value in (("memory_limit_bytes", memory_limit_bytes), ("microbatches", microbatches), ("stages", stages)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1")
     wanted = read_mesh(mesh, cluster)
     deadline_s = None if time_limit_s is None else perf_counter() + time_limit_s
-    settings = Settings(cluster, memory_limit_bytes or cluster.device.memory_bytes, optimizer, effort, deadline_s, progress)
+    settings = Settings(cluster, memory_limit_bytes or cluster.device.memory_bytes, optimizer, effort, deadline_s, progress, recompute)
     with _collector_paused():
         read = read_pins(pins, graph)
         forced = wanted.groups is not None or cuts is not None or stages is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autopar.ir.assignment import Assignment, Storage
+from autopar.ir.assignment import Assignment, Choice, Storage
 from autopar.ir.graph import Graph
 from autopar.ir.plan import SegmentCost
 from autopar.search.build import target_states
@@ -31,32 +31,38 @@ _BY_AXIS = ("forward_comm_s", "backward_comm_s", "gather_s", "regather_s", "step
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`count` repeats of `length` operations from position `start` on."""
+    """`count` repeats of `length` operations from position `start` on, of which the first `recompute` run again."""
 
     start: int
     length: int
     count: int
+    recompute: int = 0
 
 
-def decided_rows(structure: Structure, assignment: Assignment) -> tuple[Row, ...]:
-    """The segments of the graph; where repeats are decided differently, each run of equal ones is a row of its own."""
+def decided_rows(structure: Structure, assignment: Assignment, recompute: tuple[int, ...] = ()) -> tuple[Row, ...]:
+    """The segments of the graph; where repeats are decided differently, each run of equal ones is a row of its own.
+
+    `recompute`: how many repeats of every segment of the graph, the first ones, are computed again."""
     ops, choices = structure.graph.ops, assignment.choices
-    found = []
-    for segment in structure.op_segments:
-        first, body = segment.start, None
-        for start in range(segment.start, segment.stop, segment.length):
-            here = [id(choices[op.name]) for op in ops[start : start + segment.length]]
-            if (
-                body is not None
-                and here != body
-                and [choices[op.name] for op in ops[start : start + segment.length]]
-                != [choices[op.name] for op in ops[first : first + segment.length]]
-            ):
-                found.append(Row(first, segment.length, (start - first) // segment.length))
-                first = start
-            body = here
-        found.append(Row(first, segment.length, (segment.stop - first) // segment.length))
+    found: list[Row] = []
+    for number, segment in enumerate(structure.op_segments):
+        left = recompute[number] if recompute else 0
+        starts = range(segment.start, segment.stop, segment.length)
+        bodies = [[choices[op.name] for op in ops[start : start + segment.length]] for start in starts]
+        first = 0
+        for repeat in range(1, segment.count + 1):
+            if repeat < segment.count and _same(bodies[repeat], bodies[repeat - 1]):
+                continue
+            count = repeat - first
+            found.append(Row(starts[first], segment.length, count, min(left, count)))
+            left -= min(left, count)
+            first = repeat
     return tuple(found)
+
+
+def _same(one: list[Choice], other: list[Choice]) -> bool:
+    """Choices are mostly the same objects; comparing those that are not takes long."""
+    return all(a is b for a, b in zip(one, other, strict=True)) or one == other
 
 
 def segment_costs(structure: Structure, costs: Costs, assignment: Assignment, rows: Sequence[Row]) -> tuple[SegmentCost, ...]:

@@ -23,6 +23,7 @@ from autopar.ir.fold import Ints, Segment, fold, tokens
 from autopar.ir.graph import Graph, Op, Value
 from autopar.ir.rules import splits
 from autopar.ir.rules.split import Split
+from autopar.search.costs import ENTERS, ENTERS_TOO, KEPT, LEAVES, WITHIN
 from autopar.search.work import Work, work
 
 
@@ -214,6 +215,37 @@ class Structure:
                 key = (origin[1], where, value.shape, value.dtype, value.requires_grad, keeps)
                 kind = kinds.setdefault(key, len(kinds))
                 self.edges.append(Edge(origin[0], target, origin[1], key[1], name, keeps, kind))
+
+    def recomputed(self, counts: tuple[int, ...]) -> Ints | None:
+        """Per operation, which recomputed repeat it is in, -1 for none; of every segment the first `counts` repeats are. None where none
+        is."""
+        if not any(counts):
+            return None
+        found = np.full(len(self.graph.ops), -1, np.int64)
+        number = 0
+        for segment, count in zip(self.op_segments, counts, strict=True):
+            for repeat in range(count):
+                start = segment.start + repeat * segment.length
+                found[start : start + segment.length] = number
+                number += 1
+        return found
+
+    def ways(self, again: Ints | None) -> list[str]:
+        """How each edge runs when operations are recomputed as `recomputed` says; see `autopar.search.costs.WAYS`. An edge from a parameter
+        to an operation that is recomputed counts as within."""
+        if again is None:
+            return [KEPT] * len(self.edges)
+        source, target, slot, _ = self.edge_ends
+        from_op = slot >= 0
+        made = np.where(from_op, again[np.where(from_op, source, 0)], -1)
+        read = again[target]
+        found = np.where(read >= 0, WITHIN, np.where(made >= 0, LEAVES, KEPT)).tolist()
+        seen: set[tuple[int, str]] = set()
+        for number in np.flatnonzero(from_op & (read >= 0) & (made != read)).tolist():
+            key = int(read[number]), self.edges[number].value
+            found[number] = ENTERS_TOO if key in seen else ENTERS
+            seen.add(key)
+        return [str(way) for way in found]
 
     def whole(self, value: str) -> bool:
         """Whether a returned value is brought home whole; inputs and parameters that are returned are."""
