@@ -18,9 +18,11 @@ from autopar.ir.plan import Plan
 from autopar.runtime import verify_runs
 from autopar.runtime.launch import RankPool
 from autopar.runtime.module import ParallelModule
+from autopar.runtime.pipeline import PipelineModule
 from autopar.runtime.verify import verify
 from autopar.runtime.verify_report import Facts, Key, judge
 from autopar.runtime.verify_runs import Job, on_a_rank
+from tests.runtime import pipelined
 from tests.runtime.random_plans import empty_plan
 from tests.zoo import ZOO
 
@@ -238,3 +240,57 @@ def test_wrong_arguments_are_named() -> None:
         autopar.parallelize(model, x, plan=wrong)
     with pytest.raises(TraceError, match=r"is a str.*nn\.Module"):
         autopar.plan(wrong, x, "cpu:2")
+
+
+# ---- microbatches and stages ----------------------------------------------------------------------------------------------------
+
+
+def test_agrees_in_microbatches(ranks2: RankPool) -> None:
+    model, inputs = pipelined.example("tiny")
+    plan = pipelined.planned("tiny", {"dp": 2, "tp": 1}, 4, recompute=1)
+    report = verify(model, inputs, plan, steps=2, optimizer="sgd", ranks=ranks2)
+    assert report.ok and "dp=2, tp=1, 4 microbatches" in str(report), report
+    assert {row.kind for row in report.rows} == {"loss", "output", "gradient", "parameter", "between ranks"}
+
+
+def test_agrees_in_stages(ranks2: RankPool) -> None:
+    model, inputs = pipelined.example("tiny")
+    plan = pipelined.planned("tiny", {"pp": 2, "dp": 1, "tp": 1}, 2, "1f1b", recompute=1)
+    report = verify(model, inputs, plan, steps=2, ranks=ranks2)
+    assert report.ok and "on 2 ranks (pp=2, dp=1, tp=1, 1f1b, 2 microbatches)" in str(report), report
+    stages = {row.name: row.stages for row in report.rows if row.kind == "parameter"}
+    assert stages.keys() == dict(model.named_parameters()).keys()
+    assert stages["embed.weight"] == (0, 1) and stages["blocks.1.4.weight"] == (1,)
+    assert any(row.kind == "between ranks" and row.name == "gradient embed.weight, step 1 on rank 1" for row in report.rows)
+
+
+def other_copy(job: Job) -> Found:
+    class Tampered(PipelineModule):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if dist.get_rank() == 1:
+                with torch.no_grad():
+                    self.embed.weight.to_local().mul_(1 + 1e-8)  # type: ignore[union-attr,operator]
+
+    verify_runs.PipelineModule = Tampered  # type: ignore[misc]
+    try:
+        return on_a_rank(job)
+    finally:
+        verify_runs.PipelineModule = PipelineModule  # type: ignore[misc]
+
+
+def test_finds_tied_weights_that_differ(ranks2: RankPool) -> None:
+    model, inputs = pipelined.example("tiny")
+    plan = pipelined.planned("tiny", {"pp": 2, "dp": 1, "tp": 1}, 2)
+    report = verify(model, inputs, plan, steps=1, optimizer="sgd", ranks=Sabotaged(ranks2, other_copy))  # type: ignore[arg-type]
+    assert not report.ok
+    wrong = {(row.kind, row.where) for row in report.rows if not row.ok}
+    assert ("between ranks", "parameter embed.weight on rank 1 (stages 0, 1, sgd)") in wrong, report
+
+
+def test_a_loss_is_needed_for_microbatches(ranks2: RankPool) -> None:
+    model = ZOO["mlp"].build(layers=1)
+    example = ZOO["mlp"].inputs(model)
+    plan = autopar.plan(model, example, "cpu:2", microbatches=2)
+    with pytest.raises(VerifyError, match="return the loss from"):
+        verify(model, example, plan, ranks=ranks2)
