@@ -117,7 +117,7 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
             elif makes_gradients:
                 again = piece.activation_bytes + piece.postponed_bytes if kind == "W" else kept
                 now[ACTIVATIONS] -= again
-                if piece.reduce and final[action.stage] == action:
+                if final[action.stage] == action:
                     copy = way.ready(piece, leaves=not at_end, last=index + 1 == len(run))
                     now[BUFFERS] += copy + way.bytes
                     yield position, (done + _work(piece, kind)) / total, _level(now)
@@ -148,12 +148,14 @@ class _Messages:
         self._packing += more
 
     def ready(self, piece: Piece, leaves: bool, last: bool) -> float:
-        """A piece's gradients are there; returns what packing takes if a message leaves now."""
-        self._packed += piece.gradient_bytes + piece.unreduced_bytes
-        if not last and (self._packed < MESSAGE_BYTES or not leaves):
+        """A piece's gradients are there; returns what packing takes if a message leaves now: a copy, and where parts of it go to
+        different ranks one more, in their order."""
+        if piece.reduce:
+            self._packed += piece.gradient_bytes + piece.unreduced_bytes
+        if not self._packed or (not last and (self._packed < MESSAGE_BYTES or not leaves)):
             return 0.0
         self._flying.append(self._packing)
-        copy = min(self._packed, MESSAGE_BYTES)
+        copy = min(self._packed, MESSAGE_BYTES) * (2 if self._packing else 1)
         self._packing = self._packed = 0.0
         return copy
 

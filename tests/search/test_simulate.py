@@ -261,9 +261,9 @@ def test_gradients_on_their_way_are_as_large_as_they_were() -> None:
     row = layers(8, gradient_bytes=5 * mib, unreduced_bytes=5 * mib, reduce=(Flow(0.0, (), "dp"),))
     memory = run(one_group(row)).memory[0]
     # Behind the last: all eight stored parts, what is beyond of the eight (the first message left before the last piece's did, and two may
-    # be on their way), and the copy that packs the last two.
-    assert memory.peak_bytes == (8 * 5 + 8 * 5 + 20) * mib
-    assert run(one_group(row * 2)).memory[0].peak_bytes == (15 * 5 + (3 + 3 + 3) * 5 + 25) * mib, "as the fifth message leaves"
+    # be on their way), and the copies that pack the last two.
+    assert memory.peak_bytes == (8 * 5 + 8 * 5 + 2 * 20) * mib
+    assert run(one_group(row * 2)).memory[0].peak_bytes == (15 * 5 + (3 + 3 + 3) * 5 + 2 * 25) * mib, "as the fifth message leaves"
 
 
 def test_split_backward_passes_hold_what_is_postponed() -> None:
