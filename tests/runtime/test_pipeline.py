@@ -26,6 +26,7 @@ from autopar.runtime.lower import Borders, lower
 from autopar.runtime.pipeline import PipelineModule
 from autopar.runtime.pipeline_schedule import PipelineStage
 from autopar.runtime.pipeline_stage import LiveStage
+from autopar.runtime.sampler import batch_part, batch_parts
 from tests.runtime import pipelined
 from tests.runtime.pipeline_plans import Case, made, plan_of, prepared, run_case
 from tests.runtime.random_plans import Facts, Wide, difference, float64
@@ -254,6 +255,27 @@ def test_what_cannot_be_done_is_refused(ranks2: RankPool) -> None:
         assert "module.step" in messages[0]
         assert "no_grad" in messages[1]
         assert "cannot move" in messages[2]
+
+
+def parts_of_the_batch(plan: Plan) -> tuple[Facts, Facts]:
+    """The same step from whole batches, and from what this rank has of every microbatch."""
+    model, inputs = pipelined.example("llama")
+    parts, index = batch_part(plan, torch.distributed.get_rank())
+    rows = torch.arange(4).view(plan.microbatches, parts, -1)[:, index].flatten()
+    found = []
+    with float64():
+        for how, given in (("global", inputs), ("per-rank", {name: tensor[rows] for name, tensor in inputs.items()})):
+            module = autopar.parallelize(model, given if how == "global" else inputs, plan=plan, inputs=how)  # type: ignore[arg-type]
+            found.append({"loss": module.step(**given)} | gradients(module))
+    return found[0], found[1]
+
+
+@pytest.mark.processes
+def test_every_rank_may_pass_its_part_of_the_batch(ranks4: RankPool) -> None:
+    plan = pipelined.planned("llama", {"pp": 2, "dp": 2, "tp": 1}, 2)
+    assert batch_parts(plan) == 2
+    for whole, apart in ranks4.run(parts_of_the_batch, plan):
+        assert difference(whole, apart)[0] < 1e-12
 
 
 def late() -> str:
