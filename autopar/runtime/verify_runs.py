@@ -77,7 +77,6 @@ def on_one_device(job: Job, model: nn.Module, traced: TracedModel) -> Facts:
         return [by_path[item.path] for item in traced.graph.outputs]
 
     found: Facts = {}
-    model.train(job.training)
     try:
         with computing_in(job.dtype), without_dropout(model):
             for kind in job.optimizers:
