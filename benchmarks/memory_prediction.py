@@ -37,8 +37,8 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "t5": ({"layers": 4, "d_model": 256, "d_ff": 1024, "d_kv": 64, "vocab_size": 4096}, {"batch": 16, "sequence": 64}),
     "vit": ({"layers": 6, "hidden_size": 256, "intermediate_size": 1024, "patch_size": 4}, {"batch": 32}),
-    "resnet-tuned": ({"layers": 3, "embedding_size": 64, "hidden_sizes": [64, 128]}, {"batch": 64}),
-    "unet-groups": ({"layers": 3, "width": 32}, {"batch": 64}),
+    "resnet-tuned": ({"layers": 3, "embedding_size": 64, "hidden_sizes": [64, 128]}, {"batch": 256}),
+    "unet-groups": ({"layers": 3, "width": 32}, {"batch": 192}),
 }
 """Options of `build` and of `inputs`."""
 
