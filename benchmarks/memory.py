@@ -72,3 +72,13 @@ def measure(step: Callable[[], object], owned: Callable[[], Iterable[Any]]) -> i
         tracker.reset()
         step()
     return tracker.peak_bytes
+
+
+def lasting(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[Any]:
+    """What a training step leaves behind: parameters, gradients, buffers, the optimizer's state."""
+    for parameter in module.parameters():
+        yield parameter
+        yield parameter.grad
+    yield from module.buffers()
+    for state in optimizer.state.values():
+        yield from state.values()

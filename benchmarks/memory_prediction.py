@@ -1,11 +1,11 @@
 """Peak memory that the simulator predicts for every rank beside what a tracker measures on the running rank program.
 
-    python benchmarks/memory_prediction.py [--models gpt2 t5 ...] [--plans ddp "1f1b" ...] [--ranks 2]
+    python benchmarks/memory_prediction.py [--models gpt2 t5 ...] [--plans ddp 1f1b ...]
 
-Every plan trains the model for two steps on local processes (gloo), forward, backward and fused AdamW, in float32; of the second the largest sum
-of live storages is taken (`memory.py`) on each rank and set beside `autopar`'s prediction for the rank's group. Models are those of the
-zoo, at a size where a rank holds tens of megabytes. Prints a line per case to stderr and JSON at the end: a ratio above 1.0 predicts
-more than is measured.
+Every plan trains the model for two steps on two local processes (gloo), forward, backward and fused AdamW, in float32. On each rank
+the largest sum of live storages of the second is taken (`memory.py`) and set beside the prediction for the rank's group. Models are those
+of the zoo, at a size where a rank holds tens of megabytes. Prints a line per case to stderr and JSON at the end: a ratio above 1.0
+predicts more than is measured.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from memory import measure
+from memory import lasting, measure
 
 import autopar
 from autopar.runtime.launch import RankPool
@@ -76,15 +75,7 @@ def measure_rank(name: str, plan: autopar.Plan) -> int:
         _ = module.step(**named) if named is not None else module.step(*batch)
         optimizer.step()
 
-    def owned() -> Iterable[Any]:
-        for parameter in module.parameters():
-            yield parameter
-            yield parameter.grad
-        yield from module.buffers()
-        for state in optimizer.state.values():
-            yield from state.values()
-
-    return measure(step, owned)
+    return measure(step, lambda: lasting(module, optimizer))
 
 
 def case(name: str, plan_name: str, pool: RankPool) -> dict[str, Any]:

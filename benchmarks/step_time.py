@@ -83,6 +83,7 @@ def build_batch(options: argparse.Namespace) -> dict[str, Any]:
 def training_step(module: Any, batch: dict[str, Any], name: str, context: Any = contextlib.nullcontext, **prediction: Any) -> Program:
     """The same loop for every program; forward and backward pass run in `context()`."""
     import torch
+    from memory import lasting
     from torch.distributed.tensor import DTensor
 
     # The fused optimizer takes DTensors or plain tensors, not both at once; `parallelize_module` leaves some parameters plain.
@@ -99,15 +100,7 @@ def training_step(module: Any, batch: dict[str, Any], name: str, context: Any = 
         optimizer.step()
         return float(loss.detach())
 
-    def owned() -> Iterable[Any]:
-        for parameter in module.parameters():
-            yield parameter
-            yield parameter.grad
-        yield from module.buffers()
-        for state in optimizer.state.values():
-            yield from state.values()
-
-    return Program(name, step, owned, **prediction)
+    return Program(name, step, lambda: lasting(module, optimizer), **prediction)
 
 
 def rows_of_this_rank(batch: dict[str, Any]) -> dict[str, Any]:

@@ -11,16 +11,14 @@ JSON at the end; the exit code is 1 if any case is not ok.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
+from verifying import finish, verified
 
-import autopar
 from autopar.ir.schedules import SCHEDULES
 from autopar.runtime.launch import RankPool
 
@@ -33,7 +31,6 @@ SHAPES = ((2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 1), (2, 2, 2))
 WHOLE_BATCH = ("resnet", "unet-batch")
 ONE_THEN_THREE = ({"dp": 1, "tp": 1}, {"dp": 3, "tp": 1})
 TURNED = ({"dp": 2, "tp": 1}, {"dp": 1, "tp": 2})
-TOLERANCE = 1e-10
 
 
 def matrix(models: list[str], shapes: list[tuple[int, int, int]], schedules: list[str]) -> list[Case]:
@@ -68,24 +65,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(case: Case, pool: RankPool) -> dict[str, Any]:
-    """Plan and verify one case; `pool` has as many ranks."""
-    start = time.perf_counter()
-    found: dict[str, Any] = {"case": str(case), "model": case.model, "ranks": case.ranks}
-    try:
-        error = case.verify(pool).max_relative_error
-        found |= {"ok": error < TOLERANCE, "max_relative_error": error}
-    except autopar.AutoparError as problem:
-        found |= {"ok": False, "error": f"{type(problem).__name__}: {problem}"}
-    return found | {"seconds": round(time.perf_counter() - start, 2)}
-
-
-def line(row: dict[str, Any]) -> str:
-    error = row.get("max_relative_error")
-    detail = f"{error:.1e}" if error is not None else str(row["error"]).splitlines()[0]
-    return f"{row['case']:55} {'ok' if row['ok'] else 'NOT OK':6} {detail}  ({row['seconds']} s)"
-
-
 def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
@@ -97,11 +76,8 @@ def main() -> None:
         with RankPool(ranks, threads=1) as pool:
             for case in cases:
                 if case.ranks == ranks:
-                    rows.append(run(case, pool))
-                    print(line(rows[-1]), file=sys.stderr, flush=True)
-    failed = sum(not row["ok"] for row in rows)
-    print(json.dumps({"benchmark": "verify_pipelines", "cases": len(rows), "failed": failed, "results": rows}, indent=2))
-    sys.exit(1 if failed else 0)
+                    rows.append(verified(str(case), {"case": str(case), "ranks": ranks}, partial(case.verify, pool)))
+    finish("verify_pipelines", rows)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ goes and JSON at the end; the exit code is 1 if any case is not ok.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
+from verifying import finish, verified
 
 import autopar
 from autopar.runtime.launch import RankPool
@@ -38,27 +37,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def case(name: str, plan_name: str, ranks: int, pool: RankPool) -> dict[str, Any]:
+def verify(name: str, plan_name: str, ranks: int, pool: RankPool) -> autopar.VerifyReport:
     """Plan and verify one model; `pool` has as many `ranks`."""
     entry = ZOO[name]
     model = entry.build().double()
     example = entry.inputs(model)
-    start = time.perf_counter()
-    found: dict[str, Any] = {"model": name, "plan": plan_name, "ranks": ranks}
-    try:
-        plan = autopar.plan(model, example, f"cpu:{ranks}", baseline=None if plan_name == "searched" else plan_name)
-        report = autopar.verify(model, example, plan, ranks=pool)
-        found |= {"ok": report.ok, "max_relative_error": report.max_relative_error, "mesh": dict(plan.mesh)}
-    except autopar.AutoparError as error:
-        found |= {"ok": False, "error": f"{type(error).__name__}: {error}"}
-    return found | {"seconds": round(time.perf_counter() - start, 2)}
-
-
-def line(row: dict[str, Any]) -> str:
-    error = row.get("max_relative_error")
-    detail = f"{error:.1e}" if error is not None else str(row["error"]).splitlines()[0]
-    outcome = "ok" if row["ok"] else "NOT OK"
-    return f"{row['model']:8} {row['plan']:9} {row['ranks']} ranks  {outcome:6} {detail}  ({row['seconds']} s)"
+    plan = autopar.plan(model, example, f"cpu:{ranks}", baseline=None if plan_name == "searched" else plan_name)
+    return autopar.verify(model, example, plan, ranks=pool)
 
 
 def main() -> None:
@@ -71,11 +56,9 @@ def main() -> None:
         with RankPool(ranks) as pool:
             for name in models:
                 for plan_name in options.plans:
-                    rows.append(case(name, plan_name, ranks, pool))
-                    print(line(rows[-1]), file=sys.stderr, flush=True)
-    failed = sum(not row["ok"] for row in rows)
-    print(json.dumps({"benchmark": "verify_zoo", "cases": len(rows), "failed": failed, "results": rows}, indent=2))
-    sys.exit(1 if failed else 0)
+                    labels = {"model": name, "plan": plan_name, "ranks": ranks}
+                    rows.append(verified(f"{name:8} {plan_name:9} {ranks} ranks", labels, partial(verify, name, plan_name, ranks, pool)))
+    finish("verify_zoo", rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ import generate_docs  # noqa: E402
 
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yml", ".json", ".sh", ""}
 # Hosts that the repository may name: documentation, papers, code. No package index: where packages come from is pip's own business.
-HOSTS = {"arxiv.org", "docs.pytorch.org", "pytorch.org", "github.com", "json-schema.org", "docs.nvidia.com", "www.w3.org", "127.0.0.1", "localhost"}
+HOSTS = {
+    "arxiv.org", "docs.pytorch.org", "pytorch.org", "github.com", "json-schema.org", "docs.nvidia.com", "www.w3.org", "127.0.0.1",
+    "localhost",
+}  # fmt: skip
 URL = re.compile(r"https?://([\w.-]+)")
 MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(?:root|home|work|Users|opt)/\w")
 
