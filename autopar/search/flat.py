@@ -17,9 +17,12 @@ from autopar.search.describe import Part
 from autopar.search.follow import batch_splits
 from autopar.search.meshes import AXES, Mesh, candidates
 from autopar.search.pins import Pins, check_options
-from autopar.search.place import Found, Settings, alone, peak, rank
+from autopar.search.place import Found, Settings, alone, peak
+from autopar.search.recompute import estimate_s, recomputed, unlimited, wants
 from autopar.search.remedies import remedies
 from autopar.search.structure import Structure
+
+_RECOMPUTED = 2  # meshes, the most promising ones, on which it is searched how much to recompute
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +69,34 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
             continue
         built.append((relaxed_bound_s(one), one))
     built.sort(key=lambda pair: pair[0])
+    settings = search.settings
     best: Found | None = None
     bound_s = float("inf")
+    waiting: list[Found] = []  # that do not fit, or might be faster, if something is recomputed
     for relaxed_s, one in built:
         if best is not None and best.fits and relaxed_s >= best.cost_s:
             bound_s = min(bound_s, relaxed_s)
             continue
-        found = search.settings.solve(alone(one))
-        bound_s = min(bound_s, max(found.bound_s, relaxed_s) if found.fits else found.bound_s)
-        if best is None or rank(found) < rank(best):
+        place = alone(one)
+        if settings.recompute != "auto":
+            found = settings.solve(place)
+        else:
+            found = settings.solve_as_is(place)
+            if wants(found):
+                waiting.append(found)
+                found = replace(found, bound_s=0.0) if not found.fits else found
+        if found.fits or settings.recompute != "auto":
+            bound_s = min(bound_s, max(found.bound_s, relaxed_s) if found.fits else found.bound_s)
+        if best is None or settings.rank(found) < settings.rank(best):
             best = found
     assert best is not None
+    frees = sorted(((unlimited(settings, found.place), found) for found in waiting), key=lambda pair: (estimate_s(pair[0]), pair[0].cost_s))
+    for at, (free, kept) in enumerate(frees):
+        bound_s = min(bound_s, free.bound_s)
+        if (best.fits and free.cost_s >= best.cost_s) or at >= _RECOMPUTED:
+            continue
+        found = recomputed(settings, kept, free)
+        best = found if settings.rank(found) < settings.rank(best) else best
     return best, min(bound_s, best.cost_s)
 
 

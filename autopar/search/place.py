@@ -20,6 +20,7 @@ from autopar.search.account import account, least_workspace_bytes, resident_byte
 from autopar.search.build import Built
 from autopar.search.describe import Part
 from autopar.search.problem import Problem, Segment, Solution
+from autopar.search.recompute import recomputed, wants
 from autopar.search.segments import Row
 from autopar.search.solve import Progress, solve, solve_with
 from autopar.search.workload import Flow, Piece, Stage, Workload, sizes_of
@@ -27,7 +28,6 @@ from autopar.search.workload import Flow, Piece, Stage, Workload, sizes_of
 Effort = Literal["fast", "exact"]
 Recompute = Literal["auto", "none", "all"]
 _ROUNDS = 4  # of giving back memory for the workspace of the plan found
-_STEPS = 32  # shares of the repeats that may be recomputed
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Place:
     builts: tuple[Built, ...]
     numbers: tuple[int, ...]
     order: Order
+
+    @cached_property
+    def problem(self) -> Problem:
+        return beside([built.problem for built in self.builts])
 
     def most(self) -> tuple[tuple[int, ...], ...]:
         """By stage and segment, how many repeats could be recomputed: those of repeats, or the whole stage where nothing repeats."""
@@ -132,13 +136,13 @@ class Settings:
         if self.recompute == "all":
             return self.solve_as_is(place.recomputing(place.most()))
         kept = self.solve_as_is(place)
-        return kept if kept.fits and not pays(kept) else recomputed(self, kept)
+        return recomputed(self, kept) if wants(kept) else kept
 
     def solve_as_is(self, place: Place) -> Found:
-        """What adds up in the problem is below the peak: the solver's limit leaves room for the least
-        workspace that any plan needs, and where the plan found needs more, room for that is left and it is solved again. The bound is that
-        of the first round, which every plan within the limit obeys."""
-        problem = beside([built.problem for built in place.builts])
+        """What adds up in the problem is below the peak: the solver's limit leaves room for the least workspace that any plan needs, and
+        where the plan found needs more, room for that is left and it is solved again. The bound is that of the first round, which every
+        plan within the limit obeys."""
+        problem = place.problem
         least = max(least_workspace_bytes(built.structure, built.costs, built.op_choices()) for built in place.builts)
         reserve = least + sum(resident_bytes(built.structure, built.costs.microbatches) for built in place.builts)
         best: Found | None = None
@@ -149,7 +153,7 @@ class Settings:
             if attempt == 0:
                 bound, price = solution.lower_bound_s, solution.multiplier_s_per_byte
             found = replace(self.found(place, solution, bound), price_s_per_byte=price)
-            if best is None or rank(found) < rank(best):
+            if best is None or self.rank(found) < self.rank(best):
                 best = found
             if found.fits or not solution.feasible:
                 break
@@ -158,8 +162,13 @@ class Settings:
         if not best.fits:
             # The least of what adds up may come with a huge workspace: also look where the whole limit is worth as much as the whole step.
             other = self.found(place, solve_with(problem, {}, bound / self.limit_bytes), bound)
-            best = other if rank(other) < rank(best) else best
+            best = other if self.rank(other) < self.rank(best) else best
         return best
+
+    @staticmethod
+    def rank(found: Found) -> tuple[bool, float]:
+        """Smaller is better: what fits before what does not, then time, or memory where nothing fits."""
+        return not found.fits, found.cost_s if found.fits else float(found.memory_bytes)
 
     def found(self, place: Place, solution: Solution, bound_s: float) -> Found:
         """What a solution means and adds up to."""
@@ -176,46 +185,6 @@ class Settings:
             parts.append(Part(built.structure, built.costs, assignment, one, built.recompute))
         bound_s = min(bound_s, sum(part.account.cost_s for part in parts))
         return Found(place, tuple(choices), tuple(parts), bound_s, self.limit_bytes)
-
-
-def pays(found: Found) -> bool:
-    """Whether, at the price that memory has, it is cheaper to compute some repeat's forward pass again than to keep what it leaves."""
-    for part in found.parts:
-        for row, cost in zip(part.rows, part.row_costs, strict=True):
-            saved = (cost.activation_bytes - cost.checkpoint_bytes) * part.costs.live
-            again_s = (cost.forward_s + sum(cost.forward_comm_s.values())) * part.costs.microbatches
-            if row.recompute < row.count and found.price_s_per_byte * saved > again_s:
-                return True
-    return False
-
-
-def recomputed(settings: Settings, kept: Found) -> Found:
-    """The best with some share of the repeats recomputed, by bisection: fewer where that fits and costs no more, else more.
-
-    Its bound is that of what costs least with any memory, which recomputes nothing."""
-    most = kept.place.most()
-    whole = settings.solve_as_is(kept.place.recomputing(most))
-    best = min(kept, whole, key=rank)
-    low, high, steps = 0, _STEPS, _STEPS
-    tried = {tuple(tuple(0 for _ in row) for row in most), most}
-    while whole.fits and high - low > 1:
-        middle = (low + high) // 2
-        counts = tuple(tuple(-(-count * middle // steps) for count in row) for row in most)
-        if counts in tried:
-            break
-        tried.add(counts)
-        found = settings.solve_as_is(kept.place.recomputing(counts))
-        if rank(found) <= rank(best):
-            best, high = found, middle
-        else:
-            low = middle
-    free = solve_with(beside([built.problem for built in kept.place.builts]), {})
-    return replace(best, bound_s=min(kept.bound_s, free.lower_bound_s, best.cost_s))
-
-
-def rank(found: Found) -> tuple[bool, float]:
-    """Smaller is better: what fits before what does not, then time, or memory where nothing fits."""
-    return not found.fits, found.cost_s if found.fits else float(found.memory_bytes)
 
 
 def beside(problems: Sequence[Problem]) -> Problem:

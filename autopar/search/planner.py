@@ -102,9 +102,11 @@ def _collector_paused() -> Iterator[None]:
     """Planning makes many small objects and no cycles; the collector would walk the whole graph of a deep model again and again."""
     enabled = gc.isenabled()
     gc.disable()
+    gc.freeze()  # so that `gc.collect` between parts of a long search looks only at what the search made
     try:
         yield
     finally:
+        gc.unfreeze()
         if enabled:
             gc.enable()
 
