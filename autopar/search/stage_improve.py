@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
+from autopar.search.quick import StageTime, quick
 from autopar.search.stage_costs import Group, PlacedStage, Policy
 from autopar.search.stage_form import Form
-from autopar.search.stage_replay import replay_s
 
-_MOST_TRIES = 400
+_MOST_ACTIONS = 400_000  # played through in all while looking for changes that help
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +27,44 @@ class Draft:
     step_s: float
 
 
-def seed(form: Form) -> Draft | None:
-    """Groups of sizes as equal as they come, stages as even as they come; None where that does not exist or fit."""
+def seed(form: Form, beat_s: float = inf) -> Draft | None:
+    """The best of some starts, if it is faster than `beat_s`: groups of sizes as equal as they come, or all devices but one a group in one
+    group; stages as even as they come."""
     space = form.space
     best: Draft | None = None
-    for policy in space.policies:
-        sizes = _even(space.devices.count, form.groups, space.sizes)
-        if sizes is not None:
-            found = _balanced(form, sizes, (policy,) * form.groups)
-            if found is not None and (best is None or found.step_s < best.step_s):
+    sizes = [] if (even := _even(space.devices.count, form.groups, space.sizes)) is None else [even]
+    most = space.devices.count - (form.groups - 1)
+    if form.groups > 1 and {1, most} <= set(space.sizes):
+        sizes += [tuple(most if group == heavy else 1 for group in range(form.groups)) for heavy in range(form.groups)]
+    for start in dict.fromkeys(sizes):
+        for policy in space.policies:
+            found = _balanced(form, start, (policy,) * form.groups, best.step_s if best else beat_s)
+            if found is not None and found.step_s < (best.step_s if best else beat_s):
                 best = found
     return best
+
+
+def least_step_s(form: Form, stages: Sequence[PlacedStage]) -> float:
+    """The step where transfers share no links and parameters of later stages are gathered in time: no simulator can say less."""
+    times = [
+        StageTime(
+            stage.cost.forward_s, stage.cost.backward_s, stage.cost.weight_s, stage.cost.before_s if number == 0 else 0.0,
+            stage.cost.after_s, *stage.transfer_s,
+        )
+        for number, stage in enumerate(stages)
+    ]  # fmt: skip
+    return quick(form.schedule, form.groups, times, form.microbatches).step_s
+
+
+def actions(form: Form) -> int:
+    """How many there are in a step: what playing it through takes time for."""
+    return form.count * form.microbatches * (3 if form.facts[0].splits else 2)
 
 
 def improve(form: Form, draft: Draft) -> Draft:
     """Take every change that helps, until none does or enough have been tried."""
     tries = 0
+    most = max(20, _MOST_ACTIONS // actions(form))
     helped = True
     while helped:
         helped = False
@@ -50,7 +73,7 @@ def improve(form: Form, draft: Draft) -> Draft:
             if changed is not None and changed.step_s < draft.step_s * (1 - 1e-9):
                 draft, helped = changed, True
                 break
-            if tries >= _MOST_TRIES:
+            if tries >= most:
                 return draft
     return draft
 
@@ -79,8 +102,8 @@ def _groups(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...]) ->
     return found
 
 
-def _balanced(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...]) -> Draft | None:
-    """Cuts that make the longest stage as short as it can be."""
+def _balanced(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...], beat_s: float = inf) -> Draft | None:
+    """Cuts that make the longest stage as short as it can be; None if that alone takes `beat_s`."""
     groups = _groups(form, sizes, policies)
     pricing, units = form.pricing, form.pricing.units
     best = np.full(units + 1, np.inf)
@@ -96,7 +119,7 @@ def _balanced(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...]) 
         through = np.maximum(best[:-1, None], load)
         backs.append(through.argmin(0))
         best = through.min(0)
-    if not np.isfinite(best[-1]):
+    if not best[-1] < beat_s:
         return None
     starts: list[int] = []
     at = units
@@ -139,7 +162,7 @@ def _draft(
     costs = [stage.cost for stage in stages]
     if not form.fits(costs):
         return None
-    step_s = replay_s(form.schedule, form.groups, form.microbatches, costs, [stage.transfer_s for stage in stages])
+    step_s = least_step_s(form, stages)
     return Draft(sizes, policies, starts, slots, tuple(stages), step_s)
 
 
@@ -160,7 +183,7 @@ def _changes(form: Form, draft: Draft) -> Iterator[Draft | None]:
             changed[giver], changed[taker] = changed[giver] - 1, changed[taker] + 1
             if giver != taker and {changed[giver], changed[taker]} <= allowed:
                 yield _draft(form, tuple(changed), policies, starts, slots)
-                yield _balanced(form, tuple(changed), policies)
+                yield _balanced(form, tuple(changed), policies, draft.step_s)
     for group in range(form.groups):
         for policy in form.space.policies:
             if policy != policies[group]:

@@ -20,17 +20,18 @@ from autopar.ir.units import size
 from autopar.search.stage_bounds import Layer
 from autopar.search.stage_costs import Devices, Group, Pipeline, PlacedStage, Policy, Simulated, StageCost, StageCosts
 from autopar.search.stage_form import SAFE, Children, Form
-from autopar.search.stage_improve import improve, seed
-from autopar.search.stage_replay import replay_s
+from autopar.search.stage_improve import Draft, actions, improve, least_step_s, seed
 from autopar.search.stage_space import Pricing, Space
 
 __all__ = ["Devices", "Group", "Pipeline", "PlacedStage", "Row", "Simulated", "StageCost", "StageCosts", "StageSearch", "search_stages"]
 
 _IMPROVED = 2  # forms of every number of groups whose best pipeline is changed in small ways
+_WORSE = 1.3  # than another form's: not one of these
 _TURN = 200  # partial pipelines opened at a time, where it looks best
 _SHORT = 0.02  # a longest stage that takes less than this share of a step is not looked at more closely
 _FIRST_LOOK = 50  # partial pipelines opened of every number of groups, before anything cleverer
 _DIVE_EVERY = 20  # of so many partial pipelines that are opened, one is completed at once
+_REPLAYED, _SIMULATED = 1000, 40  # actions for the effort of one
 _NARROW = 1.03  # loads of the longest stage that differ by no more are looked at together
 
 
@@ -78,16 +79,17 @@ def search_stages(
     simulate: Callable[[Pipeline], Simulated],
     tolerance: float = 0.0,
     every_row: bool = False,
-    most_opened: int = 5_000,
+    most_opened: int = 10_000,
 ) -> StageSearch:
     """The pipeline with the least simulated step time whose memory fits, and the best for each number of groups.
 
     `microbatches`, `schedules`, `stages_per_group`, `groups`: what to try; combinations that a schedule cannot have are left out.
     `sizes`: groups of equal size, of any size, or of these sizes; together they have all devices. `policies`: which devices a group may
     get. `limit_bytes`: per device. `simulate`: from a candidate to its time, never less than the bounds. `tolerance`: stop where the
-    bound proves that nothing is faster than the best by more than this share; 0.0 is exact, unless more than `most_opened` partial
-    pipelines would have to be looked at. `every_row`: do so for every number of groups; otherwise numbers that cannot win have what
-    small changes to even pipelines lead to. `lower_bound_s` is what has been proven, in all and in each row.
+    bound proves that nothing is faster than the best by more than this share; 0.0 is exact, if `most_opened` suffices (partial pipelines
+    looked at, and some actions played through as much: about a millisecond each; counted, so that answers repeat). `every_row`: do so
+    for every number of groups; otherwise numbers that cannot win have what small changes to even pipelines lead to. `lower_bound_s`
+    is what has been proven, in all and in each row.
     """
     pricing = Pricing(costs, limit_bytes)
     spaces: dict[tuple[int, ...], Space] = {}
@@ -109,16 +111,15 @@ def search_stages(
         races.append(_Race(count, forms, why, simulate, tolerance))
     best_s = min((race.best_s for race in races), default=math.inf)
     for race in sorted(races, key=lambda race: race.best_s):
-        race.begin(race.best_s if every_row else min(best_s, race.best_s))
+        race.begin(race.best_s if every_row else min(best_s, race.best_s), most_opened)
         best_s = min(best_s, race.best_s)
-    left = most_opened
-    while left > 0:
+    while True:
         beat_s = min((race.best_s for race in races), default=math.inf) * (1 - tolerance)
         hopeful = [race for race in races if race.lower_bound_s < (race.beat_s if every_row else min(beat_s, race.beat_s))]
-        if not hopeful:
+        if not hopeful or sum(race.effort for race in races) >= most_opened:
             break
         race = min(hopeful, key=lambda race: race.lower_bound_s)
-        left -= max(1, race.run(min(_TURN, left), math.inf if every_row else beat_s))
+        race.run(_TURN, math.inf if every_row else beat_s)
     rows = tuple(race.row() for race in races)
     best = min((row for row in rows if row.best), key=lambda row: row.step_s, default=None)
     return StageSearch(best, rows, min((row.lower_bound_s for row in rows), default=math.inf))
@@ -143,6 +144,7 @@ class _Race:
         self._open: list[tuple[float, int, int, Children | Pipeline, int]] = []
         self._turn = 0
         self._opened = 0
+        self.effort = 0.0
         self._passed_s = math.inf
         self._seen: set[Hashable] = set()
         self._least_replay_s = math.inf
@@ -165,7 +167,7 @@ class _Race:
     def row(self) -> Row:
         return Row(self.groups, self.best, self.said, self.lower_bound_s, "" if self.best else self._why(), self.simulations)
 
-    def begin(self, limit_s: float) -> None:
+    def begin(self, limit_s: float, most: int) -> None:
         """Open all forms, as far as they may be faster than `limit_s`."""
         self._passed_s = min(self._passed_s, limit_s)
         roots = [root for form in self.forms if (root := self._root(form.narrowed(0.0, limit_s / form.microbatches), limit_s))]
@@ -173,8 +175,8 @@ class _Race:
             self._dive(root)
         for root in roots:
             self._add(root)
-        self.run(_FIRST_LOOK, limit_s)
-        if not self._open or self._open[0][0] >= min(limit_s, self.beat_s):
+        self.run(min(_FIRST_LOOK, most), limit_s)
+        if most <= _FIRST_LOOK or not self._open or self._open[0][0] >= min(limit_s, self.beat_s):
             return
         # Too many to open: look at them by the load of the longest stage, in ever narrower parts.
         self._open.clear()
@@ -203,6 +205,7 @@ class _Race:
         """Open at most so many partial pipelines, those that may be faster than `until_s`; returns how many."""
         for opened in range(most):
             self._opened += 1
+            self.effort += 1
             if not self._open or self._open[0][0] >= min(self.beat_s, until_s):
                 return opened
             bound_s, _, _, children, number = heapq.heappop(self._open)
@@ -243,12 +246,13 @@ class _Race:
 
     def _replay(self, form: Form, stages: tuple[PlacedStage, ...], bound_s: float) -> None:
         """A whole pipeline: better known now, it waits for its turn to be simulated."""
-        costs, transfers_s = [stage.cost for stage in stages], [stage.transfer_s for stage in stages]
+        costs = [stage.cost for stage in stages]
         key = (form.schedule, form.microbatches, *((stage.group, stage.cost, stage.transfer_s) for stage in stages))
         if key in self._seen or not form.fits(costs):  # seen: other cuts between equal units
             return
         self._seen.add(key)
-        least_s = SAFE * replay_s(form.schedule, form.groups, form.microbatches, costs, transfers_s)
+        self.effort += actions(form) / _REPLAYED
+        least_s = SAFE * least_step_s(form, stages)
         pipeline = Pipeline(form.schedule, form.microbatches, form.groups, stages)
         if least_s < self._least_replay_s:
             self._least_replay_s = least_s
@@ -259,15 +263,23 @@ class _Race:
     def _simulate(self, pipeline: Pipeline, bound_s: float) -> None:
         said = self.judge(pipeline)
         self.simulations += 1
+        self.effort += 2 * len(pipeline.stages) * pipeline.microbatches / _SIMULATED
         assert said.step_s >= bound_s * (1 - 1e-9), f"simulated {said.step_s} s, below the bound {bound_s} s: {pipeline}"
         if said.step_s < self.best_s:
             self.best, self.said = pipeline, said
 
     def _improve(self) -> None:
         """A first time to beat: every form's evenest pipeline, and small changes to the best of them."""
-        seeds = [(found.step_s, number, form, found) for number, form in enumerate(self.forms) if (found := seed(form))]
+        seeds: list[tuple[float, int, Form, Draft]] = []
+        beat_s = math.inf
+        for number, form in enumerate(self.forms):
+            if found := seed(form, _WORSE * beat_s):
+                beat_s = min(beat_s, found.step_s)
+                seeds.append((found.step_s, number, form, found))
         for _, _, form, found in sorted(seeds)[:_IMPROVED]:
-            self._simulate(Pipeline(form.schedule, form.microbatches, form.groups, improve(form, found).stages), 0.0)
+            better = improve(form, found)
+            if better.step_s < self.best_s:
+                self._simulate(Pipeline(form.schedule, form.microbatches, form.groups, better.stages), 0.0)
 
     def _why(self) -> str:
         """Why there is none."""

@@ -66,12 +66,13 @@ class TableCosts:
 
 
 def replay(pipeline: Pipeline) -> Simulated:
-    """Each group does its actions in order, each as soon as what it reads is there; between two stages one microbatch travels at a time."""
+    """Each group does its actions in order, each as soon as what it reads is there; things travel between groups one by one."""
     stages, m = pipeline.stages, pipeline.microbatches
     schedule = named(pipeline.schedule)
     orders = schedule.orders(pipeline.groups, len(stages) // pipeline.groups, m)
     arrived: dict[tuple[str, int, int], float] = {}
-    free: dict[tuple[str, int], float] = {}
+    free: dict[tuple[int, int], float] = {}
+    last = [0.0] * len(stages)
     clock = [0.0] * pipeline.groups
     place = [0] * pipeline.groups
     while any(place[group] < len(order) for group, order in enumerate(orders)):
@@ -95,11 +96,17 @@ def replay(pipeline: Pipeline) -> Simulated:
                     break
                 clock[group] = max(clock[group], ready) + seconds
                 place[group] += 1
+                last[stage] = clock[group]
                 if kind != "W":
                     to, name, moved = (stage + 1, "F", 0) if kind == "F" else (stage - 1, "B", 1)
                     if 0 <= to < len(stages):
-                        takes = stages[max(stage, to)].transfer_s[moved]
-                        free[name, to] = max(clock[group], free.get((name, to), 0.0)) + takes
-                        arrived[name, to, number] = free[name, to]
-    ends = [clock[schedule.group_of(number, pipeline.groups)] + stage.cost.after_s for number, stage in enumerate(stages)]
-    return Simulated(max(ends), 0.0, 0.0, ())
+                        other = schedule.group_of(to, pipeline.groups)
+                        arrived[name, to, number] = clock[group]
+                        if other != group:
+                            free[group, other] = max(clock[group], free.get((group, other), 0.0)) + stages[max(stage, to)].transfer_s[moved]
+                            arrived[name, to, number] = free[group, other]
+    behind = [0.0] * pipeline.groups  # what a group does once a step, one stage after the other
+    for number in sorted(range(len(stages)), key=lambda number: last[number]):
+        group = schedule.group_of(number, pipeline.groups)
+        behind[group] = max(behind[group], last[number]) + stages[number].cost.after_s
+    return Simulated(max(*clock, *behind), 0.0, 0.0, ())
