@@ -64,17 +64,20 @@ PROCESSING_ORDER = {
     "autopar/ir/rules": "split notation nest table neighbours local_args local_context operators samples pieces check discover",
     "autopar/ir/rules/families": "common pointwise views cuts reductions contractions indexing losses",
     "autopar/search": (
-        "planner meshes structure strategies pins baselines follow work collectives costs build problem solve reduce eliminate chain "
-        "minimise memory local incumbent exact account describe remedies alternatives flat pipeline place stage_search stage_space "
-        "stage_costs stage_bounds stage_replay stage_workload profile segments workload flows simulate timeline quick predict"
+        "planner flat choose meshes structure strategies pins baselines follow work liveness optimizers collectives costs build problem "
+        "solve reduce eliminate chain minimise memory local incumbent exact account describe remedies alternatives "
+        "propose stage_prices short profile stage_search stage_space stage_costs stage_form stage_bounds stage_improve stage_workload "
+        "pipeline place recompute segments workload simulate flows timeline quick predict"
     ),
     "autopar/runtime": (
-        "build handshake process_mesh lower convert collectives local_ops dropout recompute module microbatches inputs parameters gather "
-        "gradients distributed pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied materialize "
-        "initialise shards strided_shards deferred evaluation sampler clip checkpoint verify verify_runs verify_report one_dtype launch "
-        "rank_process"
+        "build handshake process_mesh lower convert collectives local_ops dropout recompute module distributed one_device microbatches "
+        "inputs parameters gather gradients pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied "
+        "materialize initialise shards strided_shards deferred evaluation sampler clip checkpoint parts parts_checkpoint verify "
+        "verify_runs verify_report one_dtype launch rank_process"
     ),
-    "autopar/report": "show explain diff validate simulate timeline chrome_trace schedule_svg compare clusters progress terminal",
+    "autopar/report": (
+        "show explain explain_stage diff diff_stages validate simulate timeline chrome_trace schedule_svg compare clusters progress terminal"
+    ),
 }
 
 
