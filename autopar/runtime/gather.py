@@ -7,8 +7,7 @@ that nothing has to be saved or restored: whoever reads the tensor must only be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -167,7 +166,8 @@ class Gatherer:
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.buckets = tuple(buckets)
         self.holding = False
-        self._recomputing = False
+        self.recomputations = 0
+        """How many are running, one inside of the other."""
         self._of = {id(leaf): bucket for bucket in buckets for leaf in bucket.leaves}
 
     def start(self) -> None:
@@ -175,13 +175,9 @@ class Gatherer:
         for bucket in self.buckets:
             self._free(bucket)
 
-    @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        before, self._recomputing = self._recomputing, True
-        try:
-            yield
-        finally:
-            self._recomputing = before
+    def recomputing(self) -> _Recomputing:
+        """A context around a forward pass that a backward pass runs again; it may be entered several times."""
+        return _Recomputing(self)
 
     def _free(self, bucket: Bucket) -> None:
         if bucket.keep and self.holding:
@@ -190,7 +186,7 @@ class Gatherer:
             bucket.free()
 
     def forward(self, index: int) -> None:
-        if self._recomputing:
+        if self.recomputations:
             self.backward(index)
             return
         self.buckets[index].need()
@@ -199,11 +195,11 @@ class Gatherer:
 
     def again(self, index: int) -> None:
         """Before any reader of bucket `index` with which a recomputation may begin."""
-        if self._recomputing:
+        if self.recomputations:
             self.backward(index)
 
     def forward_done(self, index: int) -> None:
-        if self._recomputing:
+        if self.recomputations:
             return
         # The backward pass begins with the last bucket: freeing it now would gather it twice in a row.
         keep = self.buckets[index].keep or index == len(self.buckets) - 1
@@ -231,6 +227,17 @@ class Gatherer:
     def backward_done(self) -> None:
         for bucket in self.buckets:
             self._free(bucket)
+
+
+class _Recomputing:
+    def __init__(self, gatherer: Gatherer) -> None:
+        self.gatherer = gatherer
+
+    def __enter__(self) -> None:
+        self.gatherer.recomputations += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.gatherer.recomputations -= 1
 
 
 def buckets_of(leaves: Sequence[Leaf], segments: Sequence[SegmentPlan]) -> list[Bucket]:

@@ -15,7 +15,7 @@ Key = tuple[str, str, str]
 
 Facts = dict[Key, Tensor]
 
-NOISE = 1e-6
+NOISE = 1e-4
 """A tensor whose norm is below this share of the whole gradient's is compared with that share: its own digits are rounding noise."""
 
 KINDS = ("loss", "output", "gradient", "parameter", "buffer", "between ranks")

@@ -98,6 +98,6 @@ def losses_of_the_example(folder: Path, ranks: int, *options: str) -> list[float
 
 
 def test_the_example(tmp_path: Path) -> None:
-    curve = losses_of_the_example(tmp_path / "uninterrupted", 1, "--steps", "4")
-    assert losses_of_the_example(tmp_path / "other", 2, "--mesh", "pp=2,dp=1,tp=1", "--steps", "3") == pytest.approx(curve[:3], abs=1e-4)
-    assert losses_of_the_example(tmp_path / "other", 1, "--steps", "4") == pytest.approx(curve[2:], abs=1e-4)
+    curve = losses_of_the_example(tmp_path, 2, "--mesh", "pp=2,dp=1,tp=1", "--steps", "4")
+    (tmp_path / "4" / ".metadata").unlink()  # as if it had been lost while it was written
+    assert losses_of_the_example(tmp_path, 1, "--steps", "4") == pytest.approx(curve[2:], abs=1e-4)

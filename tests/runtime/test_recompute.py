@@ -91,6 +91,34 @@ def test_the_same_numbers_with_dropout_and_gathered_parameters(name: str, mesh: 
                 assert error == 0.0, (repeats, where, error)
 
 
+def test_the_graph_kept_frozen_parameters_and_evaluation() -> None:
+    model, args, kwargs = example("llama", layers=3)
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 3 != 0)
+    with float64():
+        traced = widened(trace(model, args, kwargs))
+        assignment = random_assignment(traced.graph, (2, 2), 7)
+
+        def rank(device_mesh: DeviceMesh) -> Facts:
+            module = random_plans.parallel_module(model, traced, assignment, device_mesh)
+            with torch.no_grad():
+                evaluated = total(module.eval()(*args, **kwargs))
+            loss = total(module.train()(*args, **kwargs))
+            loss.backward(retain_graph=True)
+            with module.no_sync():
+                total(module(*args, **kwargs)).backward()
+            loss.backward()
+            assert not any(bucket.here or bucket.flying for bucket in module._buckets)
+            return facts(module, None, whole(loss)) | {"evaluated": whole(evaluated)}
+
+        expected = simulate((2, 2), rank)
+        with recomputing(traced.graph, 99):
+            found = simulate((2, 2), rank)
+    for one, other in zip(expected, found, strict=True):
+        error, where = difference(one, other)
+        assert error < 1e-14, where
+
+
 def compiled(module: ParallelModule, args: Any, kwargs: Any) -> Facts:
     call = torch.compile(module, backend="aot_eager")
     result = call(*args, **kwargs)

@@ -176,7 +176,7 @@ def test_judgement() -> None:
     expected = {key: value.double() if value.is_floating_point() else value for key, value in expected.items()}
     assert report_on(expected, expected).max_relative_error == 0.0
     noisy = report_on(expected, expected | {tiny: torch.full((1,), 3e-17, dtype=torch.float64)})
-    assert noisy.ok and noisy.max_relative_error == pytest.approx(1e-11)  # relative to 1e-6 of the whole gradient's norm
+    assert noisy.ok and noisy.max_relative_error == pytest.approx(1e-13)  # relative to 1e-4 of the whole gradient's norm
     for change in (
         {count: torch.tensor(4)},
         {bad: torch.tensor([1.0, 2.0, torch.inf]).double()},
