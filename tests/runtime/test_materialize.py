@@ -61,9 +61,9 @@ def test_every_architecture_initialises_as_its_constructor_does(name: str) -> No
         value = found[fqn]
         assert value.shape == tensor.shape and value.dtype == tensor.dtype, fqn
         if isinstance(tensor, nn.Parameter) and tensor.float().std(correction=0) > 0:
-            assert value.float().std() == pytest.approx(tensor.float().std().item(), rel=0.35), fqn
-            deviations = max(0.5, 4 / value.numel() ** 0.5)  # four standard errors of a mean of so few numbers
-            assert value.float().mean().abs() < deviations * value.float().std(), fqn
+            few = 4 / value.numel() ** 0.5  # four standard errors of a mean of so few numbers; of a deviation they are less
+            assert value.float().std() == pytest.approx(tensor.float().std().item(), rel=max(0.35, few)), fqn
+            assert value.float().mean().abs() < max(0.5, few) * value.float().std(), fqn
         else:
             torch.testing.assert_close(value, tensor.detach(), msg=fqn)
 
