@@ -20,6 +20,7 @@ from autopar.search.propose import Proposal, Proposals
 _SOLVED = 3  # proposals that are solved stage by stage
 _WORTH = 0.98  # a pipeline must promise at least so much, in times of the plan without one, to be looked at
 _WORTH_IN_ONE_MACHINE = 0.9
+_FULL = 0.9
 
 Flat = Callable[[Mesh, int], Plan]
 """The best plan without a pipeline on a mesh, with so many microbatches."""
@@ -41,7 +42,7 @@ def with_pipelines(
         return flat
     table: dict[int, Candidate] = {} if schedule else {1: _candidate(flat)}
     found: dict[int, Proposal] = {}
-    for proposal in proposals.all(accumulate=not flat.predicted.fits and microbatches is None and schedule is None):
+    for proposal in proposals.all(accumulate=microbatches is None and schedule is None and _tight(flat)):
         if proposal.pipeline is None:
             table.setdefault(proposal.groups, Candidate(groups=proposal.groups, what=f"{proposal.groups} groups", why=proposal.why))
         else:
@@ -81,6 +82,12 @@ def _promising(proposals: Proposals, flat: Plan) -> bool:
     cluster = proposals.settings.cluster
     worth = _WORTH if cluster.nodes > 1 else _WORTH_IN_ONE_MACHINE
     return proposals.least_s < worth * flat.predicted.step_s
+
+
+def _tight(flat: Plan) -> bool:
+    """Whether memory has a say: it does not fit, or hardly, or only since something is recomputed."""
+    full = sum(flat.predicted.memory_bytes.values()) > _FULL * flat.predicted.memory_limit_bytes
+    return full or any(segment.recompute for segment in flat.segments)
 
 
 def _rank(plan: Plan) -> tuple[bool, float, int]:

@@ -147,6 +147,11 @@ class Costs:
         self.conversion = cache(self._conversion)
         self.local_bytes = cache(self._local_bytes)
 
+    @property
+    def prices(self) -> tuple[object, ...]:
+        """Equal for costs that price everything alike but the memory of activations."""
+        return self.mesh, self.axes, self.states, self.microbatches, self.wire_bytes_per_s
+
     def _local_bytes(self, shape: tuple[int, ...], dtype: str, state: State) -> int:
         """Bytes of a value of global `shape` on the rank that holds most."""
         count = 1

@@ -8,8 +8,8 @@ the decisions of every stage; what a step takes is for the simulator to say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,6 +22,7 @@ from autopar.ir.rules import splits
 from autopar.ir.schedule_check import live_by_stage
 from autopar.ir.schedules import Orders, named
 from autopar.ir.stages import Stage, candidates, cut, is_loss
+from autopar.search.alike import form
 from autopar.search.build import FREE, Built, build
 from autopar.search.collectives import between
 from autopar.search.costs import Costs
@@ -31,7 +32,7 @@ from autopar.search.meshes import AXES, Mesh
 from autopar.search.pins import Pins, apply_pins, check_options, pins_for
 from autopar.search.place import Found, Place, Settings
 from autopar.search.predict import predicted_plan
-from autopar.search.problem import Floats
+from autopar.search.problem import Floats, Solution
 from autopar.search.structure import Structure
 
 DEFAULT_SCHEDULE = "1f1b"
@@ -175,20 +176,37 @@ class Pipelined:
         self.stages: tuple[Stage, ...] = cut(self.body, pipeline.starts)
         groups = range(len(pipeline.meshes))
         self.of_group = [[stage for stage in range(len(self.stages)) if pipeline.group_of(stage) == group] for group in groups]
-        places = [
-            Place(tuple(self._built(stage) for stage in stages), tuple(stages), order)
-            for stages, order in zip(self.of_group, pipeline.orders, strict=True)
-        ]
-        self.found: list[Found] = [settings.solve(place) for place in places]
+        self._known: dict[Hashable, Found] = {}
+        self.found: list[Found] = [self._solve(group) for group in groups]
 
-    def _built(self, stage: int) -> Built:
+    def _solve(self, group: int) -> Found:
+        """The stages of a group; those that are like an earlier group's, whose best plan fits whatever it takes, are decided like them."""
+        stages, order = self.of_group[group], self.pipeline.orders[group]
+        key = tuple((form(self.stages[stage].graph), self._costs(stage).prices) for stage in stages)
+        like = None if self.pins.given else self._known.get(key)
+        if like is not None:
+            builts = zip(like.place.builts, stages, strict=True)
+            mine = tuple(replace(built, structure=Structure(self.stages[at].graph), costs=self._costs(at)) for built, at in builts)
+            choice = tuple(number for row in like.choices for number in row)
+            solution = Solution(choice, like.cost_s, 0.0, like.bound_s, True)
+            found = self.settings.found(Place(mine, tuple(stages), order), solution, like.bound_s)
+            if found.fits:
+                return found
+        found = self.settings.solve(Place(tuple(self._built(stage) for stage in stages), tuple(stages), order))
+        if found.fits and not found.price_s_per_byte and not any(any(part.recompute) for part in found.parts):
+            self._known[key] = found
+        return found
+
+    def _costs(self, stage: int) -> Costs:
         pipeline, settings = self.pipeline, self.settings
         group = pipeline.group_of(stage)
-        graph = self.stages[stage].graph
-        costs = Costs(
-            settings.cluster, pipeline.meshes[group], AXES, settings.optimizer, graph.training, microbatches=pipeline.microbatches,
+        return Costs(
+            settings.cluster, pipeline.meshes[group], AXES, settings.optimizer, self.graph.training, microbatches=pipeline.microbatches,
             live=pipeline.live[stage], first_rank=pipeline.first_ranks[group],
         )  # fmt: skip
+
+    def _built(self, stage: int) -> Built:
+        graph, costs = self.stages[stage].graph, self._costs(stage)
         pins = pins_for(self.pins, self.graph, graph)
         built = build(Structure(graph), costs, apply_pins(pins, graph, FREE))
         check_options(built, pins)

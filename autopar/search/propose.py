@@ -1,8 +1,9 @@
 """Which pipelines are worth solving: for every number of groups the stage search's best, unless a bound says that none can win.
 
-The bound. Let `C` be the computing of one microbatch on one of `p` equal groups at the devices' best, all stages together: the whole
-batch's at full speed on all `n` devices, divided by `m / p` microbatches, and every kernel's start once. Let stage `g` take `c_g` of it. Under `1f1b` and `gpipe` a stage's first microbatch has passed all stages before it, and its last one goes back
-through them, so that a step takes at least `c_0 + ... + c_(g-1) + m c_g`. However `C` is shared, the largest of these is at least
+The bound. Let `C` be the computing of one microbatch on one of `p` equal groups at the devices' best, all stages together: `p / m` of what
+the whole batch takes at full speed on all devices, and every kernel's start once. Let stage `g` take `c_g` of it. Under `1f1b` and
+`gpipe` a stage's first microbatch has passed all stages before it, and its last one goes back through them, so that a step takes at
+least `c_0 + ... + c_(g-1) + m c_g`. However `C` is shared, the largest of these is at least
 
     C / (1 - (1 - 1/m)^p)
 
@@ -26,14 +27,16 @@ from autopar.search.quick import StageTime, quick
 from autopar.search.stage_costs import Devices
 from autopar.search.stage_prices import StagePrices
 from autopar.search.stage_search import Pipeline as Candidate
-from autopar.search.stage_search import Simulated, search_stages
+from autopar.search.stage_search import Row, Simulated, search_stages
 
 SCHEDULES = ("1f1b", "interleaved-1f1b")
 _MOST_GROUPS = 64
 _MOST_ACCUMULATED = 64
 _WORSE = 2  # numbers of groups in a row that take longer, from which more are not tried
-_TIMES_GROUPS = (4, 8)  # microbatches to try, in groups: bubbles of a half down to an eighth
+_TIMES_GROUPS = (8, 4)  # microbatches to try, in groups: bubbles of an eighth or a fourth
+_FEW_RANKS = 64  # on more ranks only the first of these is tried
 _TOLERANCE = 0.02
+_CLOSE = 1.1  # times the best so far, within which more stages a group are looked at too
 _MOST_OPENED = 20
 _ALWAYS_WAITS = ("1f1b", "gpipe")
 
@@ -80,7 +83,7 @@ class Proposals:
         if groups == 1:
             counts = (2**power for power in range(1, _MOST_ACCUMULATED.bit_length()))
             return tuple(count for count in counts if self.prices.batch % count == 0 and self.prices.divides(count))
-        for times in _TIMES_GROUPS:
+        for times in _TIMES_GROUPS if self.settings.cluster.world_size <= _FEW_RANKS else _TIMES_GROUPS[:1]:
             wanted = groups * times
             for count in sorted(range(max(2, groups), 2 * wanted), key=lambda count: (abs(count - wanted), count)):
                 if self.prices.batch % count == 0 and self.prices.divides(count):
@@ -104,8 +107,6 @@ class Proposals:
 
     def all(self, accumulate: bool) -> Iterator[Proposal]:
         """For every number of groups the best; of one group, which only accumulates gradients, if `accumulate`."""
-        cluster = self.settings.cluster
-        devices = Devices(cluster.nodes, cluster.devices_per_node)
         best_s, worse = math.inf, 0
         for groups in ((1,) if accumulate else ()) + self.groups():
             counts = self.microbatches(groups)
@@ -120,10 +121,10 @@ class Proposals:
                 yield Proposal(groups, bound_s, why="not looked at: fewer groups took longer and longer")
                 continue
             try:
-                row = search_stages(
-                    self.prices, devices, limit_bytes=self.settings.limit_bytes, microbatches=counts, schedules=self.schedules if groups > 1 else ("1f1b",),
-                    stages_per_group=(1, 2), groups=(groups,), simulate=judge, tolerance=_TOLERANCE, most_opened=_MOST_OPENED,
-                ).rows[0]  # fmt: skip
+                row = self._search(groups, counts, self.schedules[:1], (1,))
+                if row.best is not None and len(self.schedules) > 1 and row.step_s < _CLOSE * best_s:
+                    other = self._search(groups, counts, self.schedules[1:], (2,))
+                    row = other if other.step_s < row.step_s else row
             except PlanError as error:
                 yield Proposal(groups, bound_s, why=str(error))
                 continue
@@ -133,6 +134,16 @@ class Proposals:
             worse = worse + 1 if row.simulated.step_s > best_s else 0
             best_s = min(best_s, row.simulated.step_s)
             yield Proposal(groups, bound_s, self._pipeline(row.best), row.simulated)
+
+    def _search(self, groups: int, counts: Sequence[int], schedules: Sequence[str], per_group: Sequence[int]) -> Row:
+        cluster = self.settings.cluster
+        if (wanted := named(schedules[0]).stages_per_group) is not None:
+            per_group = (wanted,)
+        return search_stages(
+            self.prices, Devices(cluster.nodes, cluster.devices_per_node), limit_bytes=self.settings.limit_bytes, microbatches=counts,
+            schedules=schedules, stages_per_group=per_group, groups=(groups,), simulate=judge, tolerance=_TOLERANCE,
+            most_opened=_MOST_OPENED,
+        ).rows[0]  # fmt: skip
 
     def _pipeline(self, found: Candidate) -> Pipeline:
         """Starts by name of operation are the same in the graph of every size of microbatch; see `Pipeline.at`."""

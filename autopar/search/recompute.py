@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Counts = tuple[tuple[int, ...], ...]
 _MOST_STEPS = 32  # shares of the repeats that may be recomputed
-_SOLVES = 5
+_SOLVES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ def recomputed(settings: Settings, kept: Found, free: Found | None = None) -> Fo
     steps = min(_MOST_STEPS, max(count for row in place.most() for count in row))
     step = min(steps, max(1, -int(-steps * missing // max(trade.saved_bytes, 1.0))))
     low, high = 0, steps + 1  # too few; enough
+    jump = max(1, steps // 8)
     tried: set[Counts] = set()
     for _ in range(_SOLVES):
         counts = tuple(tuple(-(-count * step // steps) for count in row) for row in place.most())
@@ -73,11 +74,16 @@ def recomputed(settings: Settings, kept: Found, free: Found | None = None) -> Fo
             break
         tried.add(counts)
         found = settings.solve_as_is(place.recomputing(counts))
-        if settings.rank(found) < settings.rank(best):
-            best = found
+        worse = settings.rank(found) >= settings.rank(best)
+        best = best if worse else found
+        if worse and found.fits:
+            low, step, jump = step, step + jump // 2, max(1, jump // 2)  # fewer cost more: back
+            if not low < step < high:
+                break
+            continue
         if found.fits:
             high = step
-            step = max(low + 1, step - 1)
+            step = max(low + 1, step - jump)
         else:
             low = step
             short = (found.memory_bytes - settings.limit_bytes) / max(trade.saved_bytes, 1.0)
