@@ -1,23 +1,26 @@
 """What a plan decides, unfolded: the `Split`s of every operation and the storage of every parameter, per mesh axis.
 
-`expand` is the only door from a plan file to anything that runs: what it lets through is sound for the graph at hand. It checks the
-decisions alone; the prices in a plan are for the reader.
+`expand_stages`, for every plan, and `expand`, for those without stages and microbatches, are the only doors from a plan file to anything
+that runs: what they let through is sound for the graph at hand. They check the decisions alone; the prices in a plan are for the reader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from autopar.errors import PlanError, PlanMismatchError
-from autopar.ir import folded_names
+from autopar.ir import folded_names, schedules
 from autopar.ir.conversion import State
 from autopar.ir.graph import Graph, Op
+from autopar.ir.microbatch import Microbatched, microbatched
 from autopar.ir.placement import Placement, R, parse
-from autopar.ir.plan import OpPlan, ParameterPlan, Plan, SegmentPlan
+from autopar.ir.plan import OpPlan, ParameterPlan, PipelinePlan, Plan, SegmentPlan
 from autopar.ir.rules import splits
 from autopar.ir.rules.split import Split
+from autopar.ir.stages import Stage, cut, is_loss
 
 Choice = tuple[Split, ...]
 """One split per mesh axis."""
@@ -60,15 +63,63 @@ class Assignment:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """What a plan decides for a graph: the body of one microbatch in `microbatched`, its `stages` (one without a pipeline), and for each
+    the `assignments` on the mesh of its group."""
+
+    microbatched: Microbatched
+    stages: tuple[Stage, ...]
+    assignments: tuple[Assignment, ...]
+
+
 def expand(plan: Plan, graph: Graph) -> Assignment:
-    """The decisions of `plan` for every operation and parameter of `graph`.
+    """The decisions of `plan`, which has no pipeline and one microbatch, for every operation and parameter of `graph`.
 
     Raises `PlanMismatchError` where the plan was made for another graph, and `PlanError` naming the place where it was edited into
     something that cannot run: unknown split names or axes, sizes that do not divide, placements that conflict, names twice or not at all.
     """
-    axes, mesh = tuple(plan.mesh), tuple(plan.mesh.values())
-    if not 1 <= len(axes) <= 2:
-        raise PlanError(f"mesh {dict(plan.mesh)} has {len(axes)} axes; a plan has one or two")
+    if plan.pipeline is not None or plan.microbatches > 1:
+        raise PlanError("the plan has microbatches or stages; its decisions are for their graphs, see `expand_stages`")
+    return expand_stages(plan, graph).assignments[0]
+
+
+def expand_stages(plan: Plan, graph: Graph) -> Expanded:
+    """The decisions of `plan`, any plan, for every operation and parameter of every stage of `graph`.
+
+    Raises as `expand` does, and `PlanError` where the batch cannot be divided as the plan says, where the stages do not tile the
+    operations of one microbatch or lie on other groups of ranks than the schedule puts them on, and where rows are for no stage.
+    """
+    _check_model(plan, graph)
+    parts = microbatched(graph, plan.microbatches)
+    body = parts.body
+    meshes = [plan.mesh]
+    starts: tuple[int, ...] = (0,)
+    if plan.pipeline is not None:
+        _check_pipeline(plan.pipeline, plan.microbatches, body)
+        meshes = [plan.pipeline.groups[stage.group].mesh for stage in plan.pipeline.stages]
+        starts = tuple(stage.start for stage in plan.pipeline.stages)
+    count = len(starts)
+    for kind, name, number in (
+        *(("segment", item.name, item.stage) for item in plan.segments),
+        *(("parameter", item.name, item.stage) for item in plan.parameters),
+    ):
+        if number >= count:
+            raise PlanError(f"{kind} `{name}` is for stage {number}, but the plan has {count} stage{'s' * (count > 1)}, counted from 0")
+    stages = cut(body, starts)
+    assignments = []
+    for stage, mesh in zip(stages, meshes, strict=True):
+        if not 1 <= len(mesh) <= 2:
+            raise PlanError(f"mesh {dict(mesh)} has {len(mesh)} axes; a plan has one or two{', besides pp,' if count > 1 else ''}")
+        segments = [item for item in plan.segments if item.stage == stage.index]
+        rows = [item for item in plan.parameters if item.stage == stage.index]
+        axes, sizes = tuple(mesh), tuple(mesh.values())
+        choices = _choices(segments, stage, axes, sizes)
+        assignments.append(Assignment(axes, sizes, choices, _storage(rows, stage, axes)))
+    return Expanded(parts, stages, tuple(assignments))
+
+
+def _check_model(plan: Plan, graph: Graph) -> None:
     if plan.model.fingerprint != graph.fingerprint():
         numel = sum(graph.values[item.value].numel for item in graph.parameters)
         raise PlanMismatchError(
@@ -78,13 +129,47 @@ def expand(plan: Plan, graph: Graph) -> Assignment:
             f"{'training' if graph.training else 'evaluation'} mode, fingerprint {graph.fingerprint()[:12]}): "
             "same code, configuration, input shapes and mode are needed; plan again for this model"
         )
-    return Assignment(axes, mesh, _choices(plan, graph, axes, mesh), _storage(plan, graph, axes, mesh))
 
 
-def _choices(plan: Plan, graph: Graph, axes: tuple[str, ...], mesh: tuple[int, ...]) -> dict[str, Choice]:
+def _check_pipeline(pipeline: PipelinePlan, microbatches: int, body: Graph) -> None:
+    """Groups in rank order; stages that tile the body's operations, each on the group where the schedule runs it; a loss to start from."""
+    schedule, groups, stages = schedules.named(pipeline.schedule), len(pipeline.groups), len(pipeline.stages)
+    if not groups or not stages or stages % groups:
+        raise PlanError(f"{stages} stages on {groups} groups of ranks: every group runs equally many, at least one")
+    schedule.orders(groups, stages // groups, microbatches)
+    rank = 0
+    for number, group in enumerate(pipeline.groups):
+        if group.first_rank != rank:
+            raise PlanError(
+                f"group {number} starts at rank {group.first_rank}; the groups before it end at {rank}, and groups follow each other"
+            )
+        rank += math.prod(group.mesh.values())
+    position = 0
+    for number, stage in enumerate(pipeline.stages):
+        if stage.start != position or stage.stop <= stage.start or stage.stop > len(body.ops):
+            raise PlanError(
+                f"stage {number} (`{stage.name}`) says start {stage.start} and stop {stage.stop}; it must start at {position}, "
+                f"hold an operation and end by {len(body.ops)}, the number of operations of one microbatch"
+            )
+        position = stage.stop
+        if stage.group != (group_number := schedule.group_of(number, groups)):
+            raise PlanError(
+                f"stage {number} (`{stage.name}`) is on group {stage.group}, but schedule {schedule.name} runs it on {group_number}"
+            )
+    if position != len(body.ops):
+        raise PlanError(f"the stages end at operation {position}, but one microbatch has {len(body.ops)}; the last stage ends there")
+    if stages > 1 and not any(is_loss(body.values[item.value]) for item in body.outputs):
+        raise PlanError(
+            "a pipeline needs a model that returns its loss (a floating-point scalar), because its last stage starts the backward pass; "
+            "return the loss from `forward`, or plan without stages"
+        )
+
+
+def _choices(segments: Sequence[SegmentPlan], stage: Stage, axes: tuple[str, ...], mesh: tuple[int, ...]) -> dict[str, Choice]:
     found: dict[str, Choice] = {}
     position = 0
-    for segment in plan.segments:
+    graph = stage.graph
+    for segment in segments:
         position = _segment_end(segment, position, graph)
         for offset, row in enumerate(segment.ops):
             checked: dict[tuple[object, ...], Choice] = {}
@@ -92,8 +177,8 @@ def _choices(plan: Plan, graph: Graph, axes: tuple[str, ...], mesh: tuple[int, .
                 op = graph.ops[segment.start + repeat * segment.length + offset]
                 if op.target != row.target or (repeat == 0 and op.name != row.name):
                     raise PlanMismatchError(
-                        f"segment `{segment.name}`, repeat {repeat}: the plan has `{row.name}` ({row.target}) where the model has "
-                        f"`{op.name}` ({op.target}); plan again for this model"
+                        f"segment `{segment.name}`{_of(stage)}, repeat {repeat}: the plan has `{row.name}` ({row.target}) where the model "
+                        f"has `{op.name}` ({op.target}); plan again for this model"
                     )
                 options = splits(graph, op)
                 key = (id(options), *(graph.values[name].shape for name in (*op.operands, *op.outputs)))
@@ -101,8 +186,14 @@ def _choices(plan: Plan, graph: Graph, axes: tuple[str, ...], mesh: tuple[int, .
                     checked[key] = _choice(row, op, options, graph, axes, mesh)
                 found[op.name] = checked[key]
     if position != len(graph.ops):
-        raise PlanError(f"the segments end at operation {position}, but the model has {len(graph.ops)}")
+        has = f"stage {stage.index}" if stage.count > 1 else "the model"
+        raise PlanError(f"the segments{_of(stage)} end at operation {position}, but {has} has {len(graph.ops)}")
     return found
+
+
+def _of(stage: Stage) -> str:
+    """` of stage 1`, where there are several."""
+    return f" of stage {stage.index}" if stage.count > 1 else ""
 
 
 def _segment_end(segment: SegmentPlan, position: int, graph: Graph) -> int:
@@ -112,6 +203,8 @@ def _segment_end(segment: SegmentPlan, position: int, graph: Graph) -> int:
             f"segment `{segment.name}` says start {segment.start}, length {segment.length}, count {segment.count} with {len(segment.ops)} "
             f"operations listed; it must start at {position}, list `length` operations and end by {len(graph.ops)}"
         )
+    if segment.recompute > segment.count:
+        raise PlanError(f"segment `{segment.name}` recomputes {segment.recompute} of its {segment.count} repeats; at most all")
     return end
 
 
@@ -165,10 +258,12 @@ def state_conflict(state: State, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def _storage(plan: Plan, graph: Graph, axes: tuple[str, ...], mesh: tuple[int, ...]) -> dict[str, Storage]:
+def _storage(rows: Sequence[ParameterPlan], stage: Stage, axes: tuple[str, ...]) -> dict[str, Storage]:
+    graph = stage.graph
     values = {item.fqn: graph.values[item.value] for item in graph.parameters}
+    owner = f"stage {stage.index}" if stage.count > 1 else "the model"
     found: dict[str, Storage] = {}
-    for row in plan.parameters:
+    for row in rows:
         try:
             names = folded_names.expand(row.name)
         except ValueError as error:
@@ -176,12 +271,13 @@ def _storage(plan: Plan, graph: Graph, axes: tuple[str, ...], mesh: tuple[int, .
         for fqn in names:
             if fqn not in values:
                 near = get_close_matches(fqn, values, 1)
-                raise PlanError(f"the model has no parameter `{fqn}`{f'; did you mean `{near[0]}`?' if near else ''}")
+                raise PlanError(f"{owner} has no parameter `{fqn}`{f'; did you mean `{near[0]}`?' if near else ''}")
             if fqn in found:
-                raise PlanError(f"parameter `{fqn}` is planned twice; name it once")
+                raise PlanError(f"parameter `{fqn}` is planned twice{_of(stage)}; name it once")
             found[fqn] = _stored(row, fqn, values[fqn].shape, axes)
     if missing := [fqn for fqn in values if fqn not in found]:
-        raise PlanError(f"the plan has no row for parameter `{missing[0]}`{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}")
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise PlanError(f"the plan has no row for parameter `{missing[0]}`{_of(stage)}{others}")
     return found
 
 

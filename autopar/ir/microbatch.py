@@ -49,16 +49,16 @@ _ELEMENTWISE_RANDOM = frozenset(
         "native_dropout.default", "dropout.default", "exponential.default", "uniform.default", "normal_functional.default",
     )
 )  # fmt: skip
-"""Random operators that draw for every element of their operand: a microbatch draws for its part. (Over ranks copies would have to agree.)"""
+"""Random operators that draw for every element of their operand: a microbatch draws for its part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatched:
     """`count` runs of `body`, one a microbatch, do what one run of the graph does.
 
-    `prologue`, if any, runs first, once, on the whole batch; its outputs have the paths (`"@..."`) of those inputs of `body` that take them.
-    `inputs`: by path, how microbatches take the inputs of `body`: `S(d)` in `count` equal parts along dim `d`, `R` whole.
-    `outputs`: per output of `body`, how the whole is joined: `S(d)` concatenated, `P(sum)` summed, `R` equal in all.
+    `prologue`, if any, runs first, once, on the whole batch; its outputs have the paths (`"@..."`) of the inputs of `body` that take them.
+    `inputs`: by path, how microbatches take the inputs of `body`, the user's and the prologue's: `S(d)` in `count` equal parts along dim
+    `d`, `R` whole. `outputs`: per output of `body`, how the whole is joined: `S(d)` concatenated, `P(sum)` summed, `R` equal in all.
     Gradients of the parameters are summed.
     """
 
@@ -454,10 +454,8 @@ class _Writer:
         states = (R,) * len(op.outputs) if split is None else split.outputs
         operands = [self.names[name, state] for name, state in zip(op.operands, reads, strict=True)]
         outputs = tuple(self.name(name, state) for name, state in zip(op.outputs, states, strict=True))
-        if outputs == op.outputs:
-            name = op.name
-        else:
-            name = outputs[0] if len(outputs) == 1 else self.fresh(f"{op.name}.{states[0]}")
+        own = outputs == op.outputs
+        name = op.name if own else outputs[0] if len(outputs) == 1 else self.fresh(f"{op.name}.again")
         written = op if tuple(operands) == op.operands and name == op.name else _rewired(op, name, operands, outputs)
         if split is None:
             if op.target == DROPOUT:

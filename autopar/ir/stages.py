@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from autopar.errors import PlanError
 from autopar.ir.fold import fold
@@ -84,7 +84,7 @@ def candidates(body: Graph) -> tuple[int, ...]:
     values = flow.crossed_values()
     working = [at for at, op in enumerate(body.ops) if op.name not in flow.copied and any(name in flow.weights for name in op.operands)]
     found: list[int] = []
-    for before, after in zip(working, working[1:], strict=False):
+    for before, after in pairwise(working):
         found.append(min(range(before + 1, after + 1), key=lambda at: (crossed[at], at)))
     boundaries = {
         segment.start + repeat * segment.length for segment in fold(body) if segment.count > 1 for repeat in range(segment.count + 1)
