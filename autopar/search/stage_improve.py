@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 
 import numpy as np
 
 from autopar.search.quick import StageTime, quick
-from autopar.search.stage_costs import Group, PlacedStage, Policy
+from autopar.search.stage_costs import Devices, Group, PlacedStage, Policy
 from autopar.search.stage_form import Form
 
 _MOST_ACTIONS = 400_000  # played through in all while looking for changes that help
@@ -92,14 +93,18 @@ def _even(count: int, groups: int, sizes: tuple[int, ...]) -> tuple[int, ...] | 
     return tuple(found) if left == 0 else None
 
 
-def _groups(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...]) -> list[Group]:
-    devices = form.space.devices
+def _groups(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...]) -> tuple[Group, ...]:
+    return _placed(form.space.devices, sizes, policies)
+
+
+@lru_cache(maxsize=4096)
+def _placed(devices: Devices, sizes: tuple[int, ...], policies: tuple[Policy, ...]) -> tuple[Group, ...]:
     used: tuple[int, ...] = (0,) * devices.nodes
     found = []
     for size, policy in zip(sizes, policies, strict=True):
         group, used = devices.take(used, size, policy)
         found.append(group)
-    return found
+    return tuple(found)
 
 
 def _balanced(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...], beat_s: float = inf) -> Draft | None:

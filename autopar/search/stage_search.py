@@ -31,7 +31,8 @@ _TURN = 200  # partial pipelines opened at a time, where it looks best
 _SHORT = 0.02  # a longest stage that takes less than this share of a step is not looked at more closely
 _FIRST_LOOK = 50  # partial pipelines opened of every number of groups, before anything cleverer
 _DIVE_EVERY = 20  # of so many partial pipelines that are opened, one is completed at once
-_REPLAYED, _SIMULATED = 1000, 40  # actions for the effort of one
+_DEEP = 4  # stages known for the effort of one more
+_REPLAYED, _SIMULATED = 1000, 20  # actions for the effort of one
 _NARROW = 1.03  # loads of the longest stage that differ by no more are looked at together
 
 
@@ -201,13 +202,11 @@ class _Race:
             return None
         return root
 
-    def run(self, most: int, until_s: float) -> int:
-        """Open at most so many partial pipelines, those that may be faster than `until_s`; returns how many."""
-        for opened in range(most):
-            self._opened += 1
-            self.effort += 1
+    def run(self, most: int, until_s: float) -> None:
+        """Open at most so many partial pipelines, those that may be faster than `until_s`."""
+        for _ in range(most):
             if not self._open or self._open[0][0] >= min(self.beat_s, until_s):
-                return opened
+                return
             bound_s, _, _, children, number = heapq.heappop(self._open)
             if isinstance(children, Pipeline):
                 self._simulate(children, bound_s)
@@ -217,11 +216,12 @@ class _Race:
             if len(partial.stages) == children.form.count:
                 self._replay(children.form, partial.stages, bound_s)
             else:
+                self._opened += 1
+                self.effort += 1 + len(partial.stages) / _DEEP
                 found = children.form.children(partial)
                 self._add(found)
                 if self._opened % _DIVE_EVERY == 0:
                     self._dive(found)
-        return most
 
     def _add(self, children: Children | None, number: int = 0) -> None:
         if children is not None and number < len(children.bounds_s):

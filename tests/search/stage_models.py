@@ -29,6 +29,7 @@ class TableCosts:
     weight_share: float = 0.5
     slow_lean: bool = False
     """Also offer to keep half of the activations, for a third more backward time."""
+    live_matters = False
 
     @property
     def units(self) -> int:
