@@ -93,7 +93,7 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
     frees = sorted(((unlimited(settings, found.place), found) for found in waiting), key=lambda pair: (estimate_s(pair[0]), pair[0].cost_s))
     for at, (free, kept) in enumerate(frees):
         bound_s = min(bound_s, free.bound_s)
-        if (best.fits and free.cost_s >= best.cost_s) or at >= _RECOMPUTED:
+        if at >= _RECOMPUTED or (best.fits and max(free.cost_s, estimate_s(free)) >= best.cost_s):
             continue
         found = recomputed(settings, kept, free)
         best = found if settings.rank(found) < settings.rank(best) else best

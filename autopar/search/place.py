@@ -23,6 +23,7 @@ from autopar.search.problem import Problem, Segment, Solution
 from autopar.search.recompute import recomputed, wants
 from autopar.search.segments import Row
 from autopar.search.solve import Progress, solve, solve_with
+from autopar.search.work import RECEIVE
 from autopar.search.workload import Flow, Piece, Stage, Workload, sizes_of
 
 Effort = Literal["fast", "exact"]
@@ -100,11 +101,21 @@ def peak(parts: Sequence[Part], numbers: Sequence[int], order: Order) -> dict[st
     stages = [Stage("", -1, ())] * (max(numbers) + 1)
     for number, part in zip(numbers, parts, strict=True):
         rows = zip(part.rows, part.row_costs, strict=True)
-        stages[number] = Stage("", 0, tuple(piece for row, cost in rows for piece in _pieces(row, cost)))
+        pieces = tuple(piece for row, cost in rows for piece in _pieces(row, cost))
+        stages[number] = Stage("", 0, pieces, receives_bytes=received_bytes(part))
     resident = float(sum(part.account.resident_bytes for part in parts))
     workload = Workload(tuple(stages), (order,), 0.0, (resident,))
     levels = [tuple(math.ceil(size) for size in level) for _, _, level in timeline.walk(workload, 0)]
     return dict(zip(timeline.KINDS, max(levels, key=sum), strict=True))
+
+
+def received_bytes(part: Part) -> int:
+    """Of one microbatch, what a rank of the stage receives from the stage before."""
+    graph, found = part.structure.graph, 0
+    for op in graph.ops:
+        if op.target == RECEIVE:
+            found += sum(map(part.costs.of, map(graph.values.__getitem__, op.outputs), part.assignment.output_states(op)))
+    return found
 
 
 def _pieces(row: Row, cost: SegmentCost) -> tuple[Piece, ...]:

@@ -32,9 +32,19 @@ def predicted_plan(
     return _with(plan, simulate(plan), bound_s)
 
 
+def _whole(kinds: dict[str, float]) -> dict[str, int]:
+    """In whole bytes. A weight that two stages of a group share is held once; what was counted twice comes off its kind."""
+    found = {kind: math.ceil(size) for kind, size in kinds.items()}
+    for kind in ("parameters", "optimizer"):
+        off = min(found[kind], max(0, -found["buffers"]))
+        found[kind] -= off
+        found["buffers"] += off
+    return found
+
+
 def _with(plan: Plan, simulation: Simulation, bound_s: float) -> Plan:
     predicted = plan.predicted
-    peaks = [{kind: math.ceil(size) for kind, size in memory.at_peak().items()} for memory in simulation.memory]
+    peaks = [_whole(memory.at_peak()) for memory in simulation.memory]
     worst = max(peaks, key=lambda kinds: sum(kinds.values()))
     fields = {
         "step_s": simulation.step_s,

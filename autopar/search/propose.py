@@ -31,7 +31,7 @@ from autopar.search.stage_search import Row, Simulated, search_stages
 
 SCHEDULES = ("1f1b", "interleaved-1f1b")
 _MOST_GROUPS = 64
-_MOST_ACCUMULATED = 64
+_MOST_ACCUMULATED = 16
 _WORSE = 2  # numbers of groups in a row that take longer, from which more are not tried
 _TIMES_GROUPS = (8, 4)  # microbatches to try, in groups: bubbles of an eighth or a fourth
 _FEW_RANKS = 64  # on more ranks only the first of these is tried
@@ -72,7 +72,8 @@ class Proposals:
 
     def groups(self) -> tuple[int, ...]:
         """Numbers of groups to try."""
-        world, most = self.settings.cluster.world_size, min(_MOST_GROUPS, self.prices.units)
+        units = self.prices.units
+        world, most = self.settings.cluster.world_size, min(_MOST_GROUPS, units if units <= _MOST_GROUPS else units // 2)
         return tuple(count for count in range(2, min(world, most) + 1) if world % count == 0)
 
     def microbatches(self, groups: int) -> tuple[int, ...]:
