@@ -15,6 +15,9 @@ which is all of the activations that a profile tells.
 
 Between machines, a transfer goes as fast as the busiest machine's Ethernet lets it, 1 GB/s a machine however many devices take part.
 
+Layers that a profile lists in any graph are cut where they stand in order; what is read behind a cut crosses it once for each cut. Of more
+than 60 layers, the lightest neighbours stay together.
+
 Prints one JSON line: `found` (our plan), `paper` (the paper's for this profile, or `--paper`'s, under its best number of microbatches
 and its best placement), `ratio` = paper / found in simulated time, `lower_bound_s` (no plan of the space searched is faster), `seconds`.
 
@@ -47,6 +50,7 @@ NVLINK_BYTES_PER_S = 25e9
 ETHERNET_BYTES_PER_S = 1e9  # point to point, at 25 Gbps
 ETHERNET_RING_BYTES_PER_S = 3e9  # collectives, at 25 Gbps
 DEVICE_BYTES = 16e9
+MOST_UNITS = 60
 SCHEDULES = ("1f1b", "interleaved-1f1b")
 """With one stage on each device, these are the paper's two policies of how many forward passes go ahead (its section 5.2): of n stages
 that are left, n (P_A) or, where transfers take long, 2 n - 1 (P_B)."""
@@ -84,6 +88,8 @@ class ProfiledCosts:
     """`StageCosts` of a profile; see the module for the formulas."""
 
     profile: Profile
+    bounds: tuple[int, ...]
+    """Unit u is layers `bounds[u]` to `bounds[u + 1]`."""
     machines: Machines
     global_batch: int
     whole_samples: bool
@@ -92,7 +98,7 @@ class ProfiledCosts:
 
     @property
     def units(self) -> int:
-        return len(self.profile.layers)
+        return len(self.bounds) - 1
 
     def kind(self, unit: int) -> int:
         return unit
@@ -100,7 +106,8 @@ class ProfiledCosts:
     @cache  # noqa: B019 (lives as long as the program)
     def _stage(self, start: int, stop: int) -> tuple[float, float, float, float]:
         """For one sample: seconds forward and backward, bytes of results; and bytes of parameters."""
-        layers = [self.profile.layers[place] for place in (*self.profile.again(start, stop), *range(start, stop))]
+        first, behind = self.bounds[start], self.bounds[stop]
+        layers = [self.profile.layers[place] for place in (*self.profile.again(first, behind), *range(first, behind))]
         return (
             math.fsum(layer.forward_s for layer in layers),
             math.fsum(layer.backward_s for layer in layers),
@@ -110,7 +117,7 @@ class ProfiledCosts:
 
     @cache  # noqa: B019
     def _crossing_bytes(self, cut: int) -> float:
-        return math.fsum(self.profile.layers[place].activation_bytes for place in self.profile.crossing(cut))
+        return math.fsum(self.profile.layers[place].activation_bytes for place in self.profile.crossing(self.bounds[cut]))
 
     @cache  # noqa: B019
     def _option(self, start: int, stop: int, shape: tuple[int, ...], microbatches: int) -> tuple[StageCost, ...]:
@@ -153,6 +160,21 @@ class ProfiledCosts:
                 inside = max(inside, stays / min(has[node], wants[node]))
             out, into = max(out, given - stays), max(into, taken - stays)
         return max(inside / NVLINK_BYTES_PER_S, max(out, into) / (ETHERNET_BYTES_PER_S * self.machines.ethernet))
+
+
+def units_of(profile: Profile, keep: Sequence[int] = ()) -> tuple[int, ...]:
+    """Where a stage may start, and at last the number of layers: everywhere, or of many layers the lightest neighbours stay together
+    (of equally light ones those between which most would cross). Layers in `keep` remain places to start."""
+    layers = profile.layers
+    seconds = [layer.forward_s + layer.backward_s for layer in layers]
+    crossing = [math.fsum(layers[place].activation_bytes for place in profile.crossing(cut)) for cut in range(len(layers))]
+    bounds = list(range(len(layers) + 1))
+    while len(bounds) - 1 > MOST_UNITS:
+        inner = [at for at in range(1, len(bounds) - 1) if bounds[at] not in keep]
+        if not inner:
+            break
+        bounds.pop(min(inner, key=lambda at: (math.fsum(seconds[bounds[at - 1] : bounds[at + 1]]), -crossing[bounds[at]])))
+    return tuple(bounds)
 
 
 def microbatch_counts(global_batch: int, profile_batch: int) -> tuple[int, ...]:
@@ -211,7 +233,8 @@ def read_stages(text: str, profile: Profile, devices: int) -> Wanted:
 def pipelines(wanted: Wanted, costs: ProfiledCosts, counts: Sequence[int]) -> Iterator[Pipeline]:
     """The given stages, as far as they fit, under every number of microbatches and every way to place devices and to schedule."""
     assert wanted.starts is not None
-    ranges = list(zip(wanted.starts, (*wanted.starts[1:], costs.units), strict=True))
+    at = [costs.bounds.index(start) for start in wanted.starts]
+    ranges = list(zip(at, (*at[1:], costs.units), strict=True))
     seen = set()
     for chosen in product(POLICIES, repeat=len(wanted.devices)):
         used: tuple[int, ...] = (0,) * costs.machines.devices.nodes
@@ -239,7 +262,7 @@ def best_of(wanted: Wanted, costs: ProfiledCosts, counts: Sequence[int], toleran
     if wanted.starts is None and len(set(wanted.devices)) == 1:
         row = search(costs, counts, tolerance, groups=(len(wanted.devices),), sizes="equal", most_opened=2_000).best
         return (row.best, row.simulated) if row and row.best and row.simulated else None
-    every = [wanted.starts] if wanted.starts else [(0, *cuts) for cuts in combinations(range(1, costs.units), len(wanted.devices) - 1)]
+    every = [wanted.starts] if wanted.starts else [(0, *cuts) for cuts in combinations(costs.bounds[1:-1], len(wanted.devices) - 1)]
     rows = [(pipeline, simulated(pipeline)) for starts in every for pipeline in pipelines(Wanted(wanted.devices, starts), costs, counts)]
     return min(rows, key=lambda row: row[1].step_s, default=None)
 
@@ -262,9 +285,9 @@ def described(pipeline: Pipeline, said: Simulated, costs: ProfiledCosts) -> dict
             {
                 "devices": stage.group.size,
                 "machines": len(stage.group.devices),
-                "layers": stage.stop - stage.start,
-                "first": layers[stage.start].name,
-                "last": layers[stage.stop - 1].name,
+                "layers": costs.bounds[stage.stop] - costs.bounds[stage.start],
+                "first": layers[costs.bounds[stage.start]].name,
+                "last": layers[costs.bounds[stage.stop] - 1].name,
             }
             for stage in pipeline.stages
         ],
@@ -276,13 +299,14 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     profile_batch = options.profile_batch or batch_of(options.profile)
     profile = read_profile(options.profile, profile_batch)
     machines = CONFIGS[options.config]
-    costs = ProfiledCosts(profile, machines, options.global_batch, options.whole_samples, options.parameter_copies)
     counts = tuple(options.microbatches or microbatch_counts(options.global_batch, profile_batch))
     if uneven := [count for count in counts if options.global_batch % count]:
         raise PlanError(f"{uneven[0]} microbatches do not divide a global batch of {options.global_batch} evenly; give a divisor")
     published = PAPER.get((profile.name.split("-pbs")[0], options.config))
     text = options.paper or (published[1] if published and published[0] == options.global_batch else None)
     wanted = read_stages(text, profile, machines.devices.count) if text else None
+    bounds = units_of(profile, (wanted and wanted.starts) or ())
+    costs = ProfiledCosts(profile, bounds, machines, options.global_batch, options.whole_samples, options.parameter_copies)
     started = time.perf_counter()
     found = search(costs, counts, options.tolerance)
     seconds = time.perf_counter() - started

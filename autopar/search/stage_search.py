@@ -170,6 +170,9 @@ class _Race:
 
     def begin(self, limit_s: float, most: int) -> None:
         """Open all forms, as far as they may be faster than `limit_s`."""
+        if self.best is None:  # nothing even fits: any pipeline that does
+            for form in self.forms:
+                self._dive(form.children(form.start()))
         self._passed_s = min(self._passed_s, limit_s)
         roots = [root for form in self.forms if (root := self._root(form.narrowed(0.0, limit_s / form.microbatches), limit_s))]
         for root in sorted(roots, key=lambda root: float(root.bounds_s[0]))[: 1 if self.best else None]:
@@ -292,4 +295,6 @@ class _Race:
         least = min(form.least_bytes() for form in self.forms)
         if math.isinf(least):
             return "no stage can be run on such a group"
+        if least <= pricing.limit_bytes:
+            return f"none was found that fits in {size(pricing.limit_bytes)} a device"
         return f"a device would hold {size(least)} at least, and may hold {size(pricing.limit_bytes)}"

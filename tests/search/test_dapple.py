@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ TOY = LAYERS + "".join(f"\tnode{place} -- node{place + 1}\n" for place in range(
 
 
 def costs(config: str = "B", global_batch: int = 64, whole: bool = False) -> Any:
-    return dapple.ProfiledCosts(parse_profile(TOY, 4, "toy-pbs-4"), dapple.CONFIGS[config], global_batch, whole, 4.0)
+    profile = parse_profile(TOY, 4, "toy-pbs-4")
+    return dapple.ProfiledCosts(profile, dapple.units_of(profile), dapple.CONFIGS[config], global_batch, whole, 4.0)
 
 
 def test_prices_by_hand() -> None:
@@ -76,6 +78,19 @@ def test_transfers() -> None:
 def test_microbatches_have_at_least_the_profiles_batch() -> None:
     assert dapple.microbatch_counts(64, 4) == (1, 2, 4, 8, 16)
     assert dapple.microbatch_counts(2, 4) == (1,)
+
+
+def test_many_layers_make_fewer_units() -> None:
+    count = 2 * dapple.MOST_UNITS
+    lines = [
+        f"n{place} -- l{place} -- forward_compute_time={1 + place % 2 * 9}, backward_compute_time=0, activation_size=1, parameter_size=1\n"
+        for place in range(count)
+    ]
+    profile = parse_profile("".join(lines) + "".join(f"n{place} -- n{place + 1}\n" for place in range(count - 1)), 1, "long")
+    bounds = dapple.units_of(profile, (1, 7))
+    assert len(bounds) - 1 == dapple.MOST_UNITS
+    assert bounds[0] == 0 and bounds[-1] == count and {1, 7} <= set(bounds)
+    assert max(stop - start for start, stop in itertools.pairwise(bounds)) <= 3
 
 
 def test_given_stages() -> None:
