@@ -49,6 +49,9 @@ def _call(target: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         logits, classes, ignored, smoothing = args
         total = F.cross_entropy(logits, classes, reduction="sum", ignore_index=ignored, label_smoothing=smoothing)
         return total, (classes != ignored).sum().to(logits.dtype)
+    if target == "autopar.target_weight":
+        classes, ignored, dtype = args
+        return (classes != ignored).sum().to(dtype)
     if target == "autopar.batch_norm":
         x, weight, bias, mean, variance, momentum, eps = args
         mean, variance = mean.clone(), variance.clone()
