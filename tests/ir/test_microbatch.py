@@ -42,8 +42,8 @@ def draws_random_numbers(traced: TracedModel) -> bool:
 
 
 def agree(model: nn.Module, traced: TracedModel, inputs: dict[str, Tensor], count: int) -> None:
-    """Outputs and gradients of `count` microbatches are those of the batch, to rounding in the narrowest type that the model computes in."""
-    narrow = any(value.dtype == "float32" for value in traced.graph.values.values())  # some models cast norms and logits, whatever they are
+    """Outputs and gradients of `count` microbatches are those of the batch, to rounding in the narrowest type that the model uses."""
+    narrow = any(value.dtype == "float32" for value in traced.graph.values.values())  # some models cast norms and logits
     rounding = 1e-6 if narrow else 1e-12
     whole, _ = run(traced, model, [inputs[item.path] for item in traced.graph.inputs])
     parts = microbatched(traced.graph, count)
@@ -88,7 +88,7 @@ def test_microbatches_are_the_batch(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", sorted(COUPLED & ZOO.keys()))
 def test_batch_norm_couples_the_batch(name: str) -> None:
     _, traced, _ = traced_in_float64(name)
-    with pytest.raises(PlanError, match="batch_norm.*statistics from all rows.*microbatches=1"):
+    with pytest.raises(PlanError, match=r"batch_norm.*statistics from all rows.*microbatches=1"):
         microbatched(traced.graph, 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_what_is_read_stages_later_is_relayed() -> None:
     body = traced.graph
     middle = len(body.ops) // 2
     stages = cut(body, (0, middle - 2, middle, middle + 2))
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in pairwise(stages):
         assert before.sends == after.receives == crossing(body, after.start)
         assert [op.outputs[0] for op in after.graph.ops if op.target == RECEIVE] == list(after.receives)
         assert [op.operands[0] for op in before.graph.ops if op.target == SEND] == list(before.sends)
