@@ -82,10 +82,7 @@ def candidates(body: Graph) -> tuple[int, ...]:
     count = len(body.ops)
     crossed = flow.crossed_bytes()
     values = flow.crossed_values()
-    working = [at for at, op in enumerate(body.ops) if op.name not in flow.copied and any(name in flow.weights for name in op.operands)]
-    found: list[int] = []
-    for before, after in pairwise(working):
-        found.append(min(range(before + 1, after + 1), key=lambda at: (crossed[at], at)))
+    found = places(body)
     boundaries = {
         segment.start + repeat * segment.length for segment in fold(body) if segment.count > 1 for repeat in range(segment.count + 1)
     }
@@ -97,6 +94,15 @@ def candidates(body: Graph) -> tuple[int, ...]:
             chosen.add(level[0])
         chosen.update(at for at in level if values[at] == 1)
     return tuple(sorted(at for at in chosen if flow.worth(at)))
+
+
+def places(body: Graph) -> tuple[int, ...]:
+    """Positions that leave parameters to read on both sides, ascending: between each two operations that read some the one that fewest
+    bytes cross. More than `candidates`, for who wants more stages than these make."""
+    flow = _flow(body)
+    crossed = flow.crossed_bytes()
+    working = [at for at, op in enumerate(body.ops) if op.name not in flow.copied and any(name in flow.weights for name in op.operands)]
+    return tuple(min(range(before + 1, after + 1), key=lambda at: (crossed[at], at)) for before, after in pairwise(working))
 
 
 class _Flow:

@@ -22,6 +22,7 @@ from autopar.ir.rules import splits
 from autopar.ir.schedule_check import live_by_stage
 from autopar.ir.schedules import Orders, named
 from autopar.ir.stages import Stage, candidates, cut, is_loss
+from autopar.ir.stages import places as wherever
 from autopar.search.alike import form
 from autopar.search.build import FREE, Built, build
 from autopar.search.collectives import between
@@ -127,13 +128,15 @@ def _starts(body: Graph, cuts: Sequence[int]) -> tuple[int, ...]:
 
 
 def balanced(body: Graph, settings: Settings, meshes: Sequence[Mesh], schedule: str, count: int) -> tuple[int, ...]:
-    """Starts of `count` stages at cut candidates of `body`, so that computing is as even over the ranks as it can be.
+    """Starts of `count` stages at cut candidates of `body`, so that computing is as even over the ranks as it can be; where the
+    candidates are too few, between any two operations that read parameters.
 
     Raises `PlanError` where there are not so many places to cut."""
-    places = np.array([0, *candidates(body), len(body.ops)])
+    good = candidates(body)
+    places = np.array([0, *(good if len(good) >= count - 1 else wherever(body)), len(body.ops)])
     if len(places) - 1 < count:
         raise PlanError(
-            f"`{body.name}` can be cut in at most {len(places) - 1} stages where few values cross, not in {count}; use fewer stages, or "
+            f"`{body.name}` can be cut in at most {len(places) - 1} stages that read parameters, not in {count}; use fewer stages, or "
             "say where with `cuts`"
         )
     total = np.concatenate([[0.0], np.cumsum(op_seconds(body, settings))])[places]
