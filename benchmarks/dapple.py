@@ -260,7 +260,7 @@ def pipelines(wanted: Wanted, costs: ProfiledCosts, counts: Sequence[int]) -> It
 def best_of(wanted: Wanted, costs: ProfiledCosts, counts: Sequence[int], tolerance: float) -> tuple[Pipeline, Simulated] | None:
     """The given plan, with all that it leaves open chosen to suit it; None where it does not fit."""
     if wanted.starts is None and len(set(wanted.devices)) == 1:
-        row = search(costs, counts, tolerance, groups=(len(wanted.devices),), sizes="equal", most_opened=2_000).best
+        row = search(costs, counts, tolerance, groups=(len(wanted.devices),), sizes="equal", most_opened=5_000).best
         return (row.best, row.simulated) if row and row.best and row.simulated else None
     every = [wanted.starts] if wanted.starts else [(0, *cuts) for cuts in combinations(costs.bounds[1:-1], len(wanted.devices) - 1)]
     rows = [(pipeline, simulated(pipeline)) for starts in every for pipeline in pipelines(Wanted(wanted.devices, starts), costs, counts)]

@@ -12,6 +12,7 @@ import numpy as np
 from autopar.search.stage_bounds import Array, Ways
 from autopar.search.stage_costs import Devices, Group, Policy, StageCost, StageCosts
 
+_MOST_KEPT = 4_000_000  # entries of all tables together, each 100 bytes; beyond, they are made anew where they are needed
 _Devices = tuple[tuple[int, int], ...]
 
 
@@ -146,6 +147,8 @@ class Pricing:
         # Most limits leave the same stages.
         key = (id(space), microbatches, live if self._live_matters else 0, again, digest)
         if key not in self._tables:
+            if sum(len(table.ways.to) for table in self._tables.values()) > _MOST_KEPT:
+                self._tables.clear()
             places = {shape: [np.nonzero(mask) for mask in masks] for shape, masks in fitting.items()}
             self._tables[key] = self._table(space, groups, microbatches, live, places, again)
         return self._tables[key]
