@@ -17,7 +17,8 @@ from autopar.search.pipeline import Pipelined, has_loss
 from autopar.search.place import Settings
 from autopar.search.propose import Proposal, Proposals
 
-_SOLVED = 3  # proposals that are solved stage by stage
+_SOLVED, _SOLVED_ON_MANY = 3, 2  # proposals that are solved stage by stage; on more ranks than `_FEW_RANKS`
+_FEW_RANKS = 64
 _WORTH = 0.98  # a pipeline must promise at least so much, in times of the plan without one, to be looked at
 _WORTH_IN_ONE_MACHINE = 0.9
 _FULL = 0.9
@@ -51,7 +52,7 @@ def with_pipelines(
     for at, proposal in enumerate(sorted(found.values(), key=lambda item: (item.step_s, item.groups))):
         groups, pipeline = proposal.groups, proposal.pipeline
         assert pipeline is not None and proposal.simulated is not None
-        if at < _SOLVED and (settings.deadline_s is None or settings.seconds_left() > 0.2):  # type: ignore[operator]
+        if at < (_SOLVED if world <= _FEW_RANKS else _SOLVED_ON_MANY) and (settings.deadline_s is None or settings.seconds_left() > 0.2):  # type: ignore[operator]
             try:
                 plan = (
                     Pipelined(graph, settings, pins, pipeline).plan() if groups > 1 else flat_on(pipeline.meshes[0], pipeline.microbatches)

@@ -122,8 +122,8 @@ class Proposals:
                 yield Proposal(groups, bound_s, why="not looked at: fewer groups took longer and longer")
                 continue
             try:
-                row = self._search(groups, counts, self.schedules[:1], (1,))
-                if row.best is not None and len(self.schedules) > 1 and row.step_s < _CLOSE * best_s:
+                row = self._accumulated(counts) if groups == 1 else self._search(groups, counts, self.schedules[:1], (1,))
+                if groups > 1 and row.best is not None and len(self.schedules) > 1 and row.step_s < _CLOSE * best_s:
                     other = self._search(groups, counts, self.schedules[1:], (2,))
                     row = other if other.step_s < row.step_s else row
             except PlanError as error:
@@ -135,6 +135,18 @@ class Proposals:
             worse = worse + 1 if row.simulated.step_s > best_s else 0
             best_s = min(best_s, row.simulated.step_s)
             yield Proposal(groups, bound_s, self._pipeline(row.best), row.simulated)
+
+    def _accumulated(self, counts: Sequence[int]) -> Row:
+        """Without stages: more microbatches take less memory and more time, so the first that fit are the best but for what sharding less
+        saves; tried until more of them cost more."""
+        best: Row | None = None
+        for count in counts:
+            row = self._search(1, (count,), ("1f1b",), (1,))
+            if best is not None and best.best is not None and row.step_s >= best.step_s:
+                break
+            best = row
+        assert best is not None
+        return best
 
     def _search(self, groups: int, counts: Sequence[int], schedules: Sequence[str], per_group: Sequence[int]) -> Row:
         cluster = self.settings.cluster
