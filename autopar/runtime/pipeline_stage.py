@@ -174,7 +174,8 @@ class LiveStage:
         return [output.detach() for output in outputs], [tensor.detach() for tensor in sent]
 
     def _keep(self, microbatch: int, leaves: list[Tensor], outputs: list[Tensor], sent: list[Tensor]) -> None:
-        roots: list[tuple[int | None, Tensor]] = [(None, loss) for loss in outputs if loss.requires_grad]
+        root: Callable[[Tensor], Tensor] = _Root.apply if self.splits_backward else (lambda tensor: tensor)
+        roots: list[tuple[int | None, Tensor]] = [(None, root(loss)) for loss in outputs if loss.requires_grad]
         relayed = {}
         for position, (tensor, differentiable) in enumerate(zip(sent, self.differentiable_sends, strict=True)):
             origin = next((index for index, leaf in enumerate(leaves) if tensor is leaf), None)
@@ -183,8 +184,7 @@ class LiveStage:
             if origin is not None:
                 relayed[position] = origin
             else:
-                # Cut loose in place by torch's `stage_backward_input`, which views refuse.
-                roots.append((position, tensor.clone() if self.splits_backward and tensor._is_view() else tensor))
+                roots.append((position, root(tensor)))
         self._alive[microbatch] = _Alive(leaves, roots, relayed)
 
     def backward(self, microbatch: int, gradients: Sequence[Tensor | None], *, reduce: bool = False) -> list[Tensor | None]:
@@ -296,6 +296,19 @@ class LiveStage:
                 graph, self.assignment, self.place, borders, self.device, mode, hooks, self.regions if train else (), self.numbers
             )
         return self._programs[key]
+
+
+class _Root(torch.autograd.Function):
+    """The identity, as a tensor that torch's `stage_backward_input` can cut loose in place: no view, and not what the operation that made
+    it reads for the gradients of its weights. It shares its operand's storage."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class _StepReducer(Reducer):
