@@ -385,6 +385,9 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     ],
     "_unsafe_index_put.default": [(f(4, 6), (i(2),), f(2, 6))],
     "one_hot.default": [(i(4, 6), 5)],
+    "autopar.target_weight": [(i(6), -100, DOUBLE), (i(7), 2, DOUBLE)],
+    "autopar.receive": [],
+    "autopar.send": [],
     "autopar.cross_entropy": [(f(6, 12), i(6), -100, 0.0), (f(6, 7), i(6), -100, 0.1), (f(4, 5), i(4), 2, 0.0)],
     "cross_entropy_loss.default": [
         (f(6, 5), i(6), None, 0),
@@ -439,6 +442,8 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
 }
 
 UNTRIED = {
+    "autopar.receive": "takes a value from another stage: tests of pipelines run it",
+    "autopar.send": "gives a value to another stage: tests of pipelines run it",
     "view_as_real.default": "its operand is complex",
     "view_as_complex.default": "its result is complex",
     "fft_fftn.default": "its result is complex",
