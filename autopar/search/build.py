@@ -278,8 +278,8 @@ class _Builder:
             columns_of: list[Any] = [np.array(column)[column_of] for column in zip(*traffic, strict=True)]
             all_ = Traffic(*columns_of)
             cost[i] = all_.copy_s
-            for phase, times, gather_s, reduce_s in self.costs.phases(all_, storage):
-                cost[i] += times * self.costs.exposed_s(gather_s + reduce_s, (forward_s, backward_s)[phase])
+            for *_, exposed_s in self.costs.phases(all_, storage, (forward_s, backward_s)):
+                cost[i] += exposed_s
             memory[i] = all_.gathered_bytes + all_.gradient_bytes
             if not self.restriction.gather:
                 gathers = [

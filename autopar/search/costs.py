@@ -122,17 +122,18 @@ class Traffic(NamedTuple):
 class Costs:
     """Prices on one mesh (`mesh`: axis sizes, outer first) of a cluster, whose first rank is `first_rank`.
 
-    `microbatches` a step; `live`: of how many at once a rank keeps activations; `wire_bytes_per_s`: of the link to other stages."""
+    `microbatches` a step; `live`: of how many at once a rank keeps activations; `wire_bytes_per_s`: of the link to other stages.
+    `groups` in a pipeline: what a group gathers once a step keeps its first microbatch waiting, and so all groups behind it."""
 
     def __init__(
         self, cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...], optimizer: str = "adamw", training: bool = True, *,
-        microbatches: int = 1, live: int = 1, first_rank: int = 0,
+        microbatches: int = 1, live: int = 1, first_rank: int = 0, groups: int = 1,
     ) -> None:  # fmt: skip
         assert 1 <= live <= microbatches
         if optimizer not in OPTIMIZER_STATES:
             raise PlanError(f"optimizer `{optimizer}` is not known; one of {', '.join(OPTIMIZER_STATES)}")
         self.mesh, self.names, self.training = mesh, names, training
-        self.microbatches, self.live = microbatches, live
+        self.microbatches, self.live, self.groups = microbatches, live, groups
         self.axes = axes(cluster, mesh, names, first_rank)
         ranks = prod(mesh)
         self.wire_bytes_per_s = between(cluster, (max(0, first_rank - ranks), ranks), (first_rank, ranks)).bytes_per_s
@@ -150,7 +151,7 @@ class Costs:
     @property
     def prices(self) -> tuple[object, ...]:
         """Equal for costs that price everything alike but the memory of activations."""
-        return self.mesh, self.axes, self.states, self.microbatches, self.wire_bytes_per_s
+        return self.mesh, self.axes, self.states, self.microbatches, self.groups, self.wire_bytes_per_s
 
     def _local_bytes(self, shape: tuple[int, ...], dtype: str, state: State) -> int:
         """Bytes of a value of global `shape` on the rank that holds most."""
@@ -388,13 +389,20 @@ class Costs:
         """Of traffic beside computing: what exceeds it, and what the device feels of the rest. Numbers or arrays."""
         return np.maximum(traffic_s - computing_s, 0.0) + self.felt_share * np.minimum(traffic_s, computing_s)
 
-    def phases(self, traffic: Traffic, storage: Storage) -> tuple[tuple[int, int, float, float], ...]:
-        """When the traffic of a parameter runs: rows of phase (0 forward, 1 backward), times a step, seconds of gathering and of
-        reducing. Gathered once a step it is gathered for the first microbatch; gradients are reduced after the last."""
+    def phases(self, traffic: Traffic, storage: Storage, times_s: tuple[Any, Any]) -> tuple[tuple[int, int, float, float, Any], ...]:
+        """When the traffic of a parameter runs: rows of phase (0 forward, 1 backward), times a step, seconds of gathering and of reducing,
+        and what is exposed of all times. Gathered once a step it is gathered for the first microbatch; gradients are reduced after the
+        last. `times_s`: computing of the operation that uses it, forward and backward."""
         m = self.microbatches
-        forward = (0, m if storage.gather == "use" else 1, traffic.gather_s, 0.0)
-        last = (1, 1, traffic.regather_s, traffic.reduce_s)
-        return (forward, last) if m == 1 else (forward, (1, m - 1, traffic.regather_s, 0.0), last)
+        if storage.gather != "use" and self.groups > 1:
+            first = 0, 1, traffic.gather_s, 0.0, self.groups * traffic.gather_s
+        else:
+            times = m if storage.gather == "use" else 1
+            first = 0, times, traffic.gather_s, 0.0, times * self.exposed_s(traffic.gather_s, times_s[0])
+        last = 1, 1, traffic.regather_s, traffic.reduce_s, self.exposed_s(traffic.regather_s + traffic.reduce_s, times_s[1])
+        if m == 1:
+            return first, last
+        return first, (1, m - 1, traffic.regather_s, 0.0, (m - 1) * self.exposed_s(traffic.regather_s, times_s[1])), last
 
     def use_term(self, value: Value, storage: Storage, targets: tuple[State, ...], times_s: tuple[float, float], regather: bool) -> Term:
         """A parameter goes from where it is stored to where an operation uses it, its gradient the way back.
@@ -405,12 +413,12 @@ class Costs:
         rows, _ = self._conversions(value, storage, targets)
         moves: list[Move] = []
         exposed_s = 0.0
-        for phase, times, gather_s, reduce_s in self.phases(traffic, storage):
+        for phase, times, gather_s, reduce_s, all_exposed_s in self.phases(traffic, storage, times_s):
             total_s = gather_s + reduce_s
             if not total_s:
                 continue
-            exposed = float(self.exposed_s(total_s, times_s[phase]))
-            exposed_s += exposed * times
+            exposed = min(total_s, float(all_exposed_s) / times)
+            exposed_s += float(all_exposed_s)
             for of, seconds in (("backward", reduce_s), ("forward", gather_s)):
                 if not seconds:
                     continue
