@@ -20,7 +20,7 @@ from itertools import groupby, pairwise
 from autopar.errors import PlanError
 from autopar.ir.fold import fold
 from autopar.ir.graph import Buffer, Graph, Op, Ref, Value
-from autopar.ir.microbatch import draws
+from autopar.ir.microbatch_ways import draws
 from autopar.ir.rules.neighbours import RECEIVE, RESHARD, SEND
 
 __all__ = ["RECEIVE", "SEND", "Stage", "candidates", "crossing", "cut"]
