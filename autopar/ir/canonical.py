@@ -8,6 +8,7 @@ A pass is a function from a graph to a graph; `EACH_ALONE`, then `ALL_TOGETHER` 
 - dropout, cross-entropy and training-mode batch norm are the operators `autopar.dropout`, `autopar.cross_entropy`, `autopar.batch_norm`,
   whose parts can be computed on several ranks (each one's docstring says exactly what it computes); other losses are computed row by row
   or element by element, and then summed or averaged (`canonical_losses`);
+- one element of every row, `x[arange(n), index]`, is gathered (`canonical_rows`);
 - what nobody reads is gone, and each module makes an equal constant tensor (`arange`, `full`, ...) once;
 - values and operations have names that depend on the graph alone, so that two traces of one model are equal texts.
 """
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.ir import canonical_losses
+from autopar.ir import canonical_losses, canonical_rows
 from autopar.ir.graph import Arg, Buffer, Constant, Graph, Input, Op, Parameter, Ref, Symbol, Value
 from autopar.ir.rewriter import Rewriter
 
@@ -136,6 +137,7 @@ _FORMS: dict[str, Callable[[Rewriter, Op, set[str]], bool]] = {
     "aten._native_batch_norm_legit_functional.default": _batch_norm,
     "aten._native_batch_norm_legit_no_training.default": _batch_norm_evaluated,
     **canonical_losses.FORMS,
+    **canonical_rows.FORMS,
 }
 
 

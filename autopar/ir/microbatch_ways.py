@@ -158,7 +158,7 @@ class Choices:
         for slot, name in enumerate(op.outputs):
             value = graph.values[name]
             ways = found[slot]
-            if R in ways and P not in ways and value.dtype in FLOATS:
+            if R in ways and P not in ways and value.dtype in FLOATS and self._small(name, ways[R]):
                 ways[P] = Made("term", ways[R].cost + _TERM_COST if name in self.free else 0)
             if name in self.free:
                 found[slot] = self._with_prologue(ways, value)
@@ -172,7 +172,11 @@ class Choices:
             return not draws(op)
         if draws(op) and op.target != DROPOUT:
             return False
-        return all(self.ways[name][R].cost == 0 or not self.graph.values[name].shape for name in op.operands if name in self.free)
+        return all(self._small(name, self.ways[name][R]) for name in op.operands)
+
+    def _small(self, name: str, whole: Made) -> bool:
+        """Whether a value that is whole in every microbatch is not made of the whole batch, or is but one number."""
+        return whole.cost < _IN_PROLOGUE_COST or not self.graph.values[name].shape
 
     def _reads(self, op: Op, wanted: tuple[Placement, ...]) -> tuple[Placement, ...] | None:
         """The states in which the operands would be read by a split that wants them so; None if one cannot be made so."""

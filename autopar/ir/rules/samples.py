@@ -18,7 +18,7 @@ _POSITIVE = {
 """Operators whose operands are drawn from (0.25, 0.9), where they and their gradients are finite."""
 
 
-_NO_DERIVATIVE = {"copy", "detach_copy", "floor_divide", "heaviside"}
+_NO_DERIVATIVE = {"copy", "detach", "detach_copy", "floor_divide", "heaviside"}
 """Operators on floats for which torch has no derivative."""
 
 

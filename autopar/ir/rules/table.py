@@ -97,14 +97,14 @@ family(
     "addcmul.default addcdiv.default where.ScalarOther where.ScalarSelf where.Scalar sub.Scalar add.Scalar "
     "rsub.Scalar bitwise_and.Scalar_Tensor eq.default isclose.default float_power.Tensor_Scalar float_power.Tensor_Tensor gcd.default "
     "__and__.Tensor __and__.Scalar __or__.Tensor __or__.Scalar __xor__.Tensor __xor__.Scalar masked_fill.Tensor fill.Scalar "
-    "fill.Tensor detach.default signbit.default",
+    "fill.Tensor signbit.default",
 )
 family(pointwise.additive, "add.Tensor sub.Tensor rsub.Tensor")
 family(pointwise.multiplicative, "mul.Tensor mul.Scalar multiply.Tensor multiply.Scalar")
 family(
     pointwise.first_linear,
     "div.Tensor div.Scalar divide.Tensor divide.Scalar true_divide.Tensor neg.default positive.default clone.default alias.default "
-    "contiguous.default lift_fresh_copy.default detach_copy.default real.default conj.default conj_physical.default",
+    "contiguous.default lift_fresh_copy.default detach.default detach_copy.default real.default conj.default conj_physical.default",
 )
 family(pointwise.cast, "_to_copy.default to.dtype to.dtype_layout to.device type_as.default view.dtype")
 family(pointwise.where, "where.self")
