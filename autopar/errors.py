@@ -10,6 +10,7 @@
     │   ├── PlanMismatchError    a sound plan for another model, other inputs or another world size
     │   ├── PinError             a pin that matches nothing, or pins that cannot hold together
     │   └── InfeasibleError      no way to run it; where memory is missing, how much, and what would fit
+    ├── ProblemError             a file with an optimisation problem that cannot be read or breaks its format (also a ValueError)
     ├── RuntimeSetupError        the process group, devices or ranks do not fit the plan
     │   ├── RankDisagreementError   a rank came with another plan or another first batch
     │   ├── InputError           inputs of other shapes, dtypes or structure than were traced (also a ValueError)
@@ -66,6 +67,10 @@ class InfeasibleError(PlanError):
         super().__init__(message)
         self.missing_bytes = missing_bytes
         self.remedies = remedies
+
+
+class ProblemError(AutoparError, ValueError):
+    """A file with a problem to solve is damaged; the message names the place in it."""
 
 
 class RuntimeSetupError(AutoparError):

@@ -1,4 +1,4 @@
-"""Make a problem smaller without changing its optimum: check it, merge parallel edges, drop impossible and dominated strategies.
+"""Make a problem smaller without changing its optimum: merge parallel edges, drop impossible and dominated strategies.
 
 Strategy `b` of a node is dominated by `a` when replacing `b` by `a` can never hurt, whatever the neighbours do:
 
@@ -10,7 +10,7 @@ Nodes at one position of a segment keep the same strategies, so that what was fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,54 +25,6 @@ _ROUNDS = 3
 _FEW_COLUMNS = 4
 _HUGE = 1e300  # below every difference of costs, yet finite, so that it adds to `inf` as `inf`
 _SIDE_I, _SIDE_J = 0, 1
-
-
-def check(problem: Problem) -> None:
-    """Raise `PlanError` naming the place where `problem` breaks the laws of its docstring."""
-    for index, table in enumerate(problem.tables):
-        cost, memory = table.cost_s, table.memory_bytes
-        if cost.shape != memory.shape or cost.ndim not in (1, 2) or 0 in cost.shape:
-            raise PlanError(f"table {index}: cost has shape {cost.shape}, memory {memory.shape}; both must be (n,) or (n, m), not empty")
-        if np.isnan(cost).any() or (cost == -np.inf).any():
-            raise PlanError(f"table {index}: cost_s holds {'NaN' if np.isnan(cost).any() else '-inf'} at {_first(~(cost > -np.inf))}")
-        if not (memory >= 0).all() or np.isinf(memory).any():
-            raise PlanError(
-                f"table {index}: memory_bytes must be finite and not negative; see entry {_first(~((memory >= 0) & (memory < np.inf)))}"
-            )
-    count = len(problem.tables)
-    shapes = [table.cost_s.shape for table in problem.tables]
-    nodes, edges = np.array(problem.nodes, np.int64), np.array(problem.edges, np.int64).reshape(-1, 3)
-    for node in np.flatnonzero((nodes < 0) | (nodes >= count))[:1].tolist():
-        raise PlanError(f"node {node}: table {nodes[node]} does not exist; there are {count}")
-    vector = np.array([len(shape) == 1 for shape in shapes], np.bool_)
-    for node in np.flatnonzero(~vector[nodes])[:1].tolist() if len(nodes) else ():
-        raise PlanError(f"node {node}: table {nodes[node]} has shape {shapes[nodes[node]]}; a node's is (n,)")
-    sizes = domain_sizes(problem)
-    i, j, table_of = edges.T
-    for edge in np.flatnonzero((i < 0) | (j <= i) | (j >= len(nodes)))[:1].tolist():
-        raise PlanError(f"edge {edge}: joins nodes {i[edge]} and {j[edge]}; wanted 0 <= i < j < {len(nodes)}")
-    for edge in np.flatnonzero((table_of < 0) | (table_of >= count))[:1].tolist():
-        raise PlanError(f"edge {edge}: table {table_of[edge]} does not exist; there are {count}")
-    if len(edges):
-        wanted = np.array([shape if len(shape) == 2 else (-1, -1) for shape in shapes], np.int64)[table_of]
-        for edge in np.flatnonzero((wanted[:, 0] != sizes[i]) | (wanted[:, 1] != sizes[j]))[:1].tolist():
-            raise PlanError(
-                f"edge {edge}: table {table_of[edge]} has shape {shapes[table_of[edge]]}, but nodes {i[edge]}, {j[edge]} have "
-                f"{sizes[i[edge]]}, {sizes[j[edge]]} strategies"
-            )
-    at = 0
-    for segment in problem.segments:
-        if segment.start != at or segment.length < 1 or segment.count < 1:
-            raise PlanError(f"segments must tile the nodes: wanted one that starts at {at}, found {segment}")
-        at = segment.stop
-    if problem.segments and at != len(problem.nodes):
-        raise PlanError(f"segments end at node {at}, the problem has {len(problem.nodes)}")
-    if np.isnan(problem.memory_limit_bytes):
-        raise PlanError("memory_limit_bytes is NaN; use inf for no limit")
-
-
-def _first(flags: NDArray[np.bool_]) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.argwhere(flags)[0])
 
 
 def domain_sizes(problem: Problem) -> Ints:
@@ -103,7 +55,7 @@ def restrict(problem: Problem, allowed: dict[int, tuple[int, ...]]) -> Problem:
             known[key] = len(tables)
             tables.append(Table(cost, table.memory_bytes))
         nodes[node] = known[key]
-    return Problem(tuple(nodes), problem.edges, tuple(tables), problem.segments, problem.memory_limit_bytes)
+    return replace(problem, nodes=tuple(nodes), tables=tuple(tables))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +74,7 @@ def reduce(problem: Problem) -> Reduced:
 
     Raises `InfeasibleError` when a node is left without a strategy.
     """
+    assert not problem.timed, "memory of one time step"
     tables = [Table(np.asarray(t.cost_s, np.float64), np.asarray(t.memory_bytes, np.float64)) for t in problem.tables]
     edges = _merged(np.array(problem.edges, np.int64).reshape(-1, 3), tables)
     nodes = np.array(problem.nodes, np.int64)

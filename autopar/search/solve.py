@@ -7,11 +7,12 @@ from typing import Literal
 
 import numpy as np
 
+from autopar.search.check import check
 from autopar.search.incumbent import Incumbent, Progress
 from autopar.search.memory import constrained
 from autopar.search.minimise import Minimiser, Price
 from autopar.search.problem import Problem, Solution
-from autopar.search.reduce import Reduced, check, reduce, restrict
+from autopar.search.reduce import Reduced, reduce, restrict
 
 _UNKNOWN_S = 60.0  # how long the fast search looks for anything that fits where no table of elimination does
 
