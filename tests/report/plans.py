@@ -6,26 +6,8 @@ import math
 
 from hypothesis import strategies as st
 
+from autopar.ir import plan as ir
 from autopar.ir.graph import DTYPE_BYTES
-from autopar.ir.plan import (
-    Alternative,
-    Axes,
-    Candidate,
-    ClusterInfo,
-    CollectivePlan,
-    GroupPlan,
-    InputPlan,
-    ModelInfo,
-    OpPlan,
-    OutputPlan,
-    ParameterPlan,
-    PipelinePlan,
-    Plan,
-    Predicted,
-    SegmentCost,
-    SegmentPlan,
-    StagePlan,
-)
 from autopar.ir.schedules import SCHEDULES
 
 _SIZES = st.integers(0, 2**63 - 1)
@@ -38,22 +20,22 @@ _SHAPES = st.lists(st.integers(1, 512), max_size=3).map(tuple)
 
 
 @st.composite
-def _axes(draw: st.DrawFn, mesh: dict[str, int], dims: int, kinds: tuple[str, ...] = ("R", "R/P", "P(sum)")) -> Axes:
+def _axes(draw: st.DrawFn, mesh: dict[str, int], dims: int, kinds: tuple[str, ...] = ("R", "R/P", "P(sum)")) -> ir.Axes:
     choices = [*kinds, *(f"S({dim})" for dim in range(dims))]
     return {axis: draw(st.sampled_from(choices)) for axis in mesh}
 
 
 @st.composite
-def _segments(draw: st.DrawFn, stage: int, mesh: dict[str, int], least: int) -> tuple[SegmentPlan, ...]:
+def _segments(draw: st.DrawFn, stage: int, mesh: dict[str, int], least: int) -> tuple[ir.SegmentPlan, ...]:
     """A few segments of one stage, or none where `least` is 0. Names of operations are unique in a stage."""
     names = iter(draw(st.lists(_WORDS, min_size=least, max_size=6, unique=True)))
     by_axis = st.dictionaries(st.sampled_from(sorted(mesh)), _SECONDS, max_size=2)
-    segments: list[SegmentPlan] = []
+    segments: list[ir.SegmentPlan] = []
     start = 0
     while batch := [name for name, _ in zip(names, range(draw(st.integers(1, 3))), strict=False)]:
         count = draw(st.integers(1, 40))
         ops = tuple(
-            OpPlan(
+            ir.OpPlan(
                 name=name,
                 target=draw(st.sampled_from(["aten.linear.default", "autopar.reshard", "aten.add.Tensor", "autopar.send", "odd"])),
                 module=draw(_TEXT),
@@ -63,14 +45,14 @@ def _segments(draw: st.DrawFn, stage: int, mesh: dict[str, int], least: int) -> 
             for name in batch
         )
         cost = draw(
-            st.just(SegmentCost())
+            st.just(ir.SegmentCost())
             | st.builds(
-                SegmentCost, forward_s=_SECONDS, backward_s=_SECONDS, forward_comm_s=by_axis, reduce_s=by_axis, activation_bytes=_SIZES
+                ir.SegmentCost, forward_s=_SECONDS, backward_s=_SECONDS, forward_comm_s=by_axis, reduce_s=by_axis, activation_bytes=_SIZES
             )
         )
         recompute = draw(st.integers(0, count))
         segments.append(
-            SegmentPlan(
+            ir.SegmentPlan(
                 stage=stage, name=draw(_WORDS), start=start, length=len(ops), count=count, recompute=recompute, cost=cost, ops=ops
             )
         )  # fmt: skip
@@ -90,7 +72,7 @@ def _pipelines(draw: st.DrawFn) -> tuple[str, list[dict[str, int]], list[int]]:
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn) -> ir.Plan:
     """A sound plan with a few of everything, with a pipeline or without."""
     schedule, meshes, placed = draw(_pipelines() | st.tuples(st.just(""), st.just([]), st.just([0])))
     if not schedule:
@@ -99,7 +81,7 @@ def plans(draw: st.DrawFn) -> Plan:
     numbers = st.integers(0, len(stages) - 1)
     microbatches = draw(st.integers(1, 8))
 
-    def tensors(kind: type[InputPlan] | type[OutputPlan]) -> tuple[InputPlan | OutputPlan, ...]:
+    def tensors(kind: type[ir.InputPlan] | type[ir.OutputPlan]) -> tuple[ir.InputPlan | ir.OutputPlan, ...]:
         paths = draw(st.lists(_TEXT, max_size=2, unique=True))
         rows = [(path, draw(_SHAPES), draw(numbers)) for path in paths]
         return tuple(
@@ -107,13 +89,13 @@ def plans(draw: st.DrawFn) -> Plan:
             for path, shape, stage in rows
         )
 
-    def parameter(name: str) -> ParameterPlan:
+    def parameter(name: str) -> ir.ParameterPlan:
         shape, stage = draw(_SHAPES), draw(numbers)
         mesh = stages[stage]
         alternative = st.builds(
-            Alternative, stored=_axes(mesh, len(shape), ("R",)), cost_s=st.none() | _SECONDS, memory_bytes=st.none() | _SIZES, why=_TEXT
+            ir.Alternative, stored=_axes(mesh, len(shape), ("R",)), cost_s=st.none() | _SECONDS, memory_bytes=st.none() | _SIZES, why=_TEXT
         )
-        return ParameterPlan(
+        return ir.ParameterPlan(
             stage=stage,
             name=name,
             shape=shape,
@@ -125,8 +107,8 @@ def plans(draw: st.DrawFn) -> Plan:
             alternatives=tuple(draw(st.lists(alternative, max_size=2))),
         )
 
-    segments: list[SegmentPlan] = []
-    rows: list[StagePlan] = []
+    segments: list[ir.SegmentPlan] = []
+    rows: list[ir.StagePlan] = []
     position = 0
     for number, mesh in enumerate(stages):
         found = draw(_segments(number, mesh, 1 if schedule else 0))
@@ -134,7 +116,7 @@ def plans(draw: st.DrawFn) -> Plan:
         listed = sum(segment.length * segment.count for segment in found)
         own = draw(st.integers(1, listed)) if schedule else listed
         rows.append(
-            StagePlan(
+            ir.StagePlan(
                 name=draw(_TEXT), start=position, stop=position + own, group=placed[number], sends_bytes=draw(_SIZES),
                 receives_s=draw(_SECONDS), returns_s=draw(_SECONDS),
             )
@@ -142,7 +124,7 @@ def plans(draw: st.DrawFn) -> Plan:
         position += own
     collective = numbers.flatmap(
         lambda stage: st.builds(
-            CollectivePlan,
+            ir.CollectivePlan,
             stage=st.just(stage),
             kind=st.sampled_from(["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]),
             axis=st.sampled_from(sorted(stages[stage])),
@@ -156,7 +138,7 @@ def plans(draw: st.DrawFn) -> Plan:
         )
     )
     candidate = st.builds(
-        Candidate, groups=st.integers(1, 4), what=_TEXT, cost_s=st.none() | _SECONDS, bubble=st.none() | _SECONDS,
+        ir.Candidate, groups=st.integers(1, 4), what=_TEXT, cost_s=st.none() | _SECONDS, bubble=st.none() | _SECONDS,
         communication_s=st.none() | _SECONDS, memory_bytes=st.none() | _SIZES, why=_TEXT,
     )  # fmt: skip
     memory = draw(st.dictionaries(st.sampled_from(["parameters", "gradients", "optimizer", "activations", "buffers"]), _SIZES))
@@ -165,17 +147,17 @@ def plans(draw: st.DrawFn) -> Plan:
     ranges = draw(st.lists(st.integers(1, 40).map(lambda last: f"h.{{0-{last}}}.w"), max_size=2, unique=True))
     shared = meshes[0] if all(mesh == meshes[0] for mesh in meshes) else {}
     first_ranks = [sum(math.prod(mesh.values()) for mesh in meshes[:group]) for group in range(len(meshes))]
-    pipeline = PipelinePlan(
+    pipeline = ir.PipelinePlan(
         schedule=schedule,
-        groups=tuple(GroupPlan(first_rank=rank, mesh=mesh) for rank, mesh in zip(first_ranks, meshes, strict=True)),
+        groups=tuple(ir.GroupPlan(first_rank=rank, mesh=mesh) for rank, mesh in zip(first_ranks, meshes, strict=True)),
         stages=tuple(rows),
     )
-    return Plan(
+    return ir.Plan(
         name=draw(_TEXT),
-        model=ModelInfo(
+        model=ir.ModelInfo(
             name=draw(_TEXT), fingerprint=draw(_TEXT), training=draw(st.booleans()), parameters=draw(_SIZES), operations=position
         ),
-        cluster=ClusterInfo(
+        cluster=ir.ClusterInfo(
             name=draw(_TEXT),
             device=draw(_TEXT),
             devices_per_node=draw(st.integers(1, 8)),
@@ -185,10 +167,10 @@ def plans(draw: st.DrawFn) -> Plan:
         mesh={"pp": len(meshes), **shared} if schedule else meshes[0],
         microbatches=microbatches,
         pipeline=pipeline if schedule else None,
-        inputs=tensors(InputPlan),
-        outputs=tensors(OutputPlan),
+        inputs=tensors(ir.InputPlan),
+        outputs=tensors(ir.OutputPlan),
         pins=draw(st.dictionaries(_TEXT, _TEXT, max_size=2)),
-        predicted=Predicted(
+        predicted=ir.Predicted(
             cost_s=cost,
             lower_bound_s=bound,
             compute_s=draw(_SECONDS),
