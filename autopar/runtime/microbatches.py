@@ -6,7 +6,7 @@ its own part of the batch holds its part of every microbatch, one behind the oth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +24,8 @@ from autopar.runtime.lower import Borders, lower
 class Microbatches:
     """Cuts batches that come in `states` (by input path, on the mesh of `place`), in the order of `inputs` (paths).
 
-    `buffers` and `constants` by name, whole: what the prologue reads of them it reads from here, when it runs.
+    `buffers` and `constants` by name, whole: what the prologue reads of them it reads from here, when it runs. `reads`: what of the
+    body's inputs this rank wants, by path.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Microbatches:
         place: Place,
         device: torch.device,
         constants: Mapping[str, Tensor],
+        reads: Collection[str],
     ) -> None:
         self.count = batched.count
         self.batched = batched
         self._inputs = tuple(inputs)
         self._constants = constants
+        self._reads = frozenset(reads)
         whole: State = (R,) * len(place.mesh)
         over_time = dict.fromkeys(inputs, R) | dict(batched.inputs)
         self.states: dict[str, State] = {path: _of_a_part(states[path], over_time[path], self.count) for path in inputs}
@@ -51,7 +54,7 @@ class Microbatches:
             self._prologue = _whole_program(batched.prologue, states, place, device)
 
     def cut(self, tensors: Sequence[Tensor], buffers: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The inputs of the body by path, for each microbatch. `tensors`: the call's, in the order of `inputs`."""
+        """The inputs of the body that are read, by path, for each microbatch. `tensors`: the call's, in the order of `inputs`."""
         given = dict(zip(self._inputs, tensors, strict=True))
         ahead: dict[str, Tensor] = {}
         prologue = self.batched.prologue
@@ -62,9 +65,9 @@ class Microbatches:
             with torch.no_grad():
                 results = self._prologue(*arguments, torch.zeros(2, dtype=torch.int64))
             ahead = {item.path: result for item, result in zip(prologue.outputs, results, strict=False)}
+        read = {path: tensor for path, tensor in (given | ahead).items() if path in self._reads}
         return [
-            {path: part_of(tensor, self._over_time[path], self.count, index) for path, tensor in (given | ahead).items()}
-            for index in range(self.count)
+            {path: part_of(tensor, self._over_time[path], self.count, index) for path, tensor in read.items()} for index in range(self.count)
         ]
 
     def join(self, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:

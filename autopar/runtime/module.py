@@ -107,7 +107,8 @@ class ParallelModule(DistributedModule):
         seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
         self._counter = torch.tensor([seed, 0])
         given = dict.fromkeys((item.path for item in traced.graph.inputs), whole) | given_states(plan, inputs)
-        self._microbatches = Microbatches(batched, [item.path for item in traced.graph.inputs], given, self._place, self._device, constants)
+        inputs_, reads = [item.path for item in traced.graph.inputs], [item.path for item in graph.inputs]
+        self._microbatches = Microbatches(batched, inputs_, given, self._place, self._device, constants, reads)
         states = self._microbatches.states
         self._borders = Borders(
             {item.value: states[item.path] for item in graph.inputs}, {use.value: use.leaf for use in self._uses}, self._outputs

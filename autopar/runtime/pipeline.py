@@ -226,10 +226,11 @@ class PipelineModule(DistributedModule):
         whole: State = (R,) * len(self._place.mesh)
         paths = [item.path for item in self._traced.graph.inputs]
         given = dict.fromkeys(paths, whole) | given_states(self._plan, inputs, self._group.index)
-        batched = self._expanded.microbatched
-        if not _reads_prologue([self._expanded.stages[index].graph for index in self._mine]):
+        batched, graphs = self._expanded.microbatched, [self._expanded.stages[index].graph for index in self._mine]
+        if not _reads_prologue(graphs):
             batched = replace(batched, prologue=None)  # not for this rank
-        self._microbatches = Microbatches(batched, paths, given, self._place, self._device, self._constants)
+        reads = {item.path for graph in graphs for item in graph.inputs}
+        self._microbatches = Microbatches(batched, paths, given, self._place, self._device, self._constants, reads)
         self._binder = InputBinder(
             self._traced, given, self._place, whole=inputs == "global", device=self._device, signature=signature, timeout_s=timeout_s
         )
@@ -277,7 +278,7 @@ class PipelineModule(DistributedModule):
             else:
                 for weight in tied:
                     weight.restore()
-            self._outbox.settle_all()
+            self._outbox.settle()
             return self._whole_output(self._loss, train=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -297,7 +298,7 @@ class PipelineModule(DistributedModule):
             self._evaluation_run.run(batch)
             for stage in self._stages:
                 stage.live.finish(reduced=False)
-            self._outbox.settle_all()
+            self._outbox.settle()
             results = [self._whole_output(index, train=False) for index in range(len(self._traced.graph.outputs))]
             for stage in self._stages:
                 stage.outputs = {}

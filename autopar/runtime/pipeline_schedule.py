@@ -190,9 +190,8 @@ class PipelineStage(_PipelineStageBase):
         at = self._at[fwd_chunk_id]
         words = self._words(fwd_chunk_id, self.stage_index + 1)
         flights = [flight for item, x in zip(self.after, at.sent, strict=True) if item.there for flight in item.there.send(x, words)]
-        # Settled by the microbatch's backward pass: by then the other side must have it.
-        self.outbox.post(flights, (self.stage_index, fwd_chunk_id) if self.has_backward else None)
         at.sent = []
+        self.outbox.post(flights, (self.stage_index, "there"))
         return []
 
     # ---- backward ------------------------------------------------------------------------------------------------------------------
@@ -215,8 +214,7 @@ class PipelineStage(_PipelineStageBase):
             given = at.gradients_handed
         else:
             given = [item.wait() if item is not None else None for item in at.gradients_arriving]
-        at.gradients_arriving, at.gradients_handed, at.sent = [], None, []
-        self.outbox.settle((self.stage_index, bwd_chunk_id))
+        at.gradients_arriving, at.gradients_handed = [], None
         assert self._batch is not None
         if full_backward:
             found = self.live.backward(bwd_chunk_id, given, reduce=last_backward and self._batch.reduce)
@@ -249,7 +247,8 @@ class PipelineStage(_PipelineStageBase):
             if item.back is not None and gradient is not None
             for flight in item.back.send(gradient, words)
         ]
-        self.outbox.post(flights)
+        del gradients
+        self.outbox.post(flights, (self.stage_index, "back"))
         return []
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:

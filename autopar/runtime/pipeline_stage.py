@@ -49,8 +49,8 @@ class Sources:
 
 @dataclass(slots=True)
 class _Alive:
-    """A microbatch between its passes. `roots` are the results that carry a gradient, by position in what the stage sends (None: the
-    loss); `relayed` says which received value a sent one is itself."""
+    """A microbatch between its passes. `roots` stand for the results that carry a gradient, by position in what the stage sends (None:
+    the loss); `relayed` says which received value a sent one is itself."""
 
     received: list[Tensor]
     roots: list[tuple[int | None, Tensor]]
@@ -174,7 +174,7 @@ class LiveStage:
         return [output.detach() for output in outputs], [tensor.detach() for tensor in sent]
 
     def _keep(self, microbatch: int, leaves: list[Tensor], outputs: list[Tensor], sent: list[Tensor]) -> None:
-        root: Callable[[Tensor], Tensor] = _Root.apply if self.splits_backward else (lambda tensor: tensor)
+        root: Callable[[Tensor], Tensor] = _Root.apply
         roots: list[tuple[int | None, Tensor]] = [(None, root(loss)) for loss in outputs if loss.requires_grad]
         relayed = {}
         for position, (tensor, differentiable) in enumerate(zip(sent, self.differentiable_sends, strict=True)):
@@ -299,12 +299,12 @@ class LiveStage:
 
 
 class _Root(torch.autograd.Function):
-    """The identity, as a tensor that torch's `stage_backward_input` can cut loose in place: no view, and not what the operation that made
-    it reads for the gradients of its weights. It shares its operand's storage."""
+    """Where a microbatch's backward pass begins: of its operand's shape, with its operand's gradient, and without its values, which live
+    no longer than it takes to send them. Torch's `stage_backward_input` cuts it loose in place, so it is no view."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        return tensor.new_empty(0).set_(tensor.new_empty(1).untyped_storage(), 0, tensor.size(), (0,) * tensor.dim())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

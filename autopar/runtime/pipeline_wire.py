@@ -20,8 +20,8 @@ from torch import Tensor
 from autopar.errors import PeerError
 from autopar.runtime.pipeline_transfer import Box, Layout, Message, messages
 
-IN_FLIGHT = 4
-"""Sends without an own end (gradients, evaluation) that may be under way before the oldest is awaited: each holds a tensor's memory."""
+IN_FLIGHT = 1
+"""Sends of one lane that may be under way when the next has begun: each holds a tensor's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +105,14 @@ class Channel:
 
 
 class Arriving:
-    """A rank's part of a value while it is being received."""
+    """A rank's part of a value while it is being received. What a message came in is let go as soon as it is unpacked."""
 
     def __init__(self, part: Tensor, flights: Sequence[tuple[Message, Tensor, Flight]]) -> None:
-        self._part, self._flights = part, flights
+        self._part, self._flights = part, deque(flights)
 
     def wait(self) -> Tensor:
-        for message, buffer, flight in self._flights:
+        while self._flights:
+            message, buffer, flight = self._flights.popleft()
             flight.land("receiving")
             if buffer is not self._part:
                 start = 0
@@ -122,34 +123,31 @@ class Arriving:
 
 
 class Outbox:
-    """Sends under way. What is sent stays in memory until it is settled."""
+    """Sends under way. What is sent stays in memory until it has landed.
+
+    A send is awaited when `IN_FLIGHT` others of its lane have begun after it. That cannot block for ever: send and receive of one transfer
+    stand at the same place of one order of all actions of all groups, so what is awaited was to be received before.
+    """
 
     def __init__(self) -> None:
-        self._named: dict[Hashable, list[Flight]] = {}
-        self._unnamed: deque[list[Flight]] = deque()
+        self._lanes: dict[Hashable, deque[list[Flight]]] = {}
 
-    def post(self, flights: list[Flight], name: Hashable | None = None) -> None:
-        """Keep `flights` until `settle(name)`; without a name until `IN_FLIGHT` others have been posted."""
-        if name is not None:
-            self._named[name] = flights
-            return
-        self._unnamed.append(flights)
-        if len(self._unnamed) > IN_FLIGHT:
-            _land(self._unnamed.popleft())
+    def post(self, flights: list[Flight], lane: Hashable) -> None:
+        """Keep `flights`. `lane`: the same for what follows on each other, such as one stage's outputs, microbatch after microbatch."""
+        under_way = self._lanes.setdefault(lane, deque())
+        under_way.append(flights)
+        while len(under_way) > IN_FLIGHT:
+            _land(under_way.popleft())
 
-    def settle(self, name: Hashable) -> None:
-        _land(self._named.pop(name, []))
-
-    def settle_all(self) -> None:
-        for name in list(self._named):
-            self.settle(name)
-        while self._unnamed:
-            _land(self._unnamed.popleft())
+    def settle(self) -> None:
+        """Wait until all has landed."""
+        for under_way in self._lanes.values():
+            while under_way:
+                _land(under_way.popleft())
 
     def drop(self) -> None:
         """Forget what is under way, after a failure."""
-        self._named.clear()
-        self._unnamed.clear()
+        self._lanes.clear()
 
 
 def _land(flights: Sequence[Flight]) -> None:
