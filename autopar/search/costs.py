@@ -122,18 +122,17 @@ class Traffic(NamedTuple):
 class Costs:
     """Prices on one mesh (`mesh`: axis sizes, outer first) of a cluster, whose first rank is `first_rank`.
 
-    `microbatches` a step; `live`: of how many at once a rank keeps activations; `wire_bytes_per_s`: of the link to other stages.
-    `groups` in a pipeline: what a group gathers once a step keeps its first microbatch waiting, and so all groups behind it."""
+    `microbatches` a step; `live`: of how many at once a rank keeps activations; `wire_bytes_per_s`: of the link to other stages."""
 
     def __init__(
         self, cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...], optimizer: str = "adamw", training: bool = True, *,
-        microbatches: int = 1, live: int = 1, first_rank: int = 0, groups: int = 1,
+        microbatches: int = 1, live: int = 1, first_rank: int = 0,
     ) -> None:  # fmt: skip
         assert 1 <= live <= microbatches
         if optimizer not in OPTIMIZER_STATES:
             raise PlanError(f"optimizer `{optimizer}` is not known; one of {', '.join(OPTIMIZER_STATES)}")
         self.mesh, self.names, self.training = mesh, names, training
-        self.microbatches, self.live, self.groups = microbatches, live, groups
+        self.microbatches, self.live = microbatches, live
         self.axes = axes(cluster, mesh, names, first_rank)
         ranks = prod(mesh)
         self.wire_bytes_per_s = between(cluster, (max(0, first_rank - ranks), ranks), (first_rank, ranks)).bytes_per_s
@@ -151,7 +150,7 @@ class Costs:
     @property
     def prices(self) -> tuple[object, ...]:
         """Equal for costs that price everything alike but the memory of activations."""
-        return self.mesh, self.axes, self.states, self.microbatches, self.groups, self.wire_bytes_per_s
+        return self.mesh, self.axes, self.states, self.microbatches, self.wire_bytes_per_s
 
     def _local_bytes(self, shape: tuple[int, ...], dtype: str, state: State) -> int:
         """Bytes of a value of global `shape` on the rank that holds most."""
@@ -391,14 +390,12 @@ class Costs:
 
     def phases(self, traffic: Traffic, storage: Storage, times_s: tuple[Any, Any]) -> tuple[tuple[int, int, float, float, Any], ...]:
         """When the traffic of a parameter runs: rows of phase (0 forward, 1 backward), times a step, seconds of gathering and of reducing,
-        and what is exposed of all times. Gathered once a step it is gathered for the first microbatch; gradients are reduced after the
-        last. `times_s`: computing of the operation that uses it, forward and backward."""
+        and what is exposed of all times. Gathered once a step it is gathered for the first microbatch (in a pipeline before that comes, so
+        that later groups wait for less than is said here); gradients are reduced after the last. `times_s`: computing of the operation
+        that uses it, forward and backward."""
         m = self.microbatches
-        if storage.gather != "use" and self.groups > 1:
-            first = 0, 1, traffic.gather_s, 0.0, self.groups * traffic.gather_s
-        else:
-            times = m if storage.gather == "use" else 1
-            first = 0, times, traffic.gather_s, 0.0, times * self.exposed_s(traffic.gather_s, times_s[0])
+        times = m if storage.gather == "use" else 1
+        first = 0, times, traffic.gather_s, 0.0, times * self.exposed_s(traffic.gather_s, times_s[0])
         last = 1, 1, traffic.regather_s, traffic.reduce_s, self.exposed_s(traffic.regather_s + traffic.reduce_s, times_s[1])
         if m == 1:
             return first, last

@@ -205,7 +205,7 @@ class Pipelined:
         group = pipeline.group_of(stage)
         return Costs(
             settings.cluster, pipeline.meshes[group], AXES, settings.optimizer, self.graph.training, microbatches=pipeline.microbatches,
-            live=pipeline.live[stage], first_rank=pipeline.first_ranks[group], groups=len(pipeline.meshes),
+            live=pipeline.live[stage], first_rank=pipeline.first_ranks[group],
         )  # fmt: skip
 
     def _built(self, stage: int) -> Built:

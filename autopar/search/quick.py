@@ -22,9 +22,10 @@ from autopar.search.workload import Flow, Piece, Stage, Workload
 @dataclass(frozen=True, slots=True)
 class StageTime:
     """A stage in sums, on one rank. Of one microbatch: `forward_s`; `backward_s`, of which `weight_s` are gradients of weights;
-    `receive_s` from the stage before and `returns_s` of gradients back to it. Once a step: `before_s` ahead of its first forward pass,
-    `after_s` behind its last backward pass. `fixed_bytes` all the time, `live_bytes` for each microbatch between its forward and its
-    backward pass, `workspace_bytes` while a forward pass or one for gradients of inputs runs."""
+    `receive_s` from the stage before and `returns_s` of gradients back to it. Once a step: `before_s` ahead of its first forward pass
+    (with several groups from the start of the step on), `after_s` behind its last backward pass. `fixed_bytes` all the time, `live_bytes`
+    for each microbatch between its forward and its backward pass, `workspace_bytes` while a forward pass or one for gradients of inputs
+    runs."""
 
     forward_s: float
     backward_s: float
@@ -85,7 +86,11 @@ def quick(schedule: str, groups: int, stages: Sequence[StageTime], microbatches:
     sizes, passing = [stage.live_bytes for stage in stages], [stage.workspace_bytes for stage in stages]
     there = [0.0] * layout.slots
     stream = [0.0] * layout.streams
-    clock, computed, idle, held, most, behind = ([0.0] * groups for _ in range(6))
+    clock, computed, idle, held, most, behind, gathered = ([0.0] * groups for _ in range(7))
+    before = []  # by stage: when what is gathered once a step is there
+    for one, group in zip(stages, layout.group_of, strict=True):
+        gathered[group] += one.before_s
+        before.append(gathered[group])
     for group, stage, what, reads, writes, channel, sent, live, end in layout.actions:
         now = clock[group]
         arrived = there[reads]
@@ -93,7 +98,7 @@ def quick(schedule: str, groups: int, stages: Sequence[StageTime], microbatches:
             idle[group] += arrived - now
             now = arrived
         if end == 1:
-            now += stages[stage].before_s
+            now = max(now, before[stage]) if groups > 1 else now + stages[stage].before_s
         took = seconds[stage][what]
         computed[group] += took
         clock[group] = now = now + took

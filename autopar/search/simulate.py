@@ -10,9 +10,11 @@ The computing stream runs the schedule's actions in order, an action its pieces 
 
 * before a forward pass for the microbatch from the stage before, before a backward pass for gradients from the stage behind;
 * for the collectives that computing needs (`forward_comm`, `backward_comm`), which go on their axis's stream behind what was issued there;
-* before a piece for its gathered parameters: they are fetched while the piece before it computes;
-* before the optimizer for all gradients to be reduced: a piece's are issued once its last backward pass is over (once that of its
-  stage is, where gradients of weights are made apart).
+* before a piece for its gathered parameters: they are fetched while the piece before it computes. In a pipeline, what is gathered once
+  a step is fetched from the start of the step on, in order, and so are the first parameters that a stage uses;
+* before the optimizer for all gradients to be reduced: a piece's are issued once its last backward pass is over. Behind that of its whole
+  stage come those for which another stage would wait: all but the first stage's, and all where gradients of weights are made apart; and
+  everywhere what is reduced over a second axis.
 
 How streams slow each other down: `autopar.search.flows`. Memory over time: `autopar.search.timeline`.
 
@@ -141,6 +143,7 @@ class _Step:
         self.apart = total <= MOST_TASKS_APART
         self._first: set[Action] = set()
         self._final: set[Action] = set()
+        self._at_start: dict[tuple[int, int], int] = {}  # by stage and piece: what gathers for its first microbatch
         for order in workload.orders:
             stages = {action.stage for action in order}
             for stage in stages:
@@ -148,7 +151,20 @@ class _Step:
                 gradients = [action for action in order if action.stage == stage and workload.stages[stage].does(action.kind) in ("B", "W")]
                 self._first.add(forwards[0])
                 self._final.add(gradients[-1])
+        if workload.groups > 1:
+            for number in range(len(workload.stages)):
+                self._gather_at_start(number)
         self._lay()
+
+    def _gather_at_start(self, number: int) -> None:
+        """What a stage fetches before its first microbatch comes (`autopar.runtime.pipeline_stage.LiveStage.begin`)."""
+        stage = self.workload.stages[number]
+        fetches = [index for index, piece in enumerate(stage.pieces) if piece.step_gather or piece.gather]
+        for index in fetches:
+            piece = stage.pieces[index]
+            flows = piece.step_gather + (piece.gather if index == fetches[0] else ())
+            task = self._async(stage.group, flows, (), "gather", Action("F", number, 0), piece.name)
+            self._at_start[number, index] = task
 
     def _lay(self) -> None:
         """Actions in an order in which each comes after what it needs."""
@@ -198,8 +214,13 @@ class _Step:
     def _forward(self, group: int, action: Action, stage: Stage, arrival: int) -> None:
         first = action in self._first
         ahead = [(piece.step_gather if first else ()) + piece.gather for piece in stage.pieces]
+        there: list[int] = []
+        if first and self.workload.groups > 1:
+            there = [self._at_start.get((action.stage, index), -1) for index in range(len(ahead))]
+            begun = next((index for index, task in enumerate(there) if task >= 0), -1)
+            ahead = [() if index == begun else piece.gather for index, piece in enumerate(stage.pieces)]
         steps = [(piece, piece.forward_s, piece.forward_comm, "") for piece in stage.pieces]
-        self._pieces(group, action, steps, ahead, arrival)
+        self._pieces(group, action, steps, ahead, arrival, there=there)
 
     def _backward(self, group: int, action: Action, stage: Stage, arrival: int) -> None:
         kind = stage.does(action.kind)
@@ -222,17 +243,16 @@ class _Step:
                 steps.append((piece, seconds, piece.backward_comm, ""))
                 ahead.append(() if piece.recompute else regather)
             behind.append(piece.reduce if action in self._final else ())
-        late = tuple(flow for flows in behind for flow in flows)
-        if self.workload.splits and late:  # then gradients are reduced when all microbatches have left theirs
-            behind = [()] * (len(steps) - 1) + [late]
-        self._pieces(group, action, steps, ahead, arrival, behind)
+        awaited = self.workload.splits or (self.workload.groups > 1 and action.stage > 0)
+        self._pieces(group, action, steps, ahead, arrival, behind, begins=0 if awaited else 1)
 
     def _pieces(
         self, group: int, action: Action, steps: Sequence[tuple[Piece, float, tuple[Flow, ...], str]], ahead: Sequence[tuple[Flow, ...]],
-        arrival: int, behind: Sequence[tuple[Flow, ...]] = (),
+        arrival: int, behind: Sequence[tuple[Flow, ...]] = (), begins: int = 0, there: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        """Compute `steps`, (piece, seconds, collectives, what else it is), each with what goes ahead of it and what goes behind."""
-        if not self.apart and not any(ahead) and not any(behind):
+        """Compute `steps`, (piece, seconds, collectives, what else it is), each with what goes ahead of it and what goes behind: the first
+        `begins` flows at once, the others when all steps are done. `there`: tasks that each waits for as well."""
+        if not self.apart and not any(ahead) and not any(behind) and not any(task >= 0 for task in there):
             by_stream: dict[tuple[str, tuple[tuple[str, float], ...]], float] = {}
             for _, _, flows, _ in steps:
                 for flow in flows:
@@ -241,11 +261,12 @@ class _Step:
             steps = [(steps[0][0], sum(seconds for _, seconds, _, _ in steps), merged, "")] if steps else []
             ahead = [()]
         waits: tuple[int, ...] = (self._last[group], arrival)
+        reducing: list[tuple[Piece, tuple[Flow, ...], int]] = []  # what is left of `behind`, and what of it has begun
         fetched = [-1] * (len(steps) + 1)
         if steps:
             fetched[0] = self._async(group, ahead[0], waits, "gather", action, steps[0][0].name)
         for index, (piece, seconds, flows, what) in enumerate(steps):
-            before: tuple[int, ...] = (*waits, fetched[index])
+            before: tuple[int, ...] = (*waits, fetched[index], *there[index : index + 1])
             kind: EventKind = "recompute" if what == "recompute" else _KIND[action.kind]
             if index + 1 < len(steps):
                 fetched[index + 1] = self._async(group, ahead[index + 1], before, "gather", action, steps[index + 1][0].name)
@@ -259,7 +280,10 @@ class _Step:
             waits = (task,)
             self._last[group] = task
             if behind and behind[index]:
-                self._async(group, behind[index], (task,), "reduce", action, piece.name)
+                begun = self._async(group, behind[index][:begins], (task,), "reduce", action, piece.name)
+                reducing.append((piece, behind[index][begins:], begun))
+        for piece, flows, begun in reducing:
+            self._async(group, flows, (self._last[group], begun), "reduce", action, piece.name)
         if not steps:  # a stage that only hands on
             task = self.tasks.add(0.0, waits, computes=group)
             self.thread[group].append(task)

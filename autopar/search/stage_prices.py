@@ -11,7 +11,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import prod
 
 import numpy as np
 
@@ -208,8 +207,7 @@ class StagePrices:
         structure, settings = self._structure(microbatches), self.settings
         body = structure.graph
         costs = Costs(
-            settings.cluster, mesh, AXES, settings.optimizer, body.training, microbatches=microbatches, live=min(live, microbatches),
-            groups=settings.cluster.world_size // prod(mesh),
+            settings.cluster, mesh, AXES, settings.optimizer, body.training, microbatches=microbatches, live=min(live, microbatches)
         )  # fmt: skip
         pins = pins_for(self.pins, self.graph, body)
         return build(structure, costs, apply_pins(pins, body, self.restriction))

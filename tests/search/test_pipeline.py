@@ -76,7 +76,7 @@ def _adds_up(plan: Plan, graph: Any) -> None:
         structure = Structure(stage.graph)
         costs = Costs(
             CPU8, tuple(group.mesh.values()), tuple(group.mesh), "adamw", True, microbatches=plan.microbatches, live=live[stage.index],
-            first_rank=group.first_rank, groups=len(plan.groups),
+            first_rank=group.first_rank,
         )  # fmt: skip
         segments = [segment for segment in plan.segments if segment.stage == stage.index]
         recompute = tuple(0 for _ in structure.op_segments)
