@@ -56,8 +56,8 @@ def errors() -> str:
 PROCESSING_ORDER = {
     "autopar": "api cli errors",
     "autopar/ir": (
-        "graph placement text trace trace_export trace_repeats trace_lower trace_expand trace_assemble canonical canonical_losses rewriter "
-        "reshard_points trace_errors library_patches own_backward sources modes fold microbatch microbatch_ways microbatch_write "
+        "graph placement text trace trace_export trace_repeats trace_lower trace_expand trace_assemble canonical canonical_losses "
+        "canonical_rows rewriter reshard_points trace_errors library_patches own_backward sources modes fold microbatch microbatch_ways microbatch_write "
         "stages schedules schedule_zbv "
         "schedule_check conversion cluster plan plan_json plan_check plan_stages assignment folded_names plan_roles plan_digest plan_text "
         "units"
@@ -66,9 +66,9 @@ PROCESSING_ORDER = {
     "autopar/ir/rules/families": "common pointwise views cuts reductions contractions indexing losses",
     "autopar/search": (
         "planner flat choose meshes structure strategies pins baselines follow work liveness optimizers collectives costs build problem "
-        "check problem_file judge solve reduce eliminate chain minimise memory local incumbent exact account describe remedies alternatives "
-        "propose stage_prices short profile stage_search stage_space stage_costs stage_form stage_bounds stage_improve stage_workload "
-        "pipeline place recompute segments workload simulate flows timeline quick predict"
+        "check problem_file judge solve reduce eliminate chain minimise memory local incumbent exact account describe remedies "
+        "alternatives propose stage_prices short profile stage_search stage_space stage_costs stage_form stage_bounds stage_improve "
+        "stage_workload pipeline place recompute segments workload simulate flows timeline quick predict"
     ),
     "autopar/runtime": (
         "build handshake process_mesh lower convert collectives local_ops dropout recompute module distributed one_device microbatches "
