@@ -242,11 +242,14 @@ class Reducer:
         self.messages[self._next].send()
         self._next += 1
         if self._next > _IN_FLIGHT:
-            earlier = self.messages[self._next - 1 - _IN_FLIGHT]
-            if earlier.second_group is not None:
-                earlier.halfway()
-            elif earlier.scatters:
-                self._finish(earlier)
+            self._attend(self.messages[self._next - 1 - _IN_FLIGHT])
+
+    def _attend(self, earlier: Message) -> None:
+        """To a message that has been under way for a while."""
+        if earlier.second_group is not None:
+            earlier.halfway()
+        elif earlier.scatters:
+            self._finish(earlier)
 
     def _finish(self, message: Message) -> None:
         for leaf, gradient in message.finish():

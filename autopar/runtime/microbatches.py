@@ -67,7 +67,8 @@ class Microbatches:
             ahead = {item.path: result for item, result in zip(prologue.outputs, results, strict=False)}
         read = {path: tensor for path, tensor in (given | ahead).items() if path in self._reads}
         return [
-            {path: part_of(tensor, self._over_time[path], self.count, index) for path, tensor in read.items()} for index in range(self.count)
+            {path: part_of(tensor, self._over_time[path], self.count, index) for path, tensor in read.items()}
+            for index in range(self.count)
         ]
 
     def join(self, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:

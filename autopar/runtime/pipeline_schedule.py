@@ -217,7 +217,9 @@ class PipelineStage(_PipelineStageBase):
         at.gradients_arriving, at.gradients_handed = [], None
         assert self._batch is not None
         if full_backward:
-            found = self.live.backward(bwd_chunk_id, given, reduce=last_backward and self._batch.reduce)
+            # Where another stage waits for this one, gradients are reduced behind the pass (`perform_reduce_grad`): not in its way.
+            during = last_backward and self._batch.reduce and self.stage_index == 0
+            found = self.live.backward(bwd_chunk_id, given, reduce=during)
         else:
             found = self.live.backward_input(bwd_chunk_id, given)
         at.gradients = [

@@ -32,7 +32,7 @@ from autopar.ir.plan import SegmentPlan
 from autopar.ir.stages import RECEIVE, SEND, Stage
 from autopar.runtime.convert import Place
 from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
-from autopar.runtime.gradients import Reducer
+from autopar.runtime.gradients import Message, Reducer
 from autopar.runtime.lower import Borders, Mode, lower
 from autopar.runtime.parameters import Leaf, uses
 from autopar.runtime.recompute import regions_of
@@ -313,7 +313,7 @@ class _Root(torch.autograd.Function):
 
 class _StepReducer(Reducer):
     """A `Reducer` whose messages stay under way behind the backward pass that sends them: the stage before is waiting for what that
-    pass has for it, and nobody for these."""
+    pass has for it, and nobody for these. So they are awaited early only to free memory."""
 
     @torch.no_grad()
     def _end(self) -> None:
@@ -321,6 +321,10 @@ class _StepReducer(Reducer):
         if self.enabled:
             self.launch()
         self.on_end()
+
+    def _attend(self, earlier: Message) -> None:
+        if earlier.scatters:
+            super()._attend(earlier)
 
     @torch.no_grad()
     def launch(self) -> None:
