@@ -50,10 +50,18 @@ class Built:
     costs: Costs
     restriction: Restriction = FREE
     recompute: tuple[int, ...] = ()
+    builder: _Builder | None = field(default=None, compare=False, repr=False)
+    """What made it, with all its tables."""
 
     def recomputing(self, counts: tuple[int, ...]) -> Built:
         """The same with the first `counts` repeats of every segment of the graph recomputed."""
-        return build(self.structure, self.costs, self.restriction, counts)
+        assert self.builder is not None
+        return self.builder.build(counts)
+
+    def like(self, structure: Structure, costs: Costs) -> Built:
+        """The same for a graph that differs in names alone, with other numbers of live microbatches: activations take so much more."""
+        assert self.builder is not None and costs.prices == self.costs.prices
+        return self.builder.like(structure, costs).build(self.recompute)
 
     def op_choices(self) -> dict[int, list[Choice]]:
         """Choices by class of operation; those of equal operations under different restrictions together."""
@@ -103,7 +111,7 @@ def build(structure: Structure, costs: Costs, restriction: Restriction = FREE, r
     """The problem of planning `structure` on the mesh of `costs`. A node without any option has an empty table: see `empty_nodes`.
 
     `recompute`: of how many repeats, the first ones, of every segment the backward pass runs the forward pass again."""
-    return _Builder(structure, costs, restriction, recompute).build()
+    return _Builder(structure, costs, restriction).build(recompute)
 
 
 def empty_nodes(built: Built) -> list[int]:
@@ -112,20 +120,35 @@ def empty_nodes(built: Built) -> list[int]:
 
 
 class _Builder:
-    def __init__(self, structure: Structure, costs: Costs, restriction: Restriction, recompute: tuple[int, ...]) -> None:
+    """Tables are made once each, whatever is recomputed. `_activations`: those whose memory is that of live microbatches."""
+
+    def __init__(self, structure: Structure, costs: Costs, restriction: Restriction) -> None:
         self.structure, self.costs, self.restriction = structure, costs, restriction
-        self.again = structure.recomputed(recompute)
-        self.recompute = recompute if any(recompute) else ()
+        self.again: np.ndarray | None = None
         self.tables: list[Table] = []
+        self._activations: set[int] = set()
         self._table_of: dict[object, int] = {}
         self._options_of: dict[object, tuple[int, Options]] = {}
         self._edge_tables: dict[tuple[int, int, int, str], int] = {}
-        self._states: dict[State, int] = {}
-        self._prices: dict[object, dict[int, tuple[float, float, bool]]] = {}
         self._times: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def build(self) -> Built:
+    def like(self, structure: Structure, costs: Costs) -> _Builder:
+        """With the same tables; see `Built.like`."""
+        other = _Builder(structure, costs, self.restriction)
+        times = costs.live / self.costs.live
+        other.tables = [
+            Table(table.cost_s, table.memory_bytes * times) if times != 1 and number in self._activations else table
+            for number, table in enumerate(self.tables)
+        ]
+        other._activations = set(self._activations)
+        other._table_of, other._options_of = dict(self._table_of), dict(self._options_of)
+        other._edge_tables, other._times = dict(self._edge_tables), dict(self._times)
+        return other
+
+    def build(self, recompute: tuple[int, ...] = ()) -> Built:
+        """The problem with so many repeats of every segment recomputed."""
         structure = self.structure
+        self.again = structure.recomputed(recompute)
         count = len(structure.order)
         options: list[Options] = [()] * count
         keys: list[int] = [0] * count  # which set of options
@@ -148,14 +171,23 @@ class _Builder:
             if table is None:
                 table = self._edge_tables[ends] = self._edge_table(edge, options[edge.source], options[edge.target], *ends[1::2])
             edges.append((edge.source, edge.target, table))
-        problem = Problem(tuple(nodes), tuple(edges), tuple(self.tables), _equal_runs(structure.segments, nodes))
-        return Built(problem, tuple(options), structure, self.costs, self.restriction, self.recompute)
+        used = sorted({*nodes, *(table for *_, table in edges)})
+        number_of = {table: number for number, table in enumerate(used)}
+        problem = Problem(
+            tuple([number_of[table] for table in nodes]),
+            tuple([(source, target, number_of[table]) for source, target, table in edges]),
+            tuple([self.tables[table] for table in used]),
+            _equal_runs(structure.segments, nodes),
+        )
+        return Built(problem, tuple(options), structure, self.costs, self.restriction, recompute if any(recompute) else (), self)
 
     def _intern(self, key: object, options: Options) -> tuple[int, Options]:
         return self._options_of.setdefault(key, (len(self._options_of), options))
 
-    def _add(self, cost_s: np.ndarray, memory_bytes: np.ndarray) -> int:
+    def _add(self, cost_s: np.ndarray, memory_bytes: np.ndarray, activations: bool = False) -> int:
         self.tables.append(Table(cost_s, memory_bytes))
+        if activations:
+            self._activations.add(len(self.tables) - 1)
         return len(self.tables) - 1
 
     # ---- operations -------------------------------------------------------------------------------------------------------------
@@ -181,7 +213,7 @@ class _Builder:
                 self.costs.op_term(row.work, row.operands, row.outputs, choice, row.kept, row.returned, again)
                 for choice in options if not isinstance(choice, Storage)
             ]  # fmt: skip
-            found = self._add(np.array([term.cost_s for term in terms]), np.array([term.memory_bytes for term in terms]))
+            found = self._add(np.array([term.cost_s for term in terms]), np.array([term.memory_bytes for term in terms]), True)
             self._table_of["op", key, number, again] = found
             if key not in self._times:
                 times = [self.costs.op_times(row.work, row.operands, row.outputs, c) for c in options if not isinstance(c, Storage)]
@@ -247,15 +279,15 @@ class _Builder:
                         memory[i, j] += size
         if way == ENTERS:
             memory += np.array([[self.costs.of(value, state) * self.costs.live] for state in rows], np.float64)
-        return self._add(cost[np.ix_(row_of, column_of)], memory[np.ix_(row_of, column_of)])
+        return self._add(cost[np.ix_(row_of, column_of)], memory[np.ix_(row_of, column_of)], True)
 
     def _number(self, state: State) -> int:
-        return self._states.setdefault(state, len(self._states))
+        return self.costs.state_numbers.setdefault(state, len(self.costs.state_numbers))
 
     def _price(self, value: Value, source_number: int, target_number: int, source: State, target: State) -> tuple[float, float, bool]:
         """Time of a conversion, of its forward part, and whether it makes a new tensor. Keyed by numbers, since
         hashing states is what building spends its time on."""
-        prices = self._prices.setdefault(_kind(value), {})
+        prices = self.costs.edge_prices.setdefault(_kind(value), {})
         key = source_number << 20 | target_number
         found = prices.get(key)
         if found is None:

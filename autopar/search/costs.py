@@ -18,6 +18,7 @@ Every term adds up over nodes and edges, so that a solver may minimise the sum a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -146,6 +147,16 @@ class Costs:
         self.felt_share = device.felt_share
         self.conversion = cache(self._conversion)
         self.local_bytes = cache(self._local_bytes)
+        # Of whoever builds problems (`autopar.search.build`): states by number, and what conversions between them cost.
+        self.state_numbers: dict[State, int] = {}
+        self.edge_prices: dict[object, dict[int, tuple[float, float, bool]]] = {}
+
+    def living(self, live: int) -> Costs:
+        """The same prices with activations of so many microbatches; what has been priced is known to both."""
+        assert 1 <= live <= self.microbatches
+        other = copy(self)
+        other.live = live
+        return other
 
     @property
     def prices(self) -> tuple[object, ...]:

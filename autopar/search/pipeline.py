@@ -9,7 +9,7 @@ the decisions of every stage; what a step takes is for the simulator to say.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -180,16 +180,18 @@ class Pipelined:
         groups = range(len(pipeline.meshes))
         self.of_group = [[stage for stage in range(len(self.stages)) if pipeline.group_of(stage) == group] for group in groups]
         self._known: dict[Hashable, Found] = {}
+        self._priced: dict[Hashable, Costs] = {}
+        self._built_like: dict[Hashable, Built] = {}
         self.found: list[Found] = [self._solve(group) for group in groups]
 
     def _solve(self, group: int) -> Found:
         """The stages of a group; those that are like an earlier group's, whose best plan fits whatever it takes, are decided like them."""
         stages, order = self.of_group[group], self.pipeline.orders[group]
-        key = tuple((form(self.stages[stage].graph), self._costs(stage).prices) for stage in stages)
+        key = tuple((self._forms[stage], self._costs(stage).prices) for stage in stages)
         like = None if self.pins.given else self._known.get(key)
         if like is not None:
             builts = zip(like.place.builts, stages, strict=True)
-            mine = tuple(replace(built, structure=Structure(self.stages[at].graph), costs=self._costs(at)) for built, at in builts)
+            mine = tuple(built.like(Structure(self.stages[at].graph), self._costs(at)) for built, at in builts)
             choice = tuple(number for row in like.choices for number in row)
             solution = Solution(choice, like.cost_s, 0.0, like.bound_s, True)
             found = self.settings.found(Place(mine, tuple(stages), order), solution, like.bound_s)
@@ -203,15 +205,24 @@ class Pipelined:
     def _costs(self, stage: int) -> Costs:
         pipeline, settings = self.pipeline, self.settings
         group = pipeline.group_of(stage)
-        return Costs(
+        fresh = Costs(
             settings.cluster, pipeline.meshes[group], AXES, settings.optimizer, self.graph.training, microbatches=pipeline.microbatches,
             live=pipeline.live[stage], first_rank=pipeline.first_ranks[group],
         )  # fmt: skip
+        return self._priced.setdefault(fresh.prices, fresh).living(pipeline.live[stage])
+
+    @cached_property
+    def _forms(self) -> tuple[Hashable, ...]:
+        numbers: dict[Hashable, int] = {}
+        return tuple(numbers.setdefault(form(stage.graph), len(numbers)) for stage in self.stages)
 
     def _built(self, stage: int) -> Built:
         graph, costs = self.stages[stage].graph, self._costs(stage)
+        key = self._forms[stage], costs.prices
+        if not self.pins.given and (like := self._built_like.get(key)) is not None:
+            return like.like(Structure(graph), costs)
         pins = pins_for(self.pins, self.graph, graph)
-        built = build(Structure(graph), costs, apply_pins(pins, graph, FREE))
+        built = self._built_like[key] = build(Structure(graph), costs, apply_pins(pins, graph, FREE))
         check_options(built, pins)
         return built
 
