@@ -1,0 +1,43 @@
+"""`shrink`: the exact reductions of problems with time steps, one after the other until nothing changes, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.search.contract import settle
+from autopar.search.problem import Ints, Problem
+from autopar.search.shrinking import Shrinking
+
+__all__ = ["Shrunk", "shrink"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shrunk:
+    """A smaller `problem` with the same least cost, and the way back.
+
+    Its last node has one strategy and holds all that no choice changes: the cost of what is fixed, and memory over time. Time steps are
+    renumbered. Each choice within its limit stands for one of the first problem within the limit and with the same cost.
+    """
+
+    problem: Problem
+    state: Shrinking
+    left: Ints
+
+    def original(self, choice: Ints) -> tuple[int, ...]:
+        """The choice of the first problem for which `choice`, `(nodes,)` of the smaller one, stands."""
+        return self.state.original(choice[:-1], self.left)
+
+
+def shrink(problem: Problem) -> Shrunk:
+    """The problem made smaller without losing its optimum.
+
+    Raises `InfeasibleError` when a node is left without a possible strategy.
+    """
+    state = Shrinking(problem)
+    settle(state)
+    return Shrunk(*_result(state, problem.memory_limit_bytes))
+
+
+def _result(state: Shrinking, limit_bytes: float) -> tuple[Problem, Shrinking, Ints]:
+    problem, left = state.problem(limit_bytes)
+    return problem, state, left
