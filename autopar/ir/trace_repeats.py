@@ -5,7 +5,7 @@
    that so much as looks at it is traced whole.
 2. While exporting, the forward of the first of a group is framed by two marker operators, `enter` and `leave`; the forwards of the
    others are one operator, `repeat`, that gives tensors like those the first one gave. Their parameters and children are taken off
-   them, since walking over 10,000 of them costs torch more than all else; a model that asks for the children is traced whole. What the
+   them, since walking over 10,000 of them costs torch more than all else; a model that asks for them is traced whole. What the
    arguments are is part of the comparison at each call: shapes, strides, dtypes, which argument is which tensor, and everything that
    is not a tensor.
 3. `expand` puts a copy of what stands between `enter` and `leave` in place of each `repeat`, with the parameters of the module that
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import sys
 import types
 from collections import Counter
@@ -289,6 +290,7 @@ def once_per_repeat(model: nn.Module, groups: list[Group], traced: frozenset[str
     undo: list[Callable[[], None]] = []
     repeated = {path for group in groups for path in group.paths}
     last = {path.rpartition(".")[0]: path for path, _ in _below(model, "", []) if path in repeated}
+    walking = functools.partial(_runs, getattr(inspect.unwrap(model.forward), "__code__", None))
     try:
         for number, group in enumerate(groups):
             for path in group.paths:
@@ -300,9 +302,8 @@ def once_per_repeat(model: nn.Module, groups: list[Group], traced: frozenset[str
                     child = module.get_submodule(child_path)
                     _put(child, name, _Unseen(name, recording.looked), undo)
                 if not whole:
-                    for owned in (module._parameters, module._buffers):
-                        _hide(owned, undo)
-                    _put(module, "_modules", _Hidden(path, module._modules, recording.missed), undo)
+                    for owned in ("_parameters", "_buffers", "_modules"):
+                        _put(module, owned, _Hidden(path, getattr(module, owned), recording.missed, walking), undo)
         yield recording
         if recording.looked:
             raise Looked(min(recording.looked))
@@ -316,22 +317,62 @@ def once_per_repeat(model: nn.Module, groups: list[Group], traced: frozenset[str
         _results.clear()
 
 
-class _Hidden(dict[str, "nn.Module | None"]):
-    """No children, in place of those of a repeat that is not traced; whoever asks for one of them gives `Uncertain`."""
+class _Hidden(dict[str, Any]):
+    """Nothing, in place of the parameters, buffers or children (`names`) of a repeat that is not traced; whoever asks for one of them
+    gives `Uncertain`, and so does who walks over all of them while `forward` runs (`walking`), as a penalty on all parameters does."""
 
-    def __init__(self, path: str, children: Iterable[str], missed: list[str]) -> None:
+    def __init__(self, path: str, names: Iterable[str], missed: list[str], walking: Callable[[], bool]) -> None:
         super().__init__()
-        self.path, self.names, self.missed = path, frozenset(children), missed
+        self.path, self.names, self.missed, self.walking = path, frozenset(names), missed, walking
+
+    def _miss(self, name: object) -> NoReturn:
+        self.missed.append(f"{self.path}.{name}")
+        raise Uncertain(f"{self.path}.{name} is used without its parent")
 
     def __contains__(self, name: object) -> bool:
         if name in self.names:
-            self.missed.append(f"{self.path}.{name}")
-            raise Uncertain(f"{self.path}.{name} is used without its parent")
+            self._miss(name)
         return False
 
-    def __getitem__(self, name: str) -> nn.Module | None:
+    def __getitem__(self, name: str) -> Any:
         assert name not in self
         raise KeyError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        assert name not in self
+        return default
+
+    def _walk(self) -> None:
+        if self.names and self.walking():
+            self._miss(min(self.names))
+
+    def __len__(self) -> int:
+        self._walk()
+        return 0
+
+    def __iter__(self) -> Iterator[str]:
+        self._walk()
+        return iter(())
+
+    def keys(self) -> Any:
+        self._walk()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._walk()
+        return super().values()
+
+    def items(self) -> Any:
+        self._walk()
+        return super().items()
+
+
+def _runs(code: types.CodeType | None) -> bool:
+    """Whether the function of `code` is under way: what torch's exporter looks at on its own is none of the model's doing."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _put(module: nn.Module, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
@@ -343,17 +384,6 @@ def _put(module: nn.Module, name: str, value: Any, undo: list[Callable[[], None]
             module.__dict__[name] = old
         else:
             del module.__dict__[name]
-
-    undo.append(back)
-
-
-def _hide(owned: dict[str, Any], undo: list[Callable[[], None]]) -> None:
-    kept = dict(owned)
-    owned.clear()
-
-    def back() -> None:
-        owned.clear()
-        owned.update(kept)
 
     undo.append(back)
 

@@ -139,6 +139,14 @@ def own_weights_outside(stack: Any, x: Tensor) -> Tensor:
     return in_a_row(stack, x) @ stack.layers[2].linear.weight
 
 
+def all_weights_outside(stack: Any, x: Tensor) -> Tensor:
+    return in_a_row(stack, x) + torch.stack([weight.pow(2).sum() for weight in stack.parameters()]).sum()
+
+
+def all_children_outside(stack: Any, x: Tensor) -> Tensor:
+    return in_a_row(stack, x) * sum(len(list(layer.children())) for layer in stack.layers)
+
+
 def changes_argument(layer: Any, x: Tensor) -> Tensor:
     x.mul_(2)
     return layer.linear(x)
@@ -207,6 +215,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], bool | None]] = {
     "number counts": (uses_number, in_a_row, False),
     "type of number": (asks_for_type, in_a_row, False),
     "weights used outside": (simple, own_weights_outside, False),
+    "all weights used outside": (simple, all_weights_outside, False),
+    "children counted outside": (simple, all_children_outside, False),
     "argument changed in place": (changes_argument, changed_argument_is_seen, False),
     "side effect": (side_effect, side_effect_is_read, None),
     "structured": (structured, structured_row, True),
