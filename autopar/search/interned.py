@@ -84,7 +84,26 @@ class Interned:
         found: int | None = self.once(("function", table), make)
         return found
 
+    def most(self, vector: int) -> float:
+        """The largest entry."""
+        return float(self.once(("most", vector), lambda: self.vectors[vector].max()))
+
+    def most_more(self, first: int, second: int) -> float:
+        """The most by which an entry of `first` is over that of `second`."""
+        return float(self.once(("more", first, second), lambda: (self.vectors[first] - self.vectors[second]).max()))
+
     # ---- new arrays from old
+
+    def lowered(self, vector: int) -> tuple[float, int]:
+        """The least entry, and the vector less that (-1 where nothing is left)."""
+
+        def make() -> tuple[float, int]:
+            values = self.vectors[vector]
+            least = float(values.min())
+            return least, self.vector(values - least) if (values != least).any() else -1
+
+        found: tuple[float, int] = self.once(("lowered", vector), make)
+        return found
 
     def plus(self, first: int, second: int) -> int:
         """The sum of two vectors."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.search.contract import settle
+from autopar.search.dominated import drop_dominated, fold_leaves
 from autopar.search.problem import Ints, Problem
 from autopar.search.shrinking import Shrinking
+from autopar.search.tighten import tighten
+
+_ROUNDS = 8
 
 __all__ = ["Shrunk", "shrink"]
 
@@ -34,6 +38,13 @@ def shrink(problem: Problem) -> Shrunk:
     Raises `InfeasibleError` when a node is left without a possible strategy.
     """
     state = Shrinking(problem)
+    for _ in range(_ROUNDS):
+        settle(state)
+        tightened = tighten(state)
+        dropped = drop_dominated(state)
+        folded = fold_leaves(state)
+        if not (tightened or dropped or folded):
+            break
     settle(state)
     return Shrunk(*_result(state, problem.memory_limit_bytes))
 

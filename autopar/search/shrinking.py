@@ -27,7 +27,7 @@ class Shrinking:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.pool = pool = Interned()
+        self.pool = Interned()
         self.cost: list[int] = []
         self.names: list[int] = []
         self.holds: list[Hold] = []
@@ -39,6 +39,7 @@ class Shrinking:
         self.queue: deque[int] = deque()
         self._queued: list[bool] = []
         self._places, self.slack = self._steps(problem)
+        self.times = self._places[: len(self.slack)].copy()  # when each step starts
         always = (0, len(self.slack))
         intervals = problem.live or [None] * len(problem.nodes)
         for table, live in zip(problem.nodes, intervals, strict=True):
