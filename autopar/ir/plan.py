@@ -142,6 +142,7 @@ class SegmentCost(_Data):
     `backward_workspace_bytes`: in its backward pass, beyond what was there when that began (with one microbatch, gradients of parameters
     that have come by then are among it). `postponed_bytes`: held beside its activations from gradients of its inputs to those of its
     parameters where a schedule makes them apart. `unreduced_bytes`: of gradients beyond `gradient_bytes`, until they are reduced.
+    `unkept_bytes`: in place of `workspace_bytes` where the repeat is recomputed. `sent_bytes`: of what it sends, as much as is not kept.
     """
 
     forward_s: Seconds = 0.0
@@ -164,6 +165,8 @@ class SegmentCost(_Data):
     backward_workspace_bytes: Bytes = 0
     postponed_bytes: Bytes = 0
     unreduced_bytes: Bytes = 0
+    unkept_bytes: Bytes = 0
+    sent_bytes: Bytes = 0
 
 
 class SegmentPlan(_Data):

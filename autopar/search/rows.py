@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 
 def equal_rows(*columns: NDArray[np.integer]) -> tuple[Ints, Ints]:

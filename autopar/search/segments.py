@@ -20,7 +20,8 @@ from autopar.search.collectives import BUCKET_BYTES
 from autopar.search.costs import Costs, Move, Traffic
 from autopar.search.liveness import alive, backward_peak, forward_peak
 from autopar.search.problem import Floats
-from autopar.search.rows import groups_of
+from autopar.search.regions import regions
+from autopar.search.rows import Bools, groups_of
 from autopar.search.structure import Structure
 
 _SCALARS = (
@@ -180,6 +181,7 @@ class OpCosts:
 
     def rows(self, rows: Sequence[Row]) -> tuple[SegmentCost, ...]:
         names = self.costs.names
+        again = regions(self.structure, self.alive, rows) if self.structure.graph.training else None
         found = []
         for row in rows:
             here = slice(row.start, row.start + row.length * row.count)
@@ -191,7 +193,14 @@ class OpCosts:
             fields: dict[str, Any] = {name: round(mean) if name.endswith("_bytes") else mean for name, mean in means.items()}
             fields |= {name: round(size) for name, size in self._moments(row).items()}
             fields |= by_axis
-            found.append(SegmentCost(**fields, checkpoint_bytes=self._checkpoint_bytes(row)))
+            if again:
+                repeats = row.recompute or row.count
+                span = slice(row.start, row.start + row.length * repeats)
+                fields["checkpoint_bytes"] = round(again.checkpoint_bytes(span.start, span.stop) / repeats)
+                fields["unkept_bytes"] = round(float(again.unkept[span].max(initial=0.0)))
+                dropped = again.again if any(other.recompute for other in rows) else None
+                fields["sent_bytes"] = round(self._sent_bytes(here, dropped) / row.count)
+            found.append(SegmentCost(**fields))
         return tuple(found)
 
     def _moments(self, row: Row) -> dict[str, float]:
@@ -218,17 +227,13 @@ class OpCosts:
             "unreduced_bytes": float(self.unreduced[here].sum()) / row.count,
         }
 
-    def _checkpoint_bytes(self, row: Row) -> int:
-        """What a repeat reads that other operations made: all that is left of it where its forward pass runs again."""
-        graph = self.graph
-        start = row.start + (row.length if row.count > 1 else 0)
-        entering = entering_values(graph, start, start + row.length)
-        producers = {name: graph.producers[name] for name in entering}
-        total = 0
-        for name, op in producers.items():
-            choice = self.chosen[graph.op_index[op.name]]
-            total += self.costs.of(graph.values[name], tuple(split.outputs[op.outputs.index(name)] for split in choice))
-        return total
+    def _sent_bytes(self, here: slice, dropped: Bools | None) -> float:
+        """What operations `here` send beyond what is kept anyway. `dropped`: the operations whose results are not."""
+        found = 0.0
+        for sent in self.alive.sent:
+            if here.start <= sent.at < here.stop and not (sent.kept and (dropped is None or not dropped[sent.made])):
+                found += sent.bytes
+        return found
 
 
 def _weight_side(graph: Graph) -> set[str]:
@@ -238,10 +243,3 @@ def _weight_side(graph: Graph) -> set[str]:
         if op.operands and all(name in found for name in op.operands):
             found.update(op.outputs)
     return found
-
-
-def entering_values(graph: Graph, start: int, stop: int) -> tuple[str, ...]:
-    """Values that operations before `start` make and operations `start..stop` read, in order of reading."""
-    made = {name for op in graph.ops[start:stop] for name in op.outputs}
-    read = dict.fromkeys(name for op in graph.ops[start:stop] for name in op.operands)
-    return tuple(name for name in read if name in graph.producers and name not in made)

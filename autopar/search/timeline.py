@@ -11,13 +11,12 @@ state and what is resident. Beside them, piece by piece:
 * Gradients that become smaller when they are reduced are as large as they were until then. They are packed in messages that leave when
   they have 25 MiB, or at the end of the last backward pass; two are on their way at once (`autopar.runtime.gradients`). A message that
   packs more than one gradient is a copy, for a moment beside what it packs.
-* What the next microbatch receives from another group arrives while this one computes, and gradients on their way back to it are held
-  until four more have been sent (`autopar.runtime.pipeline_wire`).
+* What the next microbatch receives from another group arrives while this one computes. What was sent, forward or back, is held until the
+  stage has sent the same of the next microbatch (`autopar.runtime.pipeline_wire`).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +26,6 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, BUFFERS = range(5)
 MESSAGE_BYTES = 25 * 2**20
 IN_FLIGHT = 2
-RETURNS_IN_FLIGHT = 4
 Level = tuple[float, float, float, float, float]
 """Bytes by kind, in the order of `KINDS`."""
 
@@ -80,7 +78,7 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
     way = _Messages()
     at_end = workload.splits
     arriving = {action.stage: workload.microbatches for action in order}
-    returning: deque[float] = deque(maxlen=RETURNS_IN_FLIGHT)
+    leaving: dict[tuple[int, bool], float] = {}  # by stage and whether forward: what it sent last
     for position, action in enumerate(order):
         stage = workload.stages[action.stage]
         row, kind = stage.pieces, stage.does(action.kind)
@@ -88,7 +86,7 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
             continue
         if kind == "F":
             arriving[action.stage] -= 1
-        wire = sum(workload.stages[number].receives_bytes for number, left in arriving.items() if left) + sum(returning)
+        wire = sum(workload.stages[number].receives_bytes for number, left in arriving.items() if left) + sum(leaving.values())
         now[BUFFERS] = resident + wire
         done = 0.0
         run = row if kind == "F" else row[::-1]
@@ -129,8 +127,10 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
             now[BUFFERS] -= way.bytes
         if makes_gradients:
             graded.add(action.stage)
+        if kind == "F" and not _next_is_here(workload, action.stage):
+            leaving[action.stage, True] = sum(piece.sent_bytes for piece in row)
         if kind in "BI" and stage.receives_bytes:
-            returning.append(stage.receives_bytes)
+            leaving[action.stage, False] = stage.receives_bytes
     now[GRADIENTS], now[BUFFERS] = 0.0, resident
     yield len(order), 1.0, _level(now)
 
@@ -170,11 +170,17 @@ def _passing(piece: Piece, after: Piece | None, kind: str) -> float:
         return 0.0
     if kind == "F":
         ahead = after is not None and after.gather
-        return piece.workspace_bytes + piece.gathered_bytes + (after.gathered_bytes if after and ahead else 0.0)
+        passing = piece.unkept_bytes if piece.recompute else piece.workspace_bytes
+        return passing + piece.gathered_bytes + (after.gathered_bytes if after and ahead else 0.0)
     ahead = after is not None and after.regather
     # Computing again what the forward pass had for a moment is over before the backward pass needs its own.
     passing = max(piece.workspace_bytes, piece.backward_workspace_bytes) if piece.recompute else piece.backward_workspace_bytes
     return passing + piece.gathered_bytes + (after.gathered_bytes if after and ahead else 0.0)
+
+
+def _next_is_here(workload: Workload, stage: int) -> bool:
+    """Whether what a stage hands on stays on its group."""
+    return stage + 1 < len(workload.stages) and workload.stages[stage + 1].group == workload.stages[stage].group
 
 
 def _work(piece: Piece, kind: str) -> float:
