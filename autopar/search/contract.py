@@ -2,7 +2,8 @@
 
 An edge is functional when each strategy of `i` leaves `j` exactly one possible strategy, `f(s_i)`; values that must be laid out as
 their producer chooses make most edges so. Then `j` can go: its costs, its memory and its other edges become `i`'s by `f`. A strategy
-without a possible partner at some neighbour goes first (arc consistency: Mackworth 1977).
+without a possible partner at some neighbour goes first (arc consistency: Mackworth 1977). An edge whose table is a sum of one part by
+`i` and one by `j` is no edge.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _possible(state: Shrinking, node: int) -> NDArray[np.bool_] | None:
 
 
 def _contract(state: Shrinking, node: int, other: int) -> None:
-    """Let one of the two ends follow the other where that is possible and does not make tables larger."""
+    """Let one of two ends follow the other where that is possible and does not make tables larger; cut an edge that is a sum."""
     table = state.around[node][other]
     ways = [(node, other, table), (other, node, table ^ 1)]
     if _burden(state, other) > _burden(state, node):
@@ -55,6 +56,9 @@ def _contract(state: Shrinking, node: int, other: int) -> None:
         if choice is not None and _growth(state, leader, follower) <= 0:
             state.follow(follower, leader, choice)
             return
+    parts = state.pool.separable(table)
+    if parts is not None:
+        state.cut(node, other, parts)
 
 
 def _burden(state: Shrinking, node: int) -> int:

@@ -84,6 +84,19 @@ class Interned:
         found: int | None = self.once(("function", table), make)
         return found
 
+    def separable(self, table: int) -> tuple[int, int] | None:
+        """Vectors `u`, `v` where the table is `u[row] + v[column]` throughout, to the last bit."""
+
+        def make() -> tuple[int, int] | None:
+            values = self.tables[table]
+            if not values[0, 0] < np.inf:
+                return None
+            column, row = values[:, 0], values[0] - values[0, 0]
+            return (self.vector(column), self.vector(row)) if (values == column[:, None] + row).all() else None
+
+        found: tuple[int, int] | None = self.once(("separable", table), make)
+        return found
+
     def most(self, vector: int) -> float:
         """The largest entry."""
         return float(self.once(("most", vector), lambda: self.vectors[vector].max()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from autopar.search.contract import settle
 from autopar.search.dominated import drop_dominated, fold_leaves
 from autopar.search.problem import Ints, Problem
+from autopar.search.series import bridge_series
 from autopar.search.shrinking import Shrinking
 from autopar.search.tighten import tighten
 
@@ -43,7 +44,8 @@ def shrink(problem: Problem) -> Shrunk:
         tightened = tighten(state)
         dropped = drop_dominated(state)
         folded = fold_leaves(state)
-        if not (tightened or dropped or folded):
+        bridged = bridge_series(state)
+        if not (tightened or dropped or folded or bridged):
             break
     settle(state)
     return Shrunk(*_result(state, problem.memory_limit_bytes))

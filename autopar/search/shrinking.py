@@ -35,7 +35,8 @@ class Shrinking:
         self.first_nodes = len(problem.nodes)
         self.first_sizes: list[int] = []
         self.constant = 0.0
-        self.followers: list[tuple[int, int, Ints]] = []  # node, node it follows (-1: none), strategy by the other's
+        # node, the nodes it follows (none, one or two), their names at that time, and its strategy by theirs
+        self.followers: list[tuple[int, tuple[int, ...], tuple[int, ...], Ints]] = []
         self.queue: deque[int] = deque()
         self._queued: list[bool] = []
         self._places, self.slack = self._steps(problem)
@@ -180,13 +181,25 @@ class Shrinking:
             self.join(leader, other, pool.rows(between, choice))
         self.look(leader)
 
-        def by_first_number() -> Ints:
-            whole = np.full(self.first_sizes[leader], -1, np.int64)
-            whole[pool.indices[self.names[leader]]] = pool.indices[self.names[node]][pool.indices[choice]]
-            return whole
+        names = pool.indices[pool.composed(self.names[node], choice)]
+        self.followers.append((node, (leader,), (self.names[leader],), names))
+        self._remove(node)
 
-        key = ("follow", self.names[node], self.names[leader], self.first_sizes[leader], choice)
-        self.followers.append((node, leader, pool.once(key, by_first_number)))
+    def cut(self, node: int, other: int, costs: tuple[int, int]) -> None:
+        """Take the edge between two nodes away and give each the costs (vectors) that are its part."""
+        del self.around[node][other], self.around[other][node]
+        for end, vector in zip((node, other), costs, strict=True):
+            self.cost[end] = self.pool.plus(self.cost[end], vector)
+            self.look(end)
+
+    def bridge(self, node: int, table: int, choice: Ints) -> None:
+        """Take `node` away, which has two neighbours and no memory: `table` joins them, at `choice[s, t]` of `node`, lower node first."""
+        first, second = sorted(self.around[node])
+        for other in (first, second):
+            del self.around[other][node]
+        self.join(first, second, table)
+        names = self.pool.indices[self.names[node]]
+        self.followers.append((node, (first, second), (self.names[first], self.names[second]), names[choice]))
         self._remove(node)
 
     def fix(self, node: int, strategy: int = 0) -> None:
@@ -199,7 +212,7 @@ class Shrinking:
             del self.around[other][node]
             self.cost[other] = pool.plus(self.cost[other], pool.row(table, strategy))
             self.look(other)
-        self.followers.append((node, -1, pool.indices[self.names[node]][strategy : strategy + 1]))
+        self.followers.append((node, (), (), pool.indices[self.names[node]][strategy]))
         self._remove(node)
 
     def _remove(self, node: int) -> None:
@@ -213,8 +226,9 @@ class Shrinking:
         whole = [-1] * len(self.cost)
         for node, strategy in zip(left.tolist(), choice.tolist(), strict=True):
             whole[node] = int(self.pool.indices[self.names[node]][strategy])
-        for node, leader, by in reversed(self.followers):
-            whole[node] = int(by[whole[leader] if leader >= 0 else 0])
+        for node, leaders, names, by in reversed(self.followers):
+            at = [int(np.searchsorted(self.pool.indices[n], whole[leader])) for leader, n in zip(leaders, names, strict=True)]
+            whole[node] = int(by[tuple(at)])
         return tuple(whole[: self.first_nodes])
 
     def problem(self, limit_bytes: float) -> tuple[Problem, Ints]:
