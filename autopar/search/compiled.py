@@ -1,0 +1,48 @@
+"""Functions compiled to machine code by numba, and random numbers inside them.
+
+Only the search over time steps uses these; importing them takes a moment, so that others import that search where they call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+__all__ = ["compiled", "generator", "uniform", "whole"]
+
+Function = TypeVar("Function", bound=Callable[..., object])
+State = NDArray[np.uint64]
+
+
+def compiled(function: Function) -> Function:
+    """`function` as machine code, made on its first call and kept on disk; it runs without the interpreter's lock."""
+    return cast(Function, njit(cache=True, nogil=True, error_model="numpy")(function))
+
+
+def generator(seed: int) -> State:
+    """The state of a generator, `(1,)`, never zero; seeds near each other are spread by splitmix64 (Steele and others, 2014)."""
+    mixed = (seed + 1) * 0x9E3779B97F4A7C15 % 2**64
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+    return np.array([(mixed ^ mixed >> 31) or 1], np.uint64)
+
+
+@compiled
+def whole(state: State, below: int) -> int:
+    """A number from `range(below)`; xorshift64 (Marsaglia 2003)."""
+    x = state[0]
+    x ^= x << np.uint64(13)
+    x ^= x >> np.uint64(7)
+    x ^= x << np.uint64(17)
+    state[0] = x
+    return int(x % np.uint64(below))
+
+
+@compiled
+def uniform(state: State) -> float:
+    """A number from [0, 1)."""
+    return whole(state, 1 << 53) * (1.0 / (1 << 53))
