@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from typing import Any
+from functools import partial
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
 from autopar.runtime import handshake
 from autopar.runtime.checkpoint import accept_whole_tensors
+from autopar.runtime.distributed import Options
 from autopar.runtime.evaluation import EvaluationCheck
 from autopar.runtime.inputs import Mode, given_states
 from autopar.runtime.materialize import local_state
@@ -72,15 +74,14 @@ def build(
     }
     handshake.compare(notes, problem, timeout_s)
     assert expanded is not None
-    make = _pipeline_module if plan.pipeline is not None else _parallel_module
-    module = make(
+    module = _module(
         model,
         traced,
         plan,
         expanded,
+        sync_module_states,
         device=target,
         timeout_s=timeout_s,
-        sync_module_states=sync_module_states,
         inputs=inputs,
         signature=_signature(model),
         evaluation=EvaluationCheck(model, traced),
@@ -89,59 +90,22 @@ def build(
     return module
 
 
-def _parallel_module(
-    model: nn.Module,
-    traced: TracedModel,
-    plan: Plan,
-    expanded: Expanded,
-    *,
-    device: torch.device,
-    timeout_s: float,
-    sync_module_states: bool,
-    **options: Any,
-) -> ParallelModule:
-    mesh = mesh_for(plan.mesh, device, timeout_s)
-    [assignment] = expanded.assignments
-    stored = {fqn: storage.stored for fqn, storage in assignment.storage.items()}
-    state = local_state(model, traced.graph, stored, mesh, device, sync_module_states=sync_module_states, timeout_s=timeout_s)
-    return ParallelModule(
-        traced,
-        plan,
-        mesh,
-        state,
-        device=device,
-        assignment=assignment,
-        batched=expanded.microbatched,
-        timeout_s=timeout_s,
-        **options,
-    )
-
-
-def _pipeline_module(
-    model: nn.Module,
-    traced: TracedModel,
-    plan: Plan,
-    expanded: Expanded,
-    *,
-    device: torch.device,
-    timeout_s: float,
-    sync_module_states: bool,
-    **options: Any,
-) -> PipelineModule:
-    assert plan.pipeline is not None
+def _module(
+    model: nn.Module, traced: TracedModel, plan: Plan, expanded: Expanded, sync_module_states: bool, **options: Unpack[Options]
+) -> ParallelModule | PipelineModule:
+    """This rank's module, with its part of the model's values."""
+    device, timeout_s = options["device"], options["timeout_s"]
+    assert device is not None
+    held = partial(local_state, model, traced.graph, device=device, sync_module_states=sync_module_states, timeout_s=timeout_s)
+    if plan.pipeline is None:
+        mesh = mesh_for(plan.mesh, device, timeout_s)
+        [assignment] = expanded.assignments
+        state = held({fqn: storage.stored for fqn, storage in assignment.storage.items()}, mesh)
+        return ParallelModule(traced, plan, mesh, state, assignment=assignment, batched=expanded.microbatched, **options)
     group = group_mesh_for([item.mesh for item in plan.groups], device, timeout_s)
     mine = [index for index, stage in enumerate(plan.pipeline.stages) if stage.group == group.index]
-    state = local_state(
-        model,
-        traced.graph,
-        storage_of(expanded, mine),
-        group.mesh,
-        device,
-        keep=held_by(expanded, mine),
-        sync_module_states=sync_module_states,
-        timeout_s=timeout_s,
-    )
-    return PipelineModule(traced, plan, group, state, device=device, expanded=expanded, timeout_s=timeout_s, **options)
+    state = held(storage_of(expanded, mine), group.mesh, keep=held_by(expanded, mine))
+    return PipelineModule(traced, plan, group, state, expanded=expanded, **options)
 
 
 def device_for(model: nn.Module, device: torch.device | str | None = None) -> torch.device:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
@@ -259,29 +259,39 @@ class Reducer:
     def _end(self) -> None:
         self._running = False
         if self.enabled:
-            for leaf in self.leaves:
-                # Left over from backward passes under `no_sync`, of leaves that this one did not reach.
-                if leaf.tensor.grad is not None:
-                    gradient, leaf.tensor.grad = leaf.tensor.grad, None
-                    self._take(leaf, gradient)
-            while self._next < len(self.messages):
-                self._send_next()
-            for message in self.messages:
-                message.halfway()
-            for message in self.messages:
-                self._finish(message)
-            self._next = 0
+            self._send_rest()
+            self._land()
         self.on_end()
+
+    def _send_rest(self) -> None:
+        """Send what the leaves still hold, from backward passes under `no_sync` that reached others than the last did, and what is left."""
+        for leaf in self.leaves:
+            if leaf.tensor.grad is not None:
+                gradient, leaf.tensor.grad = leaf.tensor.grad, None
+                self._take(leaf, gradient)
+        while self._next < len(self.messages):
+            self._send_next()
+
+    def _land(self) -> None:
+        """Wait for what was sent, and set or add to the parameters' gradients."""
+        for message in self.messages:
+            message.halfway()
+        for message in self.messages:
+            self._finish(message)
+        self._next = 0
 
     @staticmethod
     def _deliver(leaf: Leaf, gradient: Tensor) -> None:
-        """Set the parameter's gradient, or add to it."""
-        parameter = leaf.parameter
-        if parameter.grad is not None:
-            present = parameter.grad
-            (present._local_tensor if isinstance(present, DTensor) else present).add_(gradient)
-        elif isinstance(parameter, DTensor):
-            # The constructor that DTensor's own operators use; `DTensor.from_local` does the same with checks and an autograd node.
-            parameter.grad = DTensor(gradient, parameter._spec, requires_grad=False)  # type: ignore[no-untyped-call]
-        else:
-            parameter.grad = gradient
+        add_gradient(leaf.parameter, gradient)
+
+
+def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Set the gradient of `parameter`, or add to it: `gradient` is this rank's part, which may become the gradient itself."""
+    if parameter.grad is not None:
+        present = parameter.grad
+        (present._local_tensor if isinstance(present, DTensor) else present).add_(gradient)
+    elif isinstance(parameter, DTensor):
+        # The constructor that DTensor's own operators use; `DTensor.from_local` does the same with checks and an autograd node.
+        parameter.grad = DTensor(gradient, parameter._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    else:
+        parameter.grad = gradient

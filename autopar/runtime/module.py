@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,18 +17,16 @@ from torch.utils import _pytree as pytree
 from autopar.errors import RuntimeSetupError
 from autopar.ir.assignment import Assignment, expand_stages
 from autopar.ir.conversion import State
-from autopar.ir.graph import Graph
 from autopar.ir.microbatch import Microbatched, microbatched
 from autopar.ir.placement import R, parse
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
 from autopar.runtime.convert import Place, convert
-from autopar.runtime.distributed import DistributedModule
-from autopar.runtime.evaluation import EvaluationCheck
+from autopar.runtime.distributed import DistributedModule, Options
 from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
 from autopar.runtime.gradients import Reducer
-from autopar.runtime.handshake import agree
-from autopar.runtime.inputs import InputBinder, given_states
+from autopar.runtime.inputs import given_states
+from autopar.runtime.loss import NO_GRADIENTS, NO_LOSS, loss_of
 from autopar.runtime.lower import Borders, Hooks, Mode, lower
 from autopar.runtime.microbatches import Microbatches, joined
 from autopar.runtime.parameters import Leaf, uses
@@ -39,22 +36,12 @@ from autopar.runtime.shards import torch_placements
 
 _Part = tuple[tuple[Tensor, ...], Tensor]
 
-NO_GRADIENTS = "`step` computes gradients, but is called under `torch.no_grad()`; call the module itself to evaluate"
-
-NO_LOSS = (
-    "`step` needs a loss to differentiate, and the model returns no floating-point scalar that carries a gradient; return the loss from "
-    "`forward` (pass the labels to it), or call the module and differentiate what you compute from its outputs"
-)
-
 
 class ParallelModule(DistributedModule):
     """Runs `traced` on this rank of `mesh` (axes as in the plan) as `plan` says; every rank makes one, with the same plan.
 
     `local_state`: this rank's stored part of every parameter, and every buffer whole, by fully-qualified name; taken over, not copied.
-    `inputs`: `"global"` where every rank passes the whole batch, `"per-rank"` where each passes its part.
-    `signature`: that of the model's `forward`, so that arguments may come by position or by name.
-    `evaluation`: asked once, before the first call in evaluation mode.
-    `assignment`, `batched`, `outputs`: what `plan` expands to, where the caller has it already.
+    `assignment`, `batched`, `outputs`: what `plan` expands to, where the caller has it already. `options`: see `Options`.
 
     Parameters are DTensors under the names they have in the model, gradients too; between `forward` and the end of `backward` nothing
     else of autopar is needed: any optimizer that takes DTensors works. Hooks that are registered on the parameters do not run, for
@@ -68,34 +55,25 @@ class ParallelModule(DistributedModule):
         mesh: DeviceMesh,
         local_state: Mapping[str, Tensor],
         *,
-        inputs: Literal["global", "per-rank"] = "global",
-        signature: inspect.Signature | None = None,
-        device: torch.device | None = None,
         assignment: Assignment | None = None,
         batched: Microbatched | None = None,
         outputs: Sequence[State] | None = None,
-        evaluation: EvaluationCheck | None = None,
-        timeout_s: float = 600.0,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__()
+        super().__init__(traced, plan, local_state, options)
         if assignment is None:
             expanded = expand_stages(plan, traced.graph)
             batched, assignment = expanded.microbatched, expanded.assignments[0]
         batched = batched or microbatched(traced.graph, plan.microbatches)
         graph = batched.body
-        self._evaluation = evaluation
-        self._traced, self._plan, self._mesh, self._graph = traced, plan, mesh, graph
-        self._assignment = assignment
+        self._mesh, self._graph, self._assignment = mesh, graph, assignment
         self._place = place_on(mesh)
-        self._device = device or next((tensor.device for tensor in local_state.values()), torch.device("cpu"))
         whole: State = (R,) * mesh.ndim
         planned = {item.path: tuple(parse(text) for text in item.placement.values()) for item in plan.outputs}
         self._outputs = tuple(outputs) if outputs is not None else tuple(planned.get(item.path, whole) for item in graph.outputs)
         if batched.count > 1:  # joined from microbatch to microbatch
             self._outputs = (whole,) * len(graph.outputs)
         self._loss = loss_of(graph)
-        constants = {name: tensor.to(self._device) for name, tensor in traced.constants.items()}
-        self._constants = [constants[item.value] for item in graph.constants]
         self._register(local_state)
         self._leaves = [Leaf(use, parameter, self._place) for use, parameter in zip(self._uses, self._stored, strict=True)]
         self._buckets = buckets_of(self._leaves, plan.segments)
@@ -103,19 +81,14 @@ class ParallelModule(DistributedModule):
         self._gatherer = Gatherer(self._buckets)
         self._reducer = Reducer(self._leaves, self._gatherer.gradient_done, self._gatherer.backward_done)
         self._programs: dict[tuple[Mode, bool, bool], fx.GraphModule] = {}
-        # Masks of dropout must agree between ranks that hold the same part.
-        seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
-        self._counter = torch.tensor([seed, 0])
-        given = dict.fromkeys((item.path for item in traced.graph.inputs), whole) | given_states(plan, inputs)
-        inputs_, reads = [item.path for item in traced.graph.inputs], [item.path for item in graph.inputs]
-        self._microbatches = Microbatches(batched, inputs_, given, self._place, self._device, constants, reads)
+        paths, reads = [item.path for item in traced.graph.inputs], [item.path for item in graph.inputs]
+        given = dict.fromkeys(paths, whole) | given_states(plan, self._inputs)
+        self._microbatches = Microbatches(batched, paths, given, self._place, self._device, self._constants, reads)
         states = self._microbatches.states
         self._borders = Borders(
             {item.value: states[item.path] for item in graph.inputs}, {use.value: use.leaf for use in self._uses}, self._outputs
         )
-        self._binder = InputBinder(
-            traced, given, self._place, whole=inputs == "global", device=self._device, signature=signature, timeout_s=timeout_s
-        )
+        self._binder = self._binder_of(given, self._place)
         self.train(graph.training)
 
     # ---- parameters and buffers under their own names ---------------------------------------------------------------------------
@@ -224,7 +197,7 @@ class ParallelModule(DistributedModule):
         else:
             leaves, program = self._begin(), self._program(False, loss_only)
         buffers = [owner._buffers[name] for owner, name in self._buffer_owners]
-        results = program(*tensors, *leaves, *buffers, *self._constants, counter)
+        results = program(*tensors, *leaves, *buffers, *(self._constants[item.value] for item in self._graph.constants), counter)
         count = 1 if loss_only else len(self._outputs)
         if self.training and self._updated:
             self._write_back([buffers[index] for index in self._updated], results[count:])
@@ -233,26 +206,11 @@ class ParallelModule(DistributedModule):
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # checks and slicing in plain Python: nothing to compile
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Part]:
         """The program's inputs for each microbatch, and dropout's counter."""
-        if self.training and not self._traced.graph.training:
-            raise RuntimeSetupError(
-                "this module was planned in evaluation mode but is called in training mode; call `.eval()`, or plan after `model.train()`"
-            )
-        if not self.training and self._evaluation is not None:
-            if why := self._evaluation.problem():
-                raise RuntimeSetupError(
-                    f"this module was planned in training mode, and the model does something else in evaluation mode: {why}. "
-                    "Plan a second module after `model.eval()` for evaluation"
-                )
-            self._evaluation = None
+        self._check_mode()
         owners = zip(self._graph.buffers, self._buffer_owners, strict=True)
         buffers = {item.fqn: cast(Tensor, owner._buffers[name]) for item, (owner, name) in owners}
         parts = self._microbatches.cut(self._binder.bind(args, kwargs), buffers)
-        found: list[_Part] = []
-        for part in parts:
-            self._counter[1] += 1
-            # A copy: a region that is recomputed must find the counter as it was.
-            found.append((tuple(part[item.path] for item in self._graph.inputs), self._counter.clone()))
-        return found
+        return [(tuple(part[item.path] for item in self._graph.inputs), self._next_counter()) for part in parts]
 
     def _begin(self) -> list[Tensor]:
         """Leaves for a new forward pass."""
@@ -275,8 +233,7 @@ class ParallelModule(DistributedModule):
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]  # lowering happens once: the program is what is worth compiling
     def _program(self, functional: bool, loss_only: bool) -> fx.GraphModule:
-        mode = Mode(dropout=self.training and self._dropout, statistics=self.training)
-        key = (mode, functional, loss_only)
+        key = (mode := self._mode, functional, loss_only)
         if key not in self._programs:
             hooks = Hooks() if functional else hooks_of(self._buckets, self._gatherer, self._reducer.begin)
             graph, borders = self._graph, self._borders
@@ -328,15 +285,6 @@ class ParallelModule(DistributedModule):
         super().zero_grad(set_to_none)
         for leaf in self._leaves:
             leaf.tensor.grad = None
-
-
-def loss_of(graph: Graph) -> int | None:
-    """Which output is the loss: the first floating scalar that carries a gradient; None where there is none."""
-    for index, output in enumerate(graph.outputs):
-        value = graph.values[output.value]
-        if value.requires_grad and not value.shape and value.dtype.startswith(("float", "bfloat")):
-            return index
-    return None
 
 
 def owner_of(root: nn.Module, fqn: str) -> tuple[nn.Module, str]:

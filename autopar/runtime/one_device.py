@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopar.errors import RuntimeSetupError
-from autopar.runtime.module import NO_GRADIENTS, NO_LOSS
+from autopar.runtime.loss import NO_GRADIENTS, NO_LOSS
 
 
 class Step:

@@ -6,12 +6,11 @@ forward and backward; calling the module runs the forward passes alone. What the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -30,13 +29,11 @@ from autopar.ir.schedules import Action, Orders, named
 from autopar.ir.stages import RECEIVE, SEND
 from autopar.ir.trace import TracedModel
 from autopar.runtime.clip import PartOfModel, register
-from autopar.runtime.distributed import DistributedModule
-from autopar.runtime.evaluation import EvaluationCheck
-from autopar.runtime.handshake import agree
-from autopar.runtime.inputs import InputBinder, given_states
-from autopar.runtime.lower import Mode
+from autopar.runtime.distributed import DistributedModule, Options
+from autopar.runtime.inputs import given_states
+from autopar.runtime.loss import NO_GRADIENTS, NO_LOSS, loss_of, reached
 from autopar.runtime.microbatches import Microbatches, joined
-from autopar.runtime.module import NO_LOSS, loss_of, owner_of, place_on, sharded
+from autopar.runtime.module import owner_of, place_on, sharded
 from autopar.runtime.pipeline_schedule import Batch, Interpreter, PipelineStage, Progress, Wire, wire
 from autopar.runtime.pipeline_stage import LiveStage, Sources
 from autopar.runtime.pipeline_tied import TiedWeight, exchange
@@ -49,8 +46,8 @@ class PipelineModule(DistributedModule):
     """Runs `traced` as `plan` (one with a pipeline) says, on this rank of `group`; every rank makes one, with the same plan.
 
     `local_state`: this rank's stored part of every parameter of its group's stages (`storage_of`), and their buffers whole, by
-    fully-qualified name; taken over, not copied. `expanded`: what `plan` expands to, where the caller has it already. `inputs`,
-    `signature` and `evaluation` as for `ParallelModule`.
+    fully-qualified name; taken over, not copied. `expanded`: what `plan` expands to, where the caller has it already. `options`: see
+    `Options`.
 
     Parameters are DTensors on the group's mesh under the names they have in the model, gradients too. A weight that several groups hold
     stays equal on all of them under optimizers that work element by element.
@@ -63,40 +60,30 @@ class PipelineModule(DistributedModule):
         group: GroupMesh,
         local_state: Mapping[str, Tensor],
         *,
-        inputs: Literal["global", "per-rank"] = "global",
-        signature: inspect.Signature | None = None,
-        device: torch.device | None = None,
         expanded: Expanded | None = None,
-        evaluation: EvaluationCheck | None = None,
-        timeout_s: float = 600.0,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__()
+        super().__init__(traced, plan, local_state, options)
         assert plan.pipeline is not None
-        self._traced, self._plan, self._group = traced, plan, group
-        self._evaluation = evaluation
+        self._group = group
         self._expanded = expanded or expand_stages(plan, traced.graph)
         self._stage_groups = tuple(stage.group for stage in plan.pipeline.stages)
         self._mine = tuple(index for index, owner in enumerate(self._stage_groups) if owner == group.index)
         self._place = place_on(group.mesh)
-        self._device = device or next((tensor.device for tensor in local_state.values()), torch.device("cpu"))
         body = self._expanded.microbatched.body
         loss = loss_of(body)
         if loss is None:
             raise PlanError("a plan with a pipeline needs a loss to differentiate: " + NO_LOSS)
-        self._loss = loss
-        self._constants = {name: tensor.to(self._device) for name, tensor in traced.constants.items()}
+        self._loss, self._reached = loss, reached(body, loss)
         self._storage = storage_of(self._expanded, self._mine)
         self._register(local_state)
         self._outbox, self._progress = Outbox(), Progress()
-        states = self._make_binder(inputs, signature, timeout_s)
+        states = self._make_binder()
         self._make_stages(plan, body.outputs[loss].path, states)
         self._tied = self._find_tied()
         elsewhere = tuple(weight.parameter for weight in self._tied if weight.groups[0] != group.index)
         first = dist.get_rank() == plan.pipeline.groups[group.index].first_rank
         register(self, PartOfModel(group.everyone, first, elsewhere, self._device))
-        # Masks of dropout must agree between ranks that hold the same part.
-        seed = agree(torch.initial_seed, "sharing rank 0's random seed", timeout_s) & ((1 << 62) - 1)
-        self._counter = torch.tensor([seed, 0])
         self._sync = True
         self._failure = ""
         if dist.get_backend(group.everyone) == "nccl":
@@ -156,6 +143,7 @@ class PipelineModule(DistributedModule):
                 self._device,
                 inputs=states,
                 loss=loss,
+                reached=self._reached,
                 loss_terms=self._expanded.microbatched.outputs[self._loss].is_partial,
                 microbatches=count,
                 splits_backward=schedule.splits_backward,
@@ -189,7 +177,7 @@ class PipelineModule(DistributedModule):
                 name,
                 values[name].shape,
                 getattr(torch, values[name].dtype),
-                values[name].requires_grad,
+                name in self._reached,
                 source,
                 target,
                 everyone,
@@ -214,26 +202,24 @@ class PipelineModule(DistributedModule):
         found = []
         for item, holders in self._tied_layouts():
             if self._group.index in holders:
-                value, parameter = self._traced.graph.values[item.value], self._parameters_of[item.fqn]
-                dtype, everyone = getattr(torch, value.dtype), self._group.everyone
-                found.append(TiedWeight(item.fqn, value.shape, dtype, holders, self._group.index, parameter, everyone, self._device))
+                value, parameter, group = self._traced.graph.values[item.value], self._parameters_of[item.fqn], self._group
+                dtype, trained = getattr(torch, value.dtype), item.value in self._reached
+                found.append(
+                    TiedWeight(item.fqn, value.shape, dtype, trained, holders, group.index, parameter, group.everyone, self._device)
+                )
         return found
 
-    def _make_binder(
-        self, inputs: Literal["global", "per-rank"], signature: inspect.Signature | None, timeout_s: float
-    ) -> dict[str, State]:
+    def _make_binder(self) -> dict[str, State]:
         """What cuts the arguments of a call for the microbatches; returns the state in which each input of the stages then comes."""
         whole: State = (R,) * len(self._place.mesh)
         paths = [item.path for item in self._traced.graph.inputs]
-        given = dict.fromkeys(paths, whole) | given_states(self._plan, inputs, self._group.index)
+        given = dict.fromkeys(paths, whole) | given_states(self._plan, self._inputs, self._group.index)
         batched, graphs = self._expanded.microbatched, [self._expanded.stages[index].graph for index in self._mine]
         if not _reads_prologue(graphs):
             batched = replace(batched, prologue=None)  # not for this rank
         reads = {item.path for graph in graphs for item in graph.inputs}
         self._microbatches = Microbatches(batched, paths, given, self._place, self._device, self._constants, reads)
-        self._binder = InputBinder(
-            self._traced, given, self._place, whole=inputs == "global", device=self._device, signature=signature, timeout_s=timeout_s
-        )
+        self._binder = self._binder_of(given, self._place)
         return self._microbatches.states
 
     def _pairs(self) -> list[tuple[int, int]]:
@@ -261,9 +247,9 @@ class PipelineModule(DistributedModule):
         Raises `InputError` where the inputs are not of the traced shapes and types, and `PeerError` where another rank is lost.
         """
         if not torch.is_grad_enabled():
-            raise RuntimeSetupError("`step` computes gradients, but is called under `torch.no_grad()`; call the module itself to evaluate")
+            raise RuntimeSetupError(NO_GRADIENTS)
         batch = self._batch(args, kwargs, train=True)
-        tied = [weight for weight in self._tied if weight.parameter.requires_grad]
+        tied = [weight for weight in self._tied if weight.differentiable]
         with self._running("a training step"):
             for weight in tied:
                 weight.set_aside()
@@ -308,24 +294,10 @@ class PipelineModule(DistributedModule):
     def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, train: bool) -> Batch:
         if self._failure:
             raise RuntimeSetupError(f"this module cannot go on: {self._failure}. Start all ranks again, from the last checkpoint")
-        if self.training and not self._traced.graph.training:
-            raise RuntimeSetupError(
-                "this module was planned in evaluation mode but is called in training mode; call `.eval()`, or plan after `model.train()`"
-            )
-        if not self.training and self._evaluation is not None:
-            if why := self._evaluation.problem():
-                raise RuntimeSetupError(
-                    f"this module was planned in training mode, and the model does something else in evaluation mode: {why}. "
-                    "Plan a second module after `model.eval()` for evaluation"
-                )
-            self._evaluation = None
+        self._check_mode()
         buffers = {fqn: self._buffer(fqn) for fqn in self._buffer_owners}
         inputs = self._microbatches.cut(self._binder.bind(args, kwargs), buffers)
-        counters = []
-        for _ in inputs:
-            self._counter[1] += 1
-            counters.append(self._counter.clone())
-        return Batch(inputs, counters, Mode(dropout=self.training and self._dropout, statistics=self.training), train, self._sync)
+        return Batch(inputs, [self._next_counter() for _ in inputs], self._mode, train, self._sync)
 
     def _begin(self) -> None:
         for stage in self._stages:

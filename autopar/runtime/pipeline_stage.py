@@ -7,7 +7,7 @@ leaves over the microbatches and are reduced once, behind the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +68,8 @@ class _Owed:
 
 class LiveStage:
     """`stage` for the rank at `place`, under `assignment`. `loss`: path of the output that is differentiated, where this stage makes it;
-    the whole loss is the sum of those of all `microbatches` (`loss_terms`), or equal in all and counts once.
+    the whole loss is the sum of those of all `microbatches` (`loss_terms`), or equal in all and counts once. `reached`: the values that
+    its gradient flows to.
 
     `segments`: the plan's. `numbers`: by which number each operation draws random numbers. `inputs`: the state in which each comes, by
     path. `splits_backward`: whether the schedule runs the weights' backward pass apart.
@@ -86,6 +87,7 @@ class LiveStage:
         *,
         inputs: Mapping[str, State],
         loss: str | None,
+        reached: Container[str],
         loss_terms: bool,
         microbatches: int,
         splits_backward: bool,
@@ -99,8 +101,8 @@ class LiveStage:
         self.loss = next((index for index, output in enumerate(graph.outputs) if output.path == loss), None)
         self.receives = tuple(op for op in graph.ops if op.target == RECEIVE)
         self.sends = tuple(op for op in graph.ops if op.target == SEND)
-        self.differentiable_receives = tuple(graph.values[op.outputs[0]].requires_grad for op in self.receives)
-        self.differentiable_sends = tuple(graph.values[op.operands[0]].requires_grad for op in self.sends)
+        self.differentiable_receives = tuple(op.outputs[0] in reached for op in self.receives)
+        self.differentiable_sends = tuple(op.operands[0] in reached for op in self.sends)
         self.regions = regions_of(segments, stage.index)
         self._uses = uses(graph, assignment, place)
         self.leaves = [Leaf(use, sources.parameters[use.fqn], place) for use in self._uses]
@@ -328,22 +330,11 @@ class _StepReducer(Reducer):
 
     @torch.no_grad()
     def launch(self) -> None:
-        """Send the gradients that the leaves still hold."""
-        for leaf in self.leaves:
-            if leaf.tensor.grad is not None:
-                gradient, leaf.tensor.grad = leaf.tensor.grad, None
-                self._take(leaf, gradient)
-        while self._next < len(self.messages):
-            self._send_next()
+        self._send_rest()
 
     @torch.no_grad()
     def land(self) -> None:
-        """Wait for what was sent, and set or add to the parameters' gradients."""
-        for message in self.messages:
-            message.halfway()
-        for message in self.messages:
-            self._finish(message)
-        self._next = 0
+        self._land()
 
 
 def _not_apart(roots: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> frozenset[int]:

@@ -13,25 +13,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from autopar.runtime.gradients import add_gradient
 from autopar.runtime.pipeline_transfer import Layout
 from autopar.runtime.pipeline_wire import Arriving, Channel, Flight
 
 
 class TiedWeight:
-    """The weight `name` of global `shape`, which `layouts` says how each group (by index) holds, as a rank of group `mine` sees it."""
+    """The weight `name` of global `shape`, which `layouts` says how each group (by index) holds, as a rank of group `mine` sees it.
+    `differentiable`: whether the loss has a gradient with respect to it."""
 
     def __init__(
         self,
         name: str,
         shape: tuple[int, ...],
         dtype: torch.dtype,
+        differentiable: bool,
         layouts: Mapping[int, Layout],
         mine: int,
         parameter: nn.Parameter,
         everyone: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        self.name, self.mine, self.parameter = name, mine, parameter
+        self.name, self.mine, self.parameter, self.differentiable = name, mine, parameter, differentiable
         self.groups = sorted(layouts)
         what = f"the gradient of `{name}`"
         self._out = {
@@ -74,15 +77,8 @@ class TiedWeight:
         total = terms[0] + terms[1]
         for term in terms[2:]:
             total += term
-        before, self._before, self._aside = self._before, None, False
-        if before is not None:
-            (before._local_tensor if isinstance(before, DTensor) else before).add_(total)
-            self.parameter.grad = before
-        else:
-            parameter = self.parameter
-            assert isinstance(parameter, DTensor)
-            # The constructor that DTensor's own operators use, as for all gradients.
-            parameter.grad = DTensor(total, parameter._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        self.parameter.grad, self._before, self._aside = self._before, None, False
+        add_gradient(self.parameter, total)
 
     def _local_gradient(self) -> Tensor:
         gradient, parameter = self.parameter.grad, self.parameter

@@ -24,7 +24,8 @@ from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel, leaf_paths
 from autopar.runtime.checkpoint import whole_tensor
 from autopar.runtime.dropout import without_dropout
-from autopar.runtime.module import NO_LOSS, ParallelModule
+from autopar.runtime.loss import NO_LOSS
+from autopar.runtime.module import ParallelModule
 from autopar.runtime.one_dtype import computing_in
 from autopar.runtime.pipeline import PipelineModule, held_by, storage_of
 from autopar.runtime.process_mesh import group_mesh_for, mesh_for
