@@ -74,6 +74,11 @@ class Minimiser:
         largest = max(shape.order.largest_entries, float(shape.states) ** 2 * shape.worlds)
         return largest <= self.limit_entries and powers <= max(1e8, chain.count * shape.order.total_entries)
 
+    @property
+    def fits(self) -> bool:
+        """Whether an order of elimination keeps all tables within the limit, so that minima are exact."""
+        return self._largest(self._runs_whole()) <= self.limit_entries
+
     def _largest(self, spans: list[tuple[int, int, int]]) -> float:
         return max(order.largest_entries for order in self._outer_order(spans))
 

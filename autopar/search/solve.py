@@ -7,10 +7,12 @@ from typing import Literal
 
 import numpy as np
 
+from autopar.errors import InfeasibleError
 from autopar.search.check import check
 from autopar.search.incumbent import Incumbent, Progress
-from autopar.search.memory import constrained
+from autopar.search.memory import GOOD_GAP, constrained
 from autopar.search.minimise import Minimiser, Price
+from autopar.search.over_time import solve_over_time
 from autopar.search.problem import Problem, Solution
 from autopar.search.reduce import Reduced, reduce, restrict
 
@@ -24,19 +26,37 @@ def solve(
     *,
     effort: Literal["fast", "exact"] = "fast",
     time_limit_s: float | None = None,
+    seed: int = 0,
+    gap: float | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Solution:
     """The cheapest choice within the problem's memory limit, or nearly, with a bound that says how nearly.
 
     Without a limit in the way the choice is optimal (but for graphs so entangled that no table of elimination fits, where the bound
     says so). With one, `"fast"` prices memory and mixes; `"exact"` also closes the gap by branch and bound, within `time_limit_s`
-    seconds. `progress` is called on every step. Ctrl-C ends the search with the best choice so far, if there is one.
+    seconds. Problems whose memory differs between time steps, and those that elimination cannot hold, are searched: until the time
+    limit, until cost and bound differ by no more than `gap` of the bound (None: 0.01% for `"fast"`, nothing for `"exact"`), or
+    until nothing is found for long. `progress` is called on every step. Ctrl-C ends the search with the best choice so far, if there
+    is one. The same `seed` gives the same answer where the time limit is not what ends the search.
 
-    Raises `PlanError` for a damaged problem and `InfeasibleError` when every choice is impossible whatever the memory.
+    Raises `PlanError` for a damaged problem and `InfeasibleError` when every choice is impossible whatever the memory, or, with time
+    steps, when it is plain that nothing fits.
     """
     check(problem)
+    gap = (GOOD_GAP if effort == "fast" else 0.0) if gap is None else gap
+    if problem.timed:
+        return solve_over_time(problem, time_limit_s=time_limit_s, seed=seed, gap=gap, progress=progress)
     reduced = reduce(problem)
-    incumbent = Incumbent(Minimiser(reduced.problem), problem.memory_limit_bytes, progress)
+    minimiser = Minimiser(reduced.problem)
+    if not minimiser.fits:
+        limit = time_limit_s if effort == "exact" else min(time_limit_s or _UNKNOWN_S, _UNKNOWN_S)
+        try:
+            found = solve_over_time(problem, time_limit_s=limit, seed=seed, gap=gap, progress=progress)
+        except InfeasibleError:
+            found = None
+        if found is not None and found.feasible:
+            return found
+    incumbent = Incumbent(minimiser, problem.memory_limit_bytes, progress)
     feasible = True
     try:
         feasible = search(incumbent, effort, time_limit_s)
