@@ -60,16 +60,16 @@ class StorageTracker(TorchDispatchMode):
 
 
 def measure(step: Callable[[], object], owned: Callable[[], Iterable[Any]]) -> int:
-    """Peak bytes of the second of two calls of `step`; the first makes what is made once (buckets, optimizer state).
+    """Peak bytes of the second of two calls of `step`; the first, which is not watched, makes what is made once (buckets, optimizer
+    state) and looks at what is looked at once (ranks compare their first batches).
 
     `owned()`: tensors that live on between steps (parameters, gradients, optimizer state), counted from the start.
     """
+    step()
     tracker = StorageTracker()
     tracker.track(owned())
+    tracker.reset()
     with tracker:
-        step()
-        tracker.track(owned())
-        tracker.reset()
         step()
     return tracker.peak_bytes
 

@@ -140,9 +140,10 @@ class SegmentCost(_Data):
     of the parameters that it is the first to read, and of what stays gathered or adds up for a whole step. `gathered_bytes`: what
     gathering for use adds while it runs. `workspace_bytes`: the most for a moment in its forward pass, beyond its activations;
     `backward_workspace_bytes`: in its backward pass, beyond what was there when that began (with one microbatch, gradients of parameters
-    that have come by then are among it). `postponed_bytes`: held beside its activations from gradients of its inputs to those of its
-    parameters where a schedule makes them apart. `unreduced_bytes`: of gradients beyond `gradient_bytes`, until they are reduced.
-    `unkept_bytes`: in place of `workspace_bytes` where the repeat is recomputed. `sent_bytes`: of what it sends, as much as is not kept.
+    that have come by then are among it), or `input_workspace_bytes` where only gradients of inputs are made. `postponed_bytes`: held
+    beside its activations from gradients of its inputs to those of its parameters where a schedule makes them apart. `unreduced_bytes`:
+    of gradients beyond `gradient_bytes`, until they are reduced. `unkept_bytes`: in place of `workspace_bytes` where the repeat is
+    recomputed. `sent_bytes`: of what it sends to the next stage, as much as is not kept.
     """
 
     forward_s: Seconds = 0.0
@@ -165,6 +166,7 @@ class SegmentCost(_Data):
     backward_workspace_bytes: Bytes = 0
     postponed_bytes: Bytes = 0
     unreduced_bytes: Bytes = 0
+    input_workspace_bytes: Bytes = 0
     unkept_bytes: Bytes = 0
     sent_bytes: Bytes = 0
 

@@ -205,11 +205,12 @@ class OpCosts:
 
     def _moments(self, row: Row) -> dict[str, float]:
         """Bytes that are there for a while, of the repeat that has most."""
-        forward, backward = [0.0], [0.0]
+        forward, backward, apart = [0.0], [0.0], [0.0]
         for start in range(row.start, row.start + row.length * row.count, row.length):
             body = slice(start, start + row.length)
             kept, gradients = self.scalars["activation_bytes"][body], self.scalars["gradient_bytes"][body]
             forward.append(forward_peak(kept, self.alive.forward[body]) - float(kept.sum()))
+            apart.append(backward_peak(0.0 * kept, self.alive.backward[body] - self.postponed[body], self.postponed[body]))
             if self.costs.microbatches == 1:
                 backward.append(backward_peak(kept, self.alive.backward[body], gradients))
             else:  # gradients of parameters add up from one microbatch to the next: each comes beside what is there
@@ -222,6 +223,7 @@ class OpCosts:
         return {
             "workspace_bytes": max(forward),
             "backward_workspace_bytes": max(backward),
+            "input_workspace_bytes": max(apart),
             "gathered_bytes": gathered,
             "postponed_bytes": float(self.postponed[here].sum()) / row.count,
             "unreduced_bytes": float(self.unreduced[here].sum()) / row.count,

@@ -11,15 +11,18 @@ state and what is resident. Beside them, piece by piece:
 * Gradients that become smaller when they are reduced are as large as they were until then. They are packed in messages that leave when
   they have 25 MiB, or at the end of the last backward pass; two are on their way at once (`autopar.runtime.gradients`). A message that
   packs more than one gradient is a copy, for a moment beside what it packs.
-* What the next microbatch receives from another group arrives while this one computes. What was sent, forward or back, is held until the
-  stage has sent the same of the next microbatch (`autopar.runtime.pipeline_wire`).
+* What comes from another group has its place from when its receive is posted, which may be some actions ahead. What was sent, forward or
+  back, is held until the stage has sent the same of the next microbatch (`autopar.runtime.pipeline_wire`). What stages of one group hand
+  to each other stays where it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+from autopar.ir.schedules import Orders
 from autopar.search.workload import Piece, Workload
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers")
@@ -77,17 +80,18 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
     once = workload.microbatches == 1
     way = _Messages()
     at_end = workload.splits
-    arriving = {action.stage: workload.microbatches for action in order}
+    coming = _coming(workload, group)
     leaving: dict[tuple[int, bool], float] = {}  # by stage and whether forward: what it sent last
+    handed: dict[tuple[int, int, bool], float] = {}  # by stage, microbatch and whether forward: what waits for it on its own group
     for position, action in enumerate(order):
         stage = workload.stages[action.stage]
         row, kind = stage.pieces, stage.does(action.kind)
         if not kind:
             continue
-        if kind == "F":
-            arriving[action.stage] -= 1
-        wire = sum(workload.stages[number].receives_bytes for number, left in arriving.items() if left) + sum(leaving.values())
-        now[BUFFERS] = resident + wire
+        handed.pop((action.stage, action.microbatch, kind == "F"), None)
+        now[BUFFERS] = resident + coming[position] + sum(leaving.values()) + sum(handed.values())
+        # What a stage receives from one of its own group is that one's memory.
+        shared = _shared_bytes(workload, action.stage)
         done = 0.0
         run = row if kind == "F" else row[::-1]
         total = sum(_work(piece, kind) for piece in run) or 1.0
@@ -96,8 +100,8 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
             kept = piece.checkpoint_bytes if piece.recompute else piece.activation_bytes
             new = piece.gradient_bytes if makes_gradients and action.stage not in graded else 0.0
             if kind == "F":
-                now[ACTIVATIONS] += kept
-            if not once:
+                now[ACTIVATIONS] += kept - (shared if index == 0 else 0.0)
+            if not once and kind == "B":
                 now[GRADIENTS] += new  # the workspace of one microbatch counts them as they come
             extra = _passing(piece, run[index + 1] if index + 1 < len(run) else None, kind)
             if once and makes_gradients:
@@ -108,13 +112,13 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
             yield position, done / total, _level(now)
             now[ACTIVATIONS] -= rebuilt
             now[BUFFERS] -= extra + way.bytes
-            if once:
+            if once or kind == "W":
                 now[GRADIENTS] += new
             if kind == "I":
                 now[ACTIVATIONS] += rebuilt + piece.postponed_bytes
             elif makes_gradients:
                 again = piece.activation_bytes + piece.postponed_bytes if kind == "W" else kept
-                now[ACTIVATIONS] -= again
+                now[ACTIVATIONS] -= again - (shared if index + 1 == len(run) else 0.0)
                 if final[action.stage] == action:
                     copy = way.ready(piece, leaves=not at_end, last=index + 1 == len(run))
                     now[BUFFERS] += copy + way.bytes
@@ -127,10 +131,17 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
             now[BUFFERS] -= way.bytes
         if makes_gradients:
             graded.add(action.stage)
-        if kind == "F" and not _next_is_here(workload, action.stage):
-            leaving[action.stage, True] = sum(piece.sent_bytes for piece in row)
-        if kind in "BI" and stage.receives_bytes:
-            leaving[action.stage, False] = stage.receives_bytes
+        if kind == "F":
+            sent = sum(piece.sent_bytes for piece in row)
+            if _is_here(workload, action.stage + 1):
+                handed[action.stage + 1, action.microbatch, True] = sent
+            else:
+                leaving[action.stage, True] = sent
+        if kind in "BI":
+            if _is_here(workload, action.stage):
+                handed[action.stage - 1, action.microbatch, False] = stage.receives_bytes
+            else:
+                leaving[action.stage, False] = stage.receives_bytes
     now[GRADIENTS], now[BUFFERS] = 0.0, resident
     yield len(order), 1.0, _level(now)
 
@@ -173,14 +184,85 @@ def _passing(piece: Piece, after: Piece | None, kind: str) -> float:
         passing = piece.unkept_bytes if piece.recompute else piece.workspace_bytes
         return passing + piece.gathered_bytes + (after.gathered_bytes if after and ahead else 0.0)
     ahead = after is not None and after.regather
+    if kind == "I":
+        return piece.input_workspace_bytes + piece.gathered_bytes + (after.gathered_bytes if after and ahead else 0.0)
     # Computing again what the forward pass had for a moment is over before the backward pass needs its own.
     passing = max(piece.workspace_bytes, piece.backward_workspace_bytes) if piece.recompute else piece.backward_workspace_bytes
     return passing + piece.gathered_bytes + (after.gathered_bytes if after and ahead else 0.0)
 
 
-def _next_is_here(workload: Workload, stage: int) -> bool:
-    """Whether what a stage hands on stays on its group."""
-    return stage + 1 < len(workload.stages) and workload.stages[stage + 1].group == workload.stages[stage].group
+def _coming(workload: Workload, group: int) -> list[float]:
+    """By action of the group, bytes of receives that are posted for later ones. Of a group on its own: the next microbatch's."""
+    order, stages = workload.orders[group], workload.stages
+
+    def size(stage: int, forward: bool) -> float:
+        number = stage if forward else stage + 1
+        return stages[number].receives_bytes if number < len(stages) and not _is_here(workload, number) else 0.0
+
+    if len(workload.orders) == 1:
+        last = {(action.stage, action.kind == "F"): action.microbatch for action in order}
+        found = []
+        waiting = {action.stage: size(action.stage, True) for action in order}
+        for action in order:
+            if action.kind == "F" and action.microbatch == last[action.stage, True]:
+                waiting[action.stage] = 0.0
+            found.append(sum(waiting.values()))
+        return found
+    row = [0.0] * len(order)
+    for posted, read in receives(workload.orders)[group]:
+        action = order[read]
+        if more := size(action.stage, action.kind == "F"):
+            for position in range(posted, read):
+                row[position] += more
+    return row
+
+
+@lru_cache(maxsize=16)
+def receives(orders: Orders) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """By group, for every receive the position of the action before which it is posted and of the one that reads it.
+
+    PyTorch's runtime (`_add_send_recv`) lays actions out group after group, one each in turn as far as what they read has been sent, and
+    posts a receive where its group stands when the other side sends."""
+    group_of = {action.stage: group for group, order in enumerate(orders) for action in order}
+    at = [0] * len(orders)
+    posted: dict[tuple[int, int, bool], int] = {(0, action.microbatch, True): -1 for action in orders[group_of[0]]}
+    posted |= {(max(group_of), action.microbatch, False): -1 for order in orders for action in order}
+    found: list[list[tuple[int, int]]] = [[] for _ in orders]
+    moved = True
+    while moved:
+        moved = False
+        for group, order in enumerate(orders):
+            if at[group] == len(order):
+                continue
+            kind, stage, microbatch = order[at[group]]
+            forward = kind == "F"
+            if kind != "W":
+                if (stage, microbatch, forward) not in posted:
+                    continue
+                begun = posted[stage, microbatch, forward]
+                if 0 <= begun < at[group]:
+                    found[group].append((begun, at[group]))
+                other = stage + 1 if forward else stage - 1
+                if other in group_of:
+                    posted[other, microbatch, forward] = at[group_of[other]] if group_of[other] != group else -1
+            at[group] += 1
+            moved = True
+    return tuple(tuple(rows) for rows in found)
+
+
+def _is_here(workload: Workload, stage: int) -> bool:
+    """Whether a stage receives from one of its own group."""
+    return 0 < stage < len(workload.stages) and workload.stages[stage - 1].group == workload.stages[stage].group
+
+
+def _shared_bytes(workload: Workload, stage: int) -> float:
+    """Of what a stage receives, as much as the stage before keeps for itself, on the same ranks."""
+    if not _is_here(workload, stage):
+        return 0.0
+    before = workload.stages[stage - 1].pieces
+    if any(piece.recompute for piece in workload.stages[stage].pieces[:1]):
+        return 0.0
+    return max(0.0, workload.stages[stage].receives_bytes - sum(piece.sent_bytes for piece in before))
 
 
 def _work(piece: Piece, kind: str) -> float:

@@ -69,6 +69,7 @@ class Piece:
     backward_workspace_bytes: float = 0.0
     postponed_bytes: float = 0.0
     unreduced_bytes: float = 0.0
+    input_workspace_bytes: float = 0.0
     unkept_bytes: float = 0.0
     sent_bytes: float = 0.0
 
@@ -77,7 +78,7 @@ class Piece:
 class Stage:
     """`pieces` in forward order, on `group`. `receive`: one microbatch from the stage before; `returns`: its gradients back to that
     stage. Both None for the first stage and where the stage before is on the same group. `at_once`: where a schedule splits the backward
-    pass, the action that does all of it nevertheless. `receives_bytes`: of one microbatch from another group, on one rank."""
+    pass, the action that does all of it nevertheless. `receives_bytes`: of one microbatch from the stage before, on one rank."""
 
     name: str
     group: int
@@ -154,9 +155,7 @@ def of_plan(plan: Plan) -> Workload:
         receive = returns = None
         if before is not place:
             receive, returns = before.to(place, row.receives_s), place.to(before, row.returns_s)
-        found.append(
-            Stage(row.name or f"stage {index}", row.group, tuple(pieces), receive, returns, at_once, row.receives_bytes if receive else 0.0)
-        )
+        found.append(Stage(row.name or f"stage {index}", row.group, tuple(pieces), receive, returns, at_once, row.receives_bytes))
     ranks = tuple(place.ranks for place in places)
     resident = list(map(float, plan.predicted.resident_bytes)) or [0.0] * len(groups)
     for group, size in _held_once(plan).items():
