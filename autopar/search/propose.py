@@ -8,6 +8,10 @@ least `c_0 + ... + c_(g-1) + m c_g`. However `C` is shared, the largest of these
     C / (1 - (1 - 1/m)^p)
 
 (all of them equal: each next stage a little smaller). Under other schedules some group computes at least `m C / p`.
+
+What is looked at. A way to run the model is (groups, size of the inner axis, sequences of a microbatch on a rank); `autopar.search.guess`
+says for each of them, in no time, about what a step takes. Of every number of groups the most promising ways are priced on their meshes
+and go through the stage search, the number of groups that promises most first; of those that promise less than was found, only the first.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from functools import cached_property
 from autopar.errors import PlanError
 from autopar.ir.graph import Graph
 from autopar.ir.schedules import named
+from autopar.search.guess import Guess, Guesses
 from autopar.search.pins import Pins
 from autopar.search.pipeline import Pipeline, op_seconds
 from autopar.search.place import Settings
@@ -29,15 +34,15 @@ from autopar.search.stage_prices import StagePrices
 from autopar.search.stage_search import Pipeline as Candidate
 from autopar.search.stage_search import Row, Simulated, search_stages
 
-SCHEDULES = ("1f1b", "interleaved-1f1b")
+FREE_SCHEDULES = ("1f1b", "interleaved-1f1b", "zbv", "interleaved-zb")
+_STAGES_PER_GROUP = 2  # of schedules that take any number
 _MOST_GROUPS = 64
-_MOST_ACCUMULATED = 16
-_WORSE = 2  # numbers of groups in a row that take longer, from which more are not tried
-_TIMES_GROUPS = (8, 4)  # microbatches to try, in groups: bubbles of an eighth or a fourth
-_FEW_RANKS = 64  # on more ranks only the first of these is tried
+_TRIED, _TRIED_ON_MANY = 3, 2  # ways that are priced for each number of groups
+_FEW_RANKS = 64
+_HOPELESS = 1.05  # times the best so far: of groups that promise no better, one way and one schedule are looked at
 _TOLERANCE = 0.02
 _CLOSE = 1.1  # times the best so far, within which more stages a group are looked at too
-_MOST_OPENED = 20
+_MOST_OPENED = 0  # what is proposed is solved again, better than its prices are, so that small changes to even pipelines will do
 _ALWAYS_WAITS = ("1f1b", "gpipe")
 
 
@@ -62,10 +67,10 @@ class Proposals:
     def __init__(self, graph: Graph, settings: Settings, pins: Pins, schedule: str | None = None, microbatches: int | None = None) -> None:
         self.settings = settings
         cluster = settings.cluster
-        self.schedules = (schedule,) if schedule else SCHEDULES
-        self.forced = microbatches
+        self.schedules = (schedule,) if schedule else FREE_SCHEDULES
         tensor = [tp for tp in range(1, cluster.devices_per_node + 1) if cluster.devices_per_node % tp == 0]
         self.prices = StagePrices(graph, settings, pins, tensor)
+        self.guesses = Guesses(self.prices, settings, schedule or "1f1b", microbatches)
         ideal = replace(settings, cluster=replace(cluster, device=replace(cluster.device, launch_s=0.0)))
         at_best_s, started_s = float(op_seconds(graph, ideal).sum()), float(op_seconds(graph, settings).sum())
         self.ideal_s, self.starts_s = at_best_s / cluster.world_size, started_s - at_best_s
@@ -76,26 +81,10 @@ class Proposals:
         world, most = self.settings.cluster.world_size, min(_MOST_GROUPS, units if units <= _MOST_GROUPS else units // 2)
         return tuple(count for count in range(2, min(world, most) + 1) if world % count == 0)
 
-    def microbatches(self, groups: int) -> tuple[int, ...]:
-        """Numbers of microbatches to try with so many groups; none where the batch does not divide."""
-        if self.forced is not None:
-            return (self.forced,) if self.prices.divides(self.forced) else ()
-        found: dict[int, None] = {}
-        if groups == 1:
-            counts = (2**power for power in range(1, _MOST_ACCUMULATED.bit_length()))
-            return tuple(count for count in counts if self.prices.batch % count == 0 and self.prices.divides(count))
-        for times in _TIMES_GROUPS if self.settings.cluster.world_size <= _FEW_RANKS else _TIMES_GROUPS[:1]:
-            wanted = groups * times
-            for count in sorted(range(max(2, groups), 2 * wanted), key=lambda count: (abs(count - wanted), count)):
-                if self.prices.batch % count == 0 and self.prices.divides(count):
-                    found[count] = None
-                    break
-        return tuple(found)
-
-    def bound_s(self, groups: int, microbatches: Sequence[int]) -> float:
+    def bound_s(self, groups: int) -> float:
         """What no pipeline of so many equal groups can beat; see the module's docstring."""
         found = []
-        for m in microbatches:
+        for m in self.guesses.microbatches(groups):
             one_s = self.ideal_s * groups / m + self.starts_s
             waits = all(name in _ALWAYS_WAITS for name in self.schedules)
             found.append(one_s / (1 - (1 - 1 / m) ** groups) if waits else one_s * m / groups)
@@ -104,62 +93,66 @@ class Proposals:
     @cached_property
     def least_s(self) -> float:
         """What no pipeline can beat."""
-        return min((self.bound_s(groups, self.microbatches(groups)) for groups in self.groups()), default=math.inf)
+        return min((self.bound_s(groups) for groups in self.groups()), default=math.inf)
 
     def all(self, accumulate: bool) -> Iterator[Proposal]:
         """For every number of groups the best; of one group, which only accumulates gradients, if `accumulate`."""
-        best_s, worse = math.inf, 0
-        for groups in ((1,) if accumulate else ()) + self.groups():
-            counts = self.microbatches(groups)
-            bound_s = self.bound_s(groups, counts)
-            if not counts:
+        best_s, off = math.inf, math.inf
+        tried = _TRIED if self.settings.cluster.world_size <= _FEW_RANKS else _TRIED_ON_MANY
+        ways = {groups: self.guesses.best(groups) for groups in ((1,) if accumulate else ()) + self.groups()}
+        for groups, guesses in sorted(ways.items(), key=lambda item: item[1][0].step_s if item[1] else math.inf):
+            bound_s = self.bound_s(groups) if groups > 1 else self.ideal_s
+            if not guesses:
                 yield Proposal(groups, bound_s, why="the batch cannot be divided into microbatches")
-                continue
-            if bound_s >= best_s:
+            elif bound_s >= best_s:
                 yield Proposal(groups, bound_s, why=f"cannot take less than {bound_s:.4g} s")
-                continue
-            if worse >= _WORSE:
-                yield Proposal(groups, bound_s, why="not looked at: fewer groups took longer and longer")
-                continue
-            try:
-                row = self._accumulated(counts) if groups == 1 else self._search(groups, counts, self.schedules[:1], (1,))
-                if groups > 1 and row.best is not None and len(self.schedules) > 1 and row.step_s < _CLOSE * best_s:
-                    other = self._search(groups, counts, self.schedules[1:], (2,))
-                    row = other if other.step_s < row.step_s else row
-            except PlanError as error:
-                yield Proposal(groups, bound_s, why=str(error))
-                continue
-            if row.best is None or row.simulated is None:
-                yield Proposal(groups, bound_s, why=row.why or "no stage fits in memory")
-                continue
-            worse = worse + 1 if row.simulated.step_s > best_s else 0
-            best_s = min(best_s, row.simulated.step_s)
-            yield Proposal(groups, bound_s, self._pipeline(row.best), row.simulated)
+            else:
+                hopeful = best_s == math.inf or guesses[0].step_s * off < _HOPELESS * best_s
+                schedules = ("1f1b",) if groups == 1 else self.schedules if hopeful else self.schedules[:1]
+                found = self._best(groups, bound_s, guesses[: tried if hopeful else 1], schedules, best_s)
+                best_s = min(best_s, found.step_s)
+                off = min(off, found.step_s / guesses[0].step_s)
+                yield found
 
-    def _accumulated(self, counts: Sequence[int]) -> Row:
-        """Without stages: more microbatches take less memory and more time, so the first that fit are the best but for what sharding less
-        saves; tried until more of them cost more."""
-        best: Row | None = None
-        for count in counts:
-            row = self._search(1, (count,), ("1f1b",), (1,))
-            if best is not None and best.best is not None and row.step_s >= best.step_s:
+    def _best(self, groups: int, bound_s: float, guesses: Sequence[Guess], schedules: Sequence[str], best_s: float) -> Proposal:
+        """The best pipeline of so many groups."""
+        size = self.settings.cluster.world_size // groups
+        tensor: dict[int, list[int]] = {}
+        for guess in guesses:
+            tensor.setdefault(guess.microbatches, []).append(guess.tensor)
+        for count, sizes in tensor.items():
+            self.prices.only(size, count, sizes)
+        row: Row | None = None
+        why = ""
+        for schedule in schedules:
+            if row is not None and row.step_s >= _CLOSE * best_s:
                 break
-            best = row
-        assert best is not None
-        return best
+            try:
+                found = self._search(groups, tuple(tensor), schedule)
+            except PlanError as error:
+                why = why or str(error)
+                continue
+            why = why or found.why
+            if found.best is not None and (row is None or found.step_s < row.step_s):
+                row, best_s = found, min(best_s, found.step_s)
+            elif row is None and schedule in _ALWAYS_WAITS:
+                break  # other schedules hold more
+        if row is None or row.best is None or row.simulated is None:
+            return Proposal(groups, bound_s, why=why or "no stage fits in memory")
+        return Proposal(groups, bound_s, self._pipeline(row.best), row.simulated)
 
-    def _search(self, groups: int, counts: Sequence[int], schedules: Sequence[str], per_group: Sequence[int]) -> Row:
-        cluster = self.settings.cluster
-        if (wanted := named(schedules[0]).stages_per_group) is not None:
-            per_group = (wanted,)
+    def _search(self, groups: int, counts: Sequence[int], schedule: str) -> Row:
+        cluster, wanted = self.settings.cluster, named(schedule).stages_per_group
+        per_group = wanted or _STAGES_PER_GROUP
+        self.prices.together = per_group
         return search_stages(
             self.prices, Devices(cluster.nodes, cluster.devices_per_node), limit_bytes=self.settings.limit_bytes, microbatches=counts,
-            schedules=schedules, stages_per_group=per_group, groups=(groups,), simulate=judge, tolerance=_TOLERANCE,
+            schedules=(schedule,), stages_per_group=(per_group,), groups=(groups,), simulate=judge, tolerance=_TOLERANCE,
             most_opened=_MOST_OPENED,
         ).rows[0]  # fmt: skip
 
     def _pipeline(self, found: Candidate) -> Pipeline:
-        """Starts by name of operation are the same in the graph of every size of microbatch; see `Pipeline.at`."""
+        """Starts by name of operation are the same in the graph of every size of microbatch; see `StagePrices.in_body`."""
         meshes: list[tuple[int, int]] = []
         for group in range(found.groups):
             stages = [s for at, s in enumerate(found.stages) if named(found.schedule).group_of(at, found.groups) == group]

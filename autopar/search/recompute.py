@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Counts = tuple[tuple[int, ...], ...]
 _MOST_STEPS = 32  # shares of the repeats that may be recomputed
 _SOLVES = 4
+_ENOUGH = 0.005  # of the time of a step; what helps less is the last change
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,10 @@ def recomputed(settings: Settings, kept: Found, free: Found | None = None) -> Fo
         tried.add(counts)
         found = settings.solve_as_is(place.recomputing(counts))
         worse = settings.rank(found) >= settings.rank(best)
+        little = found.fits and best.fits and abs(found.cost_s - best.cost_s) < _ENOUGH * best.cost_s
         best = best if worse else found
+        if little:
+            break
         if worse and found.fits:
             low, step, jump = step, step + jump // 2, max(1, jump // 2)  # fewer cost more: back
             if not low < step < high:

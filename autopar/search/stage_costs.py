@@ -64,7 +64,8 @@ class StageCost:
 class StageCosts(Protocol):
     """Prices of stages. Every answer must be exact: what is searched for is the best under these numbers.
 
-    One whose `options` do not depend on `live` may say so with an attribute `live_matters = False`: it is asked less often.
+    One whose `options` do not depend on `live` may say so with an attribute `live_matters = False`: it is asked less often. One that can
+    price all stages at once may have a method `grid(group, microbatches, live)`: see `autopar.search.stage_prices`.
     """
 
     @property

@@ -10,8 +10,10 @@ from math import inf
 import numpy as np
 
 from autopar.search.quick import StageTime, quick
+from autopar.search.stage_bounds import Array
 from autopar.search.stage_costs import Devices, Group, PlacedStage, Policy
 from autopar.search.stage_form import Form
+from autopar.search.stage_space import needed_bytes
 
 _MOST_ACTIONS = 400_000  # played through in all while looking for changes that help
 
@@ -108,19 +110,30 @@ def _placed(devices: Devices, sizes: tuple[int, ...], policies: tuple[Policy, ..
 
 
 def _balanced(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...], beat_s: float = inf) -> Draft | None:
-    """Cuts that make the longest stage as short as it can be; None if that alone takes `beat_s`."""
+    """Cuts that make the longest stage as short as it can be; None if that alone takes `beat_s`. Stages that share devices and do not fit
+    together have to fit in an even share of the memory each."""
+    found = _balanced_within(form, sizes, policies, beat_s, form.pricing.limit_bytes)
+    return found or (_balanced_within(form, sizes, policies, beat_s, form.pricing.limit_bytes / form.each) if form.each > 1 else None)
+
+
+def _balanced_within(
+    form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...], beat_s: float, limit_bytes: float
+) -> Draft | None:  # fmt: skip
     groups = _groups(form, sizes, policies)
     pricing, units = form.pricing, form.pricing.units
     best = np.full(units + 1, np.inf)
     best[0] = 0.0
     backs = []
+    loads: dict[tuple[tuple[int, ...], int], Array] = {}
     for stage in range(form.count):
-        load = np.full((units, units + 1), np.inf)
-        live = form.facts[stage].live
-        for option in pricing.options(groups[form.group_of[stage]], form.microbatches, live):
-            fits = option.exists & (option.fixed_bytes + live * option.live_bytes <= pricing.limit_bytes)
-            seconds = form.microbatches * (option.times[0] + option.times[1]) + option.times[4]
-            load = np.minimum(load, np.where(fits, seconds, np.inf))
+        group, live = groups[form.group_of[stage]], form.facts[stage].live
+        load = loads.get((group.shape, live))
+        if load is None:
+            load = loads[group.shape, live] = np.full((units, units + 1), np.inf)
+            for option in pricing.options(group, form.microbatches, live):
+                fits = option.exists & (option.fixed_bytes + live * option.live_bytes <= limit_bytes)
+                seconds = form.microbatches * (option.times[0] + option.times[1]) + option.times[4]
+                np.minimum(load, seconds, out=load, where=fits)
         through = np.maximum(best[:-1, None], load)
         backs.append(through.argmin(0))
         best = through.min(0)
@@ -131,16 +144,18 @@ def _balanced(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...], 
     for back in reversed(backs):
         at = int(back[at])
         starts.insert(0, at)
-    return _fastest(form, sizes, policies, tuple(starts))
+    return _fastest(form, sizes, policies, tuple(starts), limit_bytes)
 
 
-def _fastest(form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...], starts: tuple[int, ...]) -> Draft | None:
+def _fastest(
+    form: Form, sizes: tuple[int, ...], policies: tuple[Policy, ...], starts: tuple[int, ...], limit_bytes: float
+) -> Draft | None:  # fmt: skip
     """With the fastest option of every stage that fits."""
     slots = []
     for stage, group in enumerate(_groups(form, sizes, policies)[form.group_of[stage]] for stage in range(form.count)):
         live, stop = form.facts[stage].live, (*starts, form.pricing.units)[stage + 1]
         every = form.pricing.every(starts[stage], stop, group, form.microbatches, live)
-        fitting = [(cost.forward_s + cost.backward_s, slot) for slot, cost in enumerate(every) if form.pricing.fits(cost, live)]
+        fitting = [(cost.forward_s + cost.backward_s, slot) for slot, cost in enumerate(every) if needed_bytes(cost, live) <= limit_bytes]
         if not fitting:
             return None
         slots.append(min(fitting)[1])
@@ -176,7 +191,12 @@ def _changes(form: Form, draft: Draft) -> Iterator[Draft | None]:
     sizes, policies, starts, slots = draft.sizes, draft.policies, draft.starts, draft.slots
     for stage in range(1, form.count):
         for move in (-1, 1, -2, 2):
-            yield _draft(form, sizes, policies, (*starts[:stage], starts[stage] + move, *starts[stage + 1 :]), slots)
+            moved = (*starts[:stage], starts[stage] + move, *starts[stage + 1 :])
+            if not starts[stage - 1] < moved[stage] < (*starts, form.pricing.units)[stage + 1]:
+                continue
+            yield _draft(form, sizes, policies, moved, slots) or _fastest(
+                form, sizes, policies, moved, form.pricing.limit_bytes / form.each
+            )
     for stage in range(form.count):
         for slot in (slots[stage] - 1, slots[stage] + 1):
             if slot >= 0:

@@ -88,7 +88,8 @@ def search_stages(
     `sizes`: groups of equal size, of any size, or of these sizes; together they have all devices. `policies`: which devices a group may
     get. `limit_bytes`: per device. `simulate`: from a candidate to its time, never less than the bounds. `tolerance`: stop where the
     bound proves that nothing is faster than the best by more than this share; 0.0 is exact, if `most_opened` suffices (partial pipelines
-    looked at, and some actions played through as much: about a millisecond each; counted, so that answers repeat). `every_row`: do so
+    looked at, and some actions played through as much: about a millisecond each; counted, so that answers repeat; 0: nothing is proven, and
+    what small changes to even pipelines lead to is the answer, if there are any that fit). `every_row`: do so
     for every number of groups; otherwise numbers that cannot win have what small changes to even pipelines lead to. `lower_bound_s`
     is what has been proven, in all and in each row.
     """
@@ -112,6 +113,8 @@ def search_stages(
         races.append(_Race(count, forms, why, simulate, tolerance))
     best_s = min((race.best_s for race in races), default=math.inf)
     for race in sorted(races, key=lambda race: race.best_s):
+        if not most_opened:
+            continue  # small changes to even pipelines will do; without several stages a group these are found wherever anything fits
         race.begin(race.best_s if every_row else min(best_s, race.best_s), most_opened)
         best_s = min(best_s, race.best_s)
     while True:

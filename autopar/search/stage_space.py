@@ -88,6 +88,13 @@ class Pricing:
 
     def options(self, group: Group, microbatches: int, live: int) -> list[_Option]:
         key = (group.shape, microbatches, live if self._live_matters else 0)
+        if key not in self._options and (grid := getattr(self.costs, "grid", None)) is not None:
+            table = grid(group, microbatches, live)
+            exists = np.isfinite(table).all(1)
+            table = np.where(exists[:, None], table, 0.0)
+            self._options[key] = [
+                _Option(there, row[:5], row[5] + row[7], row[6]) for there, row in zip(exists, table, strict=True)
+            ]  # fmt: skip
         if key not in self._options:
             rows: list[tuple[int, int, int, StageCost]] = []
             for start in range(self.units):

@@ -243,8 +243,8 @@ def test_shortened_models_are_priced_as_whole_ones() -> None:
     asked = Settings(CPU4, CPU4.device.memory_bytes, "adamw", "fast")
     for graph in graphs:
         prices = Proposals(graph, asked, read_pins(None, graph)).prices
-        (priced, *_) = prices._solved((2, 2), 2, 1)
-        stage = priced.stage(0, prices.units, 0.0)
+        (priced, *_) = prices.solved((2, 2), 2, 1)
+        stage = priced.all_units
         plan = plan_graph(graph, CPU4, mesh=(2, 2), microbatches=2)
         forward_s = sum((row.cost.forward_s + sum(row.cost.forward_comm_s.values())) * row.count for row in plan.segments)
         assert stage.forward_s == pytest.approx(forward_s, rel=0.05)
