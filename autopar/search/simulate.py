@@ -39,9 +39,9 @@ from autopar.search.workload import Flow, Piece, Stage, Workload, of_plan
 
 EventKind = Literal["forward", "backward", "input", "weight", "recompute", "optimizer", "collective", "gather", "reduce", "transfer"]
 _KIND: dict[str, EventKind] = {"F": "forward", "B": "backward", "I": "input", "W": "weight"}
-MOST_TASKS_APART = 50_000
-"""Pieces are tasks of their own up to this many; beyond, actions in which nothing but computing and blocking collectives happens are
-one task of each kind: the same times, and a picture that is still readable."""
+MOST_PIECES_APART = 4_000
+"""Pieces are tasks of their own up to this many; beyond, an action in which nothing but computing and blocking collectives happens is
+one task of each kind. Its time is the same (but for who is in whose way within it), and the picture stays readable."""
 
 
 class Event(NamedTuple):
@@ -140,7 +140,7 @@ class _Step:
         self._previous: dict[int, str] = {}  # by stage, the kind of its last action
         self._reduced: list[list[int]] = [[] for _ in workload.orders]
         total = workload.microbatches * sum(len(stage.pieces) for stage in workload.stages)
-        self.apart = total <= MOST_TASKS_APART
+        self.apart = total <= MOST_PIECES_APART
         self._first: set[Action] = set()
         self._final: set[Action] = set()
         self._at_start: dict[tuple[int, int], int] = {}  # by stage and piece: what gathers for its first microbatch
