@@ -30,7 +30,7 @@ from autopar.runtime.sampler import batch_part, batch_parts
 from tests.runtime import pipelined
 from tests.runtime.pipeline_plans import Case, made, plan_of, prepared, run_case
 from tests.runtime.random_plans import Facts, Wide, difference, float64
-from tests.zoo import ZOO
+from tests.zoo import ZOO, talkative
 
 ONE, DP, TP = (1, 1), (2, 1), (1, 2)
 
@@ -442,6 +442,30 @@ def test_masks_follow_the_seed(ranks2: RankPool) -> None:
     assert len(set(losses[:3])) == 3
 
 
+class TwoScalars(nn.Module):
+    """Its loss is the first of two scalars, and needs the first half of its layers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layers[0](x)
+        other = self.layers[1](x)
+        for layer in self.layers[2:]:
+            other = torch.tanh(layer(other))
+        return y.pow(2).mean(), other.mean()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_what_the_loss_does_not_reach_has_no_gradient(schedule: str, ranks2: RankPool) -> None:
+    model, x = TwoScalars(), torch.randn(8, 8)
+    plan = autopar.plan(model, x, talkative(2), mesh={"pp": 2, "dp": 1, "tp": 1}, schedule=schedule, microbatches=2)
+    report = autopar.verify(model, x, plan, steps=2, ranks=ranks2)
+    assert report.ok, report
+
+
 # ---- ranks that are lost ---------------------------------------------------------------------------------------------------------
 
 
@@ -449,7 +473,7 @@ def losing(case: Case, how: str, at: int) -> str:
     """Rank 1 ends, or stops, in the middle of its second step; what the others are told, or that they were not."""
     _, args, kwargs, _ = prepared(case)
     torch.distributed.barrier()  # making groups has the same limit of time
-    module = made(case, timeout_s=8.0)
+    module = made(case, timeout_s=4.0)
     rank = torch.distributed.get_rank()
     with float64(), without_dropout(module):
         module.step(*args, **kwargs)
@@ -479,7 +503,7 @@ def losing(case: Case, how: str, at: int) -> str:
 @pytest.mark.parametrize("how", ["dies", "stops"])
 def test_a_lost_rank_ends_the_others(how: str) -> None:
     with RankPool(2, threads=1, collective_timeout_s=60) as pool, pytest.raises(RanksFailedError) as caught:
-        pool.run(losing, Case("llama", microbatches=4), how, 2, timeout_s=120)
+        pool.run(losing, Case("unet", microbatches=4), how, 2, timeout_s=120)
     told = caught.value.failures[0][0]
     assert "told: rank 0 lost rank 1 while" in told, told
     assert "of microbatch" in told

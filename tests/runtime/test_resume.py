@@ -155,3 +155,28 @@ def test_whole_state_dicts(ranks2: RankPool, ranks4: RankPool, plans: dict[str, 
         for _, _, found, refused in results:
             assert found == pytest.approx(losses, rel=1e-12)
             assert len(refused) == 3 and all("autopar." in message for message in refused)
+
+
+def with_masks(plan: Plan, folder: str, resumed: bool) -> list[float]:
+    """On a rank: train under dropout, and save half-way; or go on from there in a run that began from another seed."""
+    model, inputs = example("tiny", dropout=0.5)
+    torch.manual_seed(int(resumed))
+    with float64():
+        module: Any = autopar.parallelize(model, inputs, plan=plan)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-2)
+    state = {"model": module.state_dict(), "random": module.random_state}
+    if resumed:
+        dcp.load(state, checkpoint_id=folder)
+        module.load_state_dict(state["model"])
+        return train(module, optimizer, STEPS)
+    losses = train(module, optimizer, 0)
+    dcp.save(state, checkpoint_id=folder)
+    return losses + train(module, optimizer, STEPS)
+
+
+@pytest.mark.parametrize("mesh", [{"pp": 2, "dp": 1, "tp": 1}, {"dp": 1, "tp": 2}])
+def test_masks_of_dropout_go_on(mesh: dict[str, int], ranks2: RankPool, tmp_path: Path) -> None:
+    plan = planned("tiny", mesh, 2, dropout=0.5)
+    whole = ranks2.run(with_masks, plan, str(tmp_path), False)
+    rest = ranks2.run(with_masks, plan, str(tmp_path), True)
+    assert rest == [losses[STEPS:] for losses in whole]
