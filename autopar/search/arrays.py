@@ -88,13 +88,13 @@ def _edges(problem: Problem, nodes: int) -> tuple[Ints, Ints, Ints, Ints, Ints, 
             flat += [costs, costs.T]
             size += 2 * costs.size
         by_pair[place] = (i, j, *places[key])
-    i, j, rows, columns = by_pair.T
-    source, other = np.concatenate([i, j]), np.concatenate([j, i])
+    left, right, rows, columns = by_pair.T
+    source, other = np.concatenate([left, right]), np.concatenate([right, left])
     rows, columns = np.concatenate([rows, columns]), np.concatenate([columns, rows])
     order = np.lexsort((other, source))
     place_of = np.empty(len(order), np.int64)
     place_of[order] = np.arange(len(order))
-    back = np.roll(place_of, len(i))[order] if len(order) else order
+    back = np.roll(place_of, len(left))[order] if len(order) else order
     start = np.searchsorted(source[order], np.arange(nodes + 1)).astype(np.int64)
     return start, other[order], back, rows[order], columns[order], _joined(flat)
 

@@ -44,7 +44,7 @@ class Dual:
         self.bound, self.raw, self._last = -np.inf, -np.inf, -np.inf
         self.prices = np.zeros(len(arrays.room))
         self.best_prices = self.prices
-        self.priced = arrays.cost
+        self.priced = self.best_priced = arrays.cost
         self._pace = 0.5
         self._gradient: Floats | None = None
         self._room = np.where(np.isfinite(arrays.room), np.maximum(arrays.room, 1e-3 * abs(arrays.limit)), 1.0)
@@ -93,7 +93,7 @@ class Dual:
         self.now = self._core_bound + self._roots + self.constant - self._paid
         if self.now <= self.raw:
             return
-        self.raw, self.best_prices = self.now, self.prices.copy()
+        self.raw, self.best_prices, self.best_priced = self.now, self.prices.copy(), self.priced
         doubt = 4 * magnitude(self.arrays, self.core, self._reach) + 64 * len(self.prices) * abs(self._paid)
         doubt += (len(self.choice) + 8) * (abs(self.now) + abs(self._paid) + abs(self.constant))
         proven = self.now - _UNIT_ROUNDOFF * doubt

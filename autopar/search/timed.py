@@ -3,48 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
 
 from autopar.search.arrays import Arrays, lay_out
-from autopar.search.compiled import State, generator
+from autopar.search.compiled import generator
 from autopar.search.dual import Dual
-from autopar.search.evaluate import cost_of, usage_of
 from autopar.search.incumbent import Progress
-from autopar.search.moves import Walk, improve, new_walk
 from autopar.search.problem import Ints, Problem, Solution
+from autopar.search.walker import Best, Walker
 
 __all__ = ["search_timed"]
 
 _DUAL_STEPS = 50  # between two looks at the time
-_STALLED = 1e-5  # of the bound: less in that many steps is no more worth it before the search
-_ENTRIES = 4_000_000  # table entries that a round of moves may read, about
-_TRIES = 8
+_STALLED = 1e-5  # of the bound: less in that many steps is not worth a thread of its own
 _IDLE_ROUNDS = 200  # without a better choice: the end where no time limit is given
-
-
-@dataclass
-class _Best:
-    """The best choice so far: within the limit and cheapest, or over it by least."""
-
-    arrays: Arrays
-    constant: float
-    choice: Ints | None = None
-    cost: float = np.inf
-    excess: float = np.inf
-
-    def offer(self, choice: Ints) -> bool:
-        """Take the choice if it is better, by sums made anew. Returns whether it is."""
-        cost = float(cost_of(self.arrays, choice)) + self.constant
-        if not cost < np.inf:
-            return False
-        excess = float(np.maximum(usage_of(self.arrays, choice) - self.arrays.room, 0.0).sum())
-        if (excess, cost) < (self.excess, self.cost):
-            self.choice, self.cost, self.excess = choice.copy(), cost, excess
-            return True
-        return False
 
 
 @dataclass
@@ -93,15 +69,20 @@ def search_timed(
 
 
 class _Search:
-    """The dual, the best choice and the walks of one search."""
+    """The dual, the best choice and the walks of one search, in rounds.
+
+    In each round the dual takes some steps, or a walk a number of moves, on two threads; what they found is looked at when both are
+    done, in the same order always.
+    """
 
     def __init__(self, arrays: Arrays, clock: _Clock, seed: int, gap: float, progress: Callable[[Progress], None] | None) -> None:
         self.arrays, self.clock, self.gap, self.progress = arrays, clock, gap, progress
-        self.state: State = generator(seed)
-        self.best = _Best(arrays, 0.0)
+        self.best = Best(arrays)
         self.dual = Dual(arrays)
-        entries = int((arrays.sizes[arrays.other] * np.repeat(arrays.sizes, np.diff(arrays.start))).sum())
-        self.moves = max(10, min(2000, _ENTRIES // max(entries, 1) * 4))
+        self.best.offer(self.dual.choice)
+        self.rounded = Best(arrays)
+        self.state = generator(seed)
+        self.walkers = [Walker(arrays, generator(seed + 1 + number)) for number in range(2)]
 
     @property
     def done(self) -> bool:
@@ -110,34 +91,33 @@ class _Search:
         return self.clock.up
 
     def run(self) -> None:
-        self._raise_bound()
-        self._walk()
+        """Rounds until the end. While the bound grows, the dual has one of the two threads."""
+        idle, before, rising = 0, -np.inf, True
+        with ThreadPoolExecutor(2) as threads:
+            while not self.done and (self.clock.limit_s is not None or idle < _IDLE_ROUNDS):
+                walkers = self.walkers[1:] if rising else self.walkers
+                for walker in walkers:
+                    walker.prepare(self.best, self.rounded, self.dual)
+                jobs = [threads.submit(self._raise_bound)] if rising else []
+                jobs += [threads.submit(walker.walk) for walker in walkers if walker.ready]
+                for job in jobs:
+                    job.result()
+                found = [self.best.offer(choice) for choice in self._found(walkers, rising)]
+                idle = 0 if any(found) or rising else idle + 1
+                if rising:
+                    rising = self.dual.bound - before > _STALLED * abs(self.dual.bound) or self.best.choice is None
+                    before = self.dual.bound
+                self._report("bound" if rising else "moves")
 
     def _raise_bound(self) -> None:
-        """Move the prices until the bound hardly grows; roundings of the messages are the first choices."""
-        before = -np.inf
-        while not self.done:
-            for _ in range(_DUAL_STEPS):
-                self.best.offer(self.dual.choice)
-                self.dual.step()
-            self._report("bound")
-            if self.dual.bound - before <= _STALLED * abs(self.dual.bound) and self.best.choice is not None:
-                return
-            before = self.dual.bound
+        self.rounded = Best(self.arrays)
+        for _ in range(_DUAL_STEPS):
+            self.dual.step()
+            self.rounded.offer(self.dual.choice)
 
-    def _walk(self) -> None:
-        """Improve the best choice by moves, and the bound beside it."""
-        if self.done or self.best.choice is None:
-            return
-        idle = 0
-        walk: Walk = new_walk(self.arrays, self.best.choice)
-        priced = self.dual.priced
-        while not self.done and (self.clock.limit_s is not None or idle < _IDLE_ROUNDS):
-            paid = float(self.dual.best_prices.max(initial=0.0))
-            byte_price = max(paid, 1e-6 * abs(self.best.cost) / abs(self.arrays.limit))
-            improve(self.arrays, walk, priced, byte_price, 1e-3 * abs(self.best.cost), 0.0, self.moves, _TRIES, self.state)
-            idle = 0 if self.best.offer(walk.best) else idle + 1
-            self._report("moves")
+    def _found(self, walkers: list[Walker], rising: bool) -> list[Ints]:
+        found = [walker.found for walker in walkers if walker.ready]
+        return [*found, self.rounded.choice] if rising and self.rounded.choice is not None else found
 
     def _report(self, phase: str) -> None:
         if self.progress is not None:

@@ -1,0 +1,90 @@
+"""`Walker`: walks in episodes, each from a good choice, with a tolerance that shrinks to nothing (threshold accepting: Dueck and Scheuer 1990)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.search.arrays import Arrays
+from autopar.search.compiled import State, uniform, whole
+from autopar.search.dual import Dual
+from autopar.search.evaluate import cost_of, usage_of
+from autopar.search.moves import Walk, improve, new_walk
+from autopar.search.problem import Ints
+
+__all__ = ["Best", "Walker"]
+
+_ENTRIES = 16_000_000  # table entries that a round of moves may read, about
+_TRIES = 8
+_NOISE = 1e-3  # of the cost
+_ROUNDS = 20  # of the longest episode
+_FALL = 7.0  # the widest tolerance is the gap, the narrowest the gap times exp(-_FALL)
+
+
+@dataclass
+class Best:
+    """The best choice so far: within the limit and cheapest, or over it by least."""
+
+    arrays: Arrays
+    choice: Ints | None = None
+    cost: float = np.inf
+    excess: float = np.inf
+
+    def offer(self, choice: Ints) -> bool:
+        """Take the choice if it is better, by sums made anew. Returns whether it is."""
+        cost = float(cost_of(self.arrays, choice))
+        if not cost < np.inf:
+            return False
+        excess = float(np.maximum(usage_of(self.arrays, choice) - self.arrays.room, 0.0).sum())
+        if (excess, cost) < (self.excess, self.cost):
+            self.choice, self.cost, self.excess = choice.copy(), cost, excess
+            return True
+        return False
+
+
+class Walker:
+    """A walk with its own random numbers; `prepare` and `walk` make one round of a fixed number of moves."""
+
+    def __init__(self, arrays: Arrays, state: State) -> None:
+        self.arrays, self.state = arrays, state
+        entries = int((arrays.sizes[arrays.other] * np.repeat(arrays.sizes, np.diff(arrays.start))).sum())
+        self.moves = max(20, min(5000, _ENTRIES // max(entries, 1)))
+        self.current: Walk | None = None
+        self.left = self.rounds = 0
+        self.tolerance = 0.0
+
+    @property
+    def ready(self) -> bool:
+        return self.current is not None
+
+    @property
+    def found(self) -> Ints:
+        """The best choice of the episode."""
+        assert self.current is not None
+        return self.current.best
+
+    def prepare(self, best: Best, rounded: Best, dual: Dual) -> None:
+        """Begin an episode if the last one is over, and read prices, before the others go on."""
+        if self.left == 0 and best.choice is not None:
+            self._begin(best, rounded, dual)
+        self.priced = dual.best_priced
+        cost = abs(best.cost) if best.choice is not None else 0.0
+        self.byte_price = max(float(dual.best_prices.max(initial=0.0)), 1e-6 * cost / abs(self.arrays.limit))
+        self.noise = _NOISE * cost
+
+    def _begin(self, best: Best, rounded: Best, dual: Dual) -> None:
+        assert best.choice is not None
+        from_rounding = rounded.choice is not None and uniform(self.state) < 0.3
+        start = rounded.choice if from_rounding and rounded.choice is not None else best.choice
+        self.current = new_walk(self.arrays, start)
+        self.left = self.rounds = 1 + whole(self.state, _ROUNDS)
+        gap = max(best.cost - dual.bound, 0.0) if best.excess == 0 else 0.0
+        self.tolerance = gap * float(np.exp(-_FALL * uniform(self.state))) if uniform(self.state) < 0.7 else 0.0
+
+    def walk(self) -> None:
+        """One round."""
+        assert self.current is not None
+        self.left -= 1
+        tolerance = self.tolerance * self.left / self.rounds
+        improve(self.arrays, self.current, self.priced, self.byte_price, self.noise, tolerance, self.moves, _TRIES, self.state)
