@@ -45,6 +45,12 @@ class Arrays(NamedTuple):
     room: Floats
     limit: float
 
+    @property
+    def unit(self) -> float:
+        """An amount of bytes to measure others by; positive."""
+        known = [self.limit if self.limit < np.inf else 0.0, float(self.held.max(initial=0.0))]
+        return max(known) or 1.0
+
 
 def lay_out(problem: Problem) -> Arrays:
     """The problem in flat arrays. No edge may hold memory; parallel edges are added up."""

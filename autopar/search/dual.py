@@ -47,7 +47,7 @@ class Dual:
         self.priced = self.best_priced = arrays.cost
         self._pace = 0.5
         self._gradient: Floats | None = None
-        self._room = np.where(np.isfinite(arrays.room), np.maximum(arrays.room, 1e-3 * abs(arrays.limit)), 1.0)
+        self._room = np.where(np.isfinite(arrays.room), np.maximum(arrays.room, 1e-3 * arrays.unit), 1.0)
         self._set_prices(self.prices)
         for _ in range(sweeps):
             self._sweep()

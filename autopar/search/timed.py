@@ -13,6 +13,7 @@ from autopar.search.arrays import Arrays, lay_out
 from autopar.search.compiled import generator
 from autopar.search.dual import Dual
 from autopar.search.incumbent import Progress
+from autopar.search.possible import possible_choice
 from autopar.search.problem import Ints, Problem, Solution
 from autopar.search.walker import Best, Walker
 
@@ -102,6 +103,8 @@ class _Search:
                 jobs += [threads.submit(walker.walk) for walker in walkers if walker.ready]
                 for job in jobs:
                     job.result()
+                if self.best.choice is None:
+                    self._settle_on_a_possible()
                 found = [self.best.offer(choice) for choice in self._found(walkers, rising)]
                 idle = 0 if any(found) or rising else idle + 1
                 if rising:
@@ -114,6 +117,11 @@ class _Search:
         for _ in range(_DUAL_STEPS):
             self.dual.step()
             self.rounded.offer(self.dual.choice)
+
+    def _settle_on_a_possible(self) -> None:
+        choice = possible_choice(self.arrays, self.dual.choice, self.state)
+        if choice is not None:
+            self.best.offer(choice)
 
     def _found(self, walkers: list[Walker], rising: bool) -> list[Ints]:
         found = [walker.found for walker in walkers if walker.ready]

@@ -1,4 +1,7 @@
-"""`Walker`: walks in episodes, each from a good choice, with a tolerance that shrinks to nothing (threshold accepting: Dueck and Scheuer 1990)."""
+"""`Walker`: walks in episodes, each from a good choice, with a tolerance that shrinks to nothing.
+
+Threshold accepting: Dueck and Scheuer 1990.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ class Walker:
             self._begin(best, rounded, dual)
         self.priced = dual.best_priced
         cost = abs(best.cost) if best.choice is not None else 0.0
-        self.byte_price = max(float(dual.best_prices.max(initial=0.0)), 1e-6 * cost / abs(self.arrays.limit))
+        self.byte_price = max(float(dual.best_prices.max(initial=0.0)), 1e-6 * cost / self.arrays.unit)
         self.noise = _NOISE * cost
 
     def _begin(self, best: Best, rounded: Best, dual: Dual) -> None:

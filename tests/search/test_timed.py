@@ -1,0 +1,155 @@
+"""The search over time steps: its parts against plain sums and against trying everything."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autopar.search.arrays import lay_out
+from autopar.search.compiled import generator, uniform, whole
+from autopar.search.dual import Dual
+from autopar.search.evaluate import add_prices, cost_of, cost_of_change, usage_of
+from autopar.search.forest import clear, grow, new_forest, solve
+from autopar.search.messages import find_core
+from autopar.search.moves import improve, new_walk
+from autopar.search.problem import Problem
+from autopar.search.timed import search_timed
+from autopar.search.trees import choose_down, find_trees, pass_up
+from tests.search.timed_problems import choices, optimum, problems, timed_problem
+
+several = settings(max_examples=300, deadline=None)
+some = settings(max_examples=60, deadline=None)
+
+
+@several
+@given(problems)
+def test_flat_arrays_say_what_the_problem_says(problem: Problem) -> None:
+    arrays = lay_out(problem)
+    for choice in choices(problem)[:40]:
+        cost, memory = problem.evaluate(choice)
+        picked = np.array(choice, np.int64)
+        assert cost_of(arrays, picked) == cost
+        over = usage_of(arrays, picked) - arrays.room
+        assert (over.max() > 0) == (memory > problem.memory_limit_bytes)
+        if over.max() > 0:
+            assert over.max() == memory - problem.memory_limit_bytes
+
+
+@several
+@given(problems)
+def test_half_edges_find_back(problem: Problem) -> None:
+    arrays = lay_out(problem)
+    source = np.repeat(np.arange(len(arrays.sizes)), np.diff(arrays.start))
+    assert (arrays.back[arrays.back] == np.arange(len(arrays.back))).all()
+    assert (source[arrays.back] == arrays.other).all()
+    assert (arrays.rows[arrays.back] == arrays.columns).all()
+
+
+@several
+@given(problems, st.integers(0, 10**6))
+def test_prices_are_those_of_usage(problem: Problem, seed: int) -> None:
+    arrays = lay_out(problem)
+    random = np.random.default_rng(seed)
+    prices = random.integers(0, 5, len(arrays.room)).astype(np.float64)
+    choice = np.array([random.integers(size) for size in arrays.sizes], np.int64)
+    priced = np.zeros(len(arrays.cost))
+    add_prices(arrays, prices, priced)
+    assert priced[arrays.first[:-1] + choice].sum() == usage_of(arrays, choice) @ prices
+
+
+@several
+@given(problems, st.integers(0, 10**6))
+def test_forests_have_no_cycle_and_are_solved_exactly(problem: Problem, seed: int) -> None:
+    arrays = lay_out(problem)._replace(room=np.full(1, np.inf))
+    random = np.random.default_rng(seed)
+    possible = [c for c in choices(problem) if problem.evaluate(c)[0] < np.inf]
+    if not possible:
+        return
+    old = np.array(possible[random.integers(len(possible))], np.int64)
+    forest, new = new_forest(arrays), old.copy()
+    count, touched = grow(arrays, forest, 4, 1 + int(random.integers(12)), generator(seed))
+    inside = forest.nodes[:count].tolist()
+    assert sorted(inside) == np.flatnonzero(forest.inside).tolist()
+    pairs = {(i, j) for i, j, _ in problem.edges if i in inside and j in inside}
+    assert len(pairs) == sum(forest.parent[v] >= 0 for v in inside)
+    for v in inside:
+        if forest.parent[v] >= 0:
+            assert inside.index(int(arrays.other[forest.parent[v]])) < inside.index(v)
+    solve(arrays, forest, count, arrays.cost, 0.0, old, new, generator(seed))
+    kept = [v for v in range(len(old)) if v not in inside]
+    best = min(problem.evaluate(c)[0] for c in choices(problem) if all(c[v] == old[v] for v in kept))
+    assert problem.evaluate(tuple(new.tolist()))[0] == best
+    assert cost_of(arrays, new) - cost_of(arrays, old) == cost_of_change(arrays, forest.nodes, count, old, new)
+    clear(forest, touched)
+    assert not forest.inside.any() and not forest.near.any()
+
+
+@several
+@given(problems)
+def test_trees_are_exact(problem: Problem) -> None:
+    arrays = lay_out(problem)
+    trees = find_trees(arrays)
+    assert sorted([*trees.nodes.tolist(), *trees.core.tolist()]) == list(range(len(arrays.sizes)))
+    core = find_core(arrays, trees)
+    assert all(core.start[p + 1] - core.start[p] >= 2 for p in range(len(trees.core)))
+    if len(trees.core):
+        return
+    reach, choice = arrays.cost.copy(), np.zeros(len(arrays.sizes), np.int64)
+    least = pass_up(arrays, trees, reach, np.zeros(8))
+    choose_down(arrays, trees, reach, choice)
+    best = min(problem.evaluate(c)[0] for c in choices(problem))
+    assert least == best
+    if best < np.inf:
+        assert cost_of(arrays, choice) == best
+
+
+@several
+@given(problems)
+def test_the_bound_is_never_above_the_optimum(problem: Problem) -> None:
+    best = optimum(problem)
+    dual = Dual(lay_out(problem), sweeps=3)
+    for _ in range(30):
+        assert dual.bound <= best
+        dual.step()
+    assert dual.bound <= best
+
+
+@some
+@given(problems, st.integers(0, 10**6))
+def test_walks_stay_within_the_limit_once_they_are(problem: Problem, seed: int) -> None:
+    arrays = lay_out(problem)
+    within = [c for c in choices(problem) if problem.evaluate(c)[1] <= problem.memory_limit_bytes and problem.evaluate(c)[0] < np.inf]
+    if not within:
+        return
+    walk, state = new_walk(arrays, np.array(within[seed % len(within)], np.int64)), generator(seed)
+    before = walk.score[2]
+    for _ in range(5):
+        improve(arrays, walk, arrays.cost, 1.0, 1.0, 5.0, 20, 4, state)
+        assert usage_of(arrays, walk.choice).max() - arrays.room.min() <= 0 or (usage_of(arrays, walk.choice) <= arrays.room).all()
+        assert problem.evaluate(tuple(walk.best.tolist()))[0] == walk.score[2] <= before
+
+
+@some
+@given(problems)
+def test_small_problems_are_solved(problem: Problem) -> None:
+    best = optimum(problem)
+    solution = search_timed(problem, time_limit_s=0.1)
+    assert solution.feasible == (best < np.inf)
+    if solution.feasible:
+        assert problem.evaluate(solution.choice) == (solution.cost_s, solution.memory_bytes)
+        assert solution.lower_bound_s <= best <= solution.cost_s
+        assert solution.memory_bytes <= problem.memory_limit_bytes
+
+
+def test_the_same_seed_gives_the_same_answer() -> None:
+    problem = timed_problem(5, 8, 6, 0.7)
+    first, again = (search_timed(problem, seed=3) for _ in range(2))
+    assert first == again
+
+
+def test_random_numbers_spread() -> None:
+    state = generator(0)
+    drawn = np.array([uniform(state) for _ in range(2000)])
+    assert 0 <= drawn.min() < 0.01 and 0.99 < drawn.max() < 1 and abs(drawn.mean() - 0.5) < 0.03
+    assert sorted({whole(state, 5) for _ in range(200)}) == [0, 1, 2, 3, 4]
