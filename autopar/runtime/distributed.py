@@ -9,11 +9,11 @@ from typing import Any, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
-from autopar.errors import RuntimeSetupError
+from autopar.errors import InputError, RuntimeSetupError
 from autopar.ir.conversion import State
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
-from autopar.runtime import inputs
+from autopar.runtime import inputs, last_words
 from autopar.runtime.convert import Place
 from autopar.runtime.evaluation import EvaluationCheck
 from autopar.runtime.handshake import agree
@@ -42,6 +42,9 @@ class DistributedModule(nn.Module):
 
     _dropout: bool = True
     """Whether dropout is on in training mode; see `autopar.runtime.dropout.without_dropout`."""
+
+    _left_words = False
+    _binder: inputs.InputBinder
 
     def __init__(self, traced: TracedModel, plan: Plan, local_state: Mapping[str, Tensor], options: Options) -> None:
         super().__init__()
@@ -75,6 +78,19 @@ class DistributedModule(nn.Module):
             signature=self._options.get("signature"),
             timeout_s=self._timeout_s,
         )
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The call's tensors, checked. Ranks that are not told of a problem on this one wait for it."""
+        try:
+            found = self._binder.bind(args, kwargs)
+        except InputError as error:
+            self._left_words = True
+            last_words.leave(error)
+            raise
+        if self._left_words:  # all ranks may have skipped the same bad batch
+            self._left_words = False
+            last_words.take_back()
+        return found
 
     def _check_mode(self) -> None:
         """Raise `RuntimeSetupError` where this plan is not one for the mode, training or evaluation, that the module is in."""

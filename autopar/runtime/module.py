@@ -21,6 +21,7 @@ from autopar.ir.microbatch import Microbatched, microbatched
 from autopar.ir.placement import R, parse
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
+from autopar.runtime import last_words
 from autopar.runtime.convert import Place, convert
 from autopar.runtime.distributed import DistributedModule, Options
 from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
@@ -175,7 +176,8 @@ class ParallelModule(DistributedModule):
                     if last or over_time.is_partial:
                         loss.backward()  # type: ignore[no-untyped-call]
                     losses.append(loss.detach())
-        except BaseException:
+        except BaseException as error:
+            last_words.leave(error)
             self._abandon()
             raise
         finally:
@@ -209,7 +211,7 @@ class ParallelModule(DistributedModule):
         self._check_mode()
         owners = zip(self._graph.buffers, self._buffer_owners, strict=True)
         buffers = {item.fqn: cast(Tensor, owner._buffers[name]) for item, (owner, name) in owners}
-        parts = self._microbatches.cut(self._binder.bind(args, kwargs), buffers)
+        parts = self._microbatches.cut(self._bound(args, kwargs), buffers)
         return [(tuple(part[item.path] for item in self._graph.inputs), self._next_counter()) for part in parts]
 
     def _begin(self) -> list[Tensor]:

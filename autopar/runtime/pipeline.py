@@ -28,6 +28,7 @@ from autopar.ir.schedule_check import check
 from autopar.ir.schedules import Action, Orders, named
 from autopar.ir.stages import RECEIVE, SEND
 from autopar.ir.trace import TracedModel
+from autopar.runtime import last_words
 from autopar.runtime.clip import PartOfModel, register
 from autopar.runtime.distributed import DistributedModule, Options
 from autopar.runtime.inputs import given_states
@@ -296,7 +297,7 @@ class PipelineModule(DistributedModule):
             raise RuntimeSetupError(f"this module cannot go on: {self._failure}. Start all ranks again, from the last checkpoint")
         self._check_mode()
         buffers = {fqn: self._buffer(fqn) for fqn in self._buffer_owners}
-        inputs = self._microbatches.cut(self._binder.bind(args, kwargs), buffers)
+        inputs = self._microbatches.cut(self._bound(args, kwargs), buffers)
         return Batch(inputs, [self._next_counter() for _ in inputs], self._mode, train, self._sync)
 
     def _begin(self) -> None:
@@ -312,6 +313,7 @@ class PipelineModule(DistributedModule):
                 yield
         except BaseException as error:
             self._failure = f"{what} failed ({type(error).__name__}: {error})"
+            last_words.leave(error)
             for stage in self._stages:
                 stage.live.abandon()
             for weight in self._tied:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.errors import PeerError
+from autopar.runtime import last_words
 from autopar.runtime.pipeline_transfer import Box, Layout, Message, messages
 
 IN_FLIGHT = 1
@@ -49,10 +50,9 @@ def peer_errors(doing: str | Callable[[], str], peer: int | None = None) -> Iter
         whom = "another rank" if peer is None else f"rank {peer}"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         was = doing if isinstance(doing, str) else doing()
-        raise PeerError(
-            f"rank {dist.get_rank()} lost {whom} while {was}: {reason}. That rank ended or did not answer in time; look at what it "
-            "printed for why, and start all ranks again"
-        ) from error
+        words = last_words.read()
+        why = f"Before that, {words}" if words else "That rank ended or did not answer in time; look at what it printed for why"
+        raise PeerError(f"rank {dist.get_rank()} lost {whom} while {was}: {reason}. {why}. Start all ranks again") from error
 
 
 def is_communication_error(error: BaseException) -> bool:
