@@ -150,14 +150,14 @@ def _attention_keeps(
     op: Op, operands: list[Value], outputs: list[Value], fused: bool
 ) -> tuple[frozenset[int], frozenset[int], Extra | None]:
     """Fused: operands, result and the log-sum-exp of every row. Unfused (dropout, or no kernel): scaled copies of q and k, v, the
-    probabilities, and with dropout its mask and what it left."""
+    probabilities, and with dropout its mask (of the same dtype there) and what it left."""
     query, key = operands[0], operands[1]
     rows = prod(query.shape[:-1])
     dropout = float(op.arg(4, "dropout_p", 0.0) or 0.0)  # type: ignore[arg-type]
     if fused and dropout == 0.0:
         return frozenset(range(len(operands))), frozenset((0,)), Extra(4.0 * rows, 0, True)
     scores = rows * key.shape[-2] * DTYPE_BYTES[query.dtype]
-    kept = scores * (2.0 if dropout else 1.0) + (rows * key.shape[-2] if dropout else 0) + 2 * query.size_bytes
+    kept = scores * (3.0 if dropout else 1.0) + 2 * query.size_bytes
     return frozenset((2,)), frozenset(), Extra(float(kept), 0, True)
 
 
