@@ -141,7 +141,7 @@ class Choices:
                     ways[state] = Made("op", price, split, reads)
 
         whole = self._reads(op, tuple(R for _ in op.operands))
-        if whole is not None and self._worth_repeating(op):
+        if whole is not None and self._worth_repeating(op, whole):
             offer(None, whole, (R for _ in op.outputs))
         once = draws(op) and all(name in self.free for name in op.outputs)  # or two readers would see different numbers
         for split in () if once else (*options, *self._random_splits(op)):
@@ -166,13 +166,14 @@ class Choices:
                 ways.setdefault(R, Made("prologue", 0))
         return found
 
-    def _worth_repeating(self, op: Op) -> bool:
-        """Whether every microbatch may run `op` whole: not where that would draw other random numbers, nor compute the whole batch."""
+    def _worth_repeating(self, op: Op, reads: tuple[Placement, ...]) -> bool:
+        """Whether every microbatch may run `op` whole: not where that would draw other random numbers, nor compute the whole batch.
+        An operand that `reads` has otherwise than whole is read for its dtype alone."""
         if all(name in self.free for name in op.operands):
             return not draws(op)
         if draws(op) and op.target != DROPOUT:
             return False
-        return all(self._small(name, self.ways[name][R]) for name in op.operands)
+        return all(self._small(name, self.ways[name][R]) for name, state in zip(op.operands, reads, strict=True) if state == R)
 
     def _small(self, name: str, whole: Made) -> bool:
         """Whether a value that is whole in every microbatch is not made of the whole batch, or is but one number."""

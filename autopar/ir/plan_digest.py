@@ -142,14 +142,22 @@ def join(names: list[str], shared: str) -> str:
 class OpRow:
     """Operations of one segment that are told in one line: `names` of their modules below the repeat, and what they do per axis.
 
-    `collectives` are those that move what is computed; what parameters move is told with the parameters. A row without `operators`
-    stands for operations that do as those of a repeat, which `names` tells.
+    `collectives` are those that move what is computed; what parameters move is told with the parameters. They run in each of `repeats`
+    and for each of `microbatches`, unless their own count is less. A row without `operators` stands for operations that do as those of a
+    repeat, which `names` tells.
     """
 
     names: tuple[str, ...]
     operators: tuple[str, ...]
     axes: dict[str, str]
     collectives: tuple[CollectivePlan, ...]
+    repeats: int = 1
+    microbatches: int = 1
+
+    def share(self, item: CollectivePlan) -> str:
+        """` in 1 of 32`, where `item` of `collectives` does not run in every repeat; the first and the last often have such."""
+        found = max(1, item.count // self.microbatches)
+        return f" in {found} of {self.repeats}" if found < self.repeats else ""
 
 
 def segment_rows(plan: Plan) -> list[tuple[SegmentPlan, list[OpRow]]]:
@@ -184,7 +192,10 @@ def joined_segment_rows(plan: Plan) -> list[tuple[list[SegmentPlan], list[OpRow]
     """`segment_rows`, with the segments of several stages joined where the same is to tell of them."""
     result: dict[tuple[object, ...], tuple[list[SegmentPlan], list[OpRow]]] = {}
     for segment, rows in segment_rows(plan):
-        told = tuple((row.names, row.operators, tuple(row.axes.items()), tuple(map(_moves, row.collectives))) for row in rows)
+        told = tuple(
+            (row.names, row.operators, tuple(row.axes.items()), tuple((_moves(item), row.share(item)) for item in row.collectives))
+            for row in rows
+        )
         key = (pattern(segment.name), segment.length, told) if segment.count > 1 else (segment.stage, segment.start)
         result.setdefault(key, ([], rows))[0].append(segment)
     return list(result.values())
@@ -200,7 +211,8 @@ Serving = dict[tuple[int, str], list[CollectivePlan]]
 
 def _row(plan: Plan, segment: SegmentPlan, op: OpPlan, roles: Roles, serving: Serving) -> OpRow:
     axes = {axis: _axis_words(op, axis, roles, segment.stage) for axis in real_axes(plan, segment.stage)}
-    return OpRow((_below(op.module, segment),), (operator_words(op.target),), axes, tuple(serving.get((segment.stage, op.name), ())))
+    served = tuple(serving.get((segment.stage, op.name), ()))
+    return OpRow((_below(op.module, segment),), (operator_words(op.target),), axes, served, segment.count, plan.microbatches)
 
 
 def _kinds(row: OpRow) -> set[tuple[str, str, str]]:
@@ -211,7 +223,7 @@ def _append(rows: list[OpRow], row: OpRow) -> None:
     """`row`, joined to the one before where they differ in the module's name only."""
     last = rows[-1] if rows else None
     if last and (last.axes, last.collectives, last.operators) == (row.axes, row.collectives, row.operators):
-        rows[-1] = OpRow(tuple(dict.fromkeys(last.names + row.names)), last.operators, last.axes, last.collectives)
+        rows[-1] = replace(last, names=tuple(dict.fromkeys(last.names + row.names)))
     else:
         rows.append(row)
 

@@ -288,18 +288,18 @@ def names_words(names: tuple[str, ...]) -> str:
 
 
 def collective_words(row: OpRow) -> list[str]:
-    """`all-gather@tp 128 MiB`, `backward reduce-scatter@tp 128 MiB`, `2 all-to-all@tp 8.00 MiB both ways`."""
-    counted = Counter((item.phase, KIND_WORDS[item.kind], item.axis, item.bytes) for item in row.collectives)
+    """`all-gather@tp 128 MiB`, `backward reduce-scatter@tp 128 MiB in 1 of 32`, `2 all-to-all@tp 8.00 MiB both ways`."""
+    counted = Counter((item.phase, KIND_WORDS[item.kind], item.axis, item.bytes, row.share(item)) for item in row.collectives)
     words = []
-    for (phase, kind, axis, size), count in counted.items():
+    for (phase, kind, axis, size, share), count in counted.items():
         text = f"{kind}@{axis} {units.size(size)}"
-        if counted.get(("forward", kind, axis, size)) == counted.get(("backward", kind, axis, size)):
+        if counted.get(("forward", kind, axis, size, share)) == counted.get(("backward", kind, axis, size, share)):
             if phase == "backward":
                 continue
             text += " both ways"
         elif phase == "backward":
             text = f"backward {text}"
-        words.append(f"{count} {text}" if count > 1 else text)
+        words.append((f"{count} {text}" if count > 1 else text) + share)
     return words
 
 

@@ -194,6 +194,7 @@ RIGHT: dict[str, tuple[Any, tuple[Tensor, ...]]] = {
         },
         (X, Y),
     ),
+    "a dtype taken from rows": (lambda m, x: (m.layer(x) * m.places.float().type_as(x)).abs().mean(), (X,)),
     "no loss": (lambda m, x: m.layer(x), (X,)),
 }  # fmt: skip
 

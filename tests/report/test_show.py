@@ -43,6 +43,16 @@ def test_the_facts_are_there(text: str) -> None:
         assert fact in text, fact
 
 
+def test_what_runs_in_some_repeats_only_says_so() -> None:
+    """The first of 32 layers reads what comes from outside, and moves it; the others do not."""
+    plan = sample_plan()
+    first, *others = plan.collectives
+    once = plan.model_copy(update={"collectives": (first.model_copy(update={"count": 1}), *others)})
+    for text in (str(once), shown(once)):
+        assert "all-gather@tp 128 MiB in 1 of 32" in text
+        assert "reduce-scatter@tp 128 MiB in" not in text
+
+
 def test_axes_of_one_rank_are_left_out() -> None:
     plan = sample_plan().model_copy(update={"mesh": {"dp": 1, "tp": 4}})
     assert "@dp" not in str(plan).split("collectives a step")[0]
