@@ -6,19 +6,20 @@ solved. The table of candidates says what the best plan of every number of group
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from autopar.errors import InfeasibleError, PinError, PlanError
 from autopar.ir.graph import Graph
 from autopar.ir.plan import Candidate, Plan
-from autopar.search.meshes import Mesh
+from autopar.ir.units import seconds
+from autopar.search.meshes import AXES, Mesh
 from autopar.search.pins import Pins
-from autopar.search.pipeline import Pipelined, has_loss
+from autopar.search.pipeline import Pipelined, has_loss, pipeline_text, shape
 from autopar.search.place import Settings
 from autopar.search.propose import Proposal, Proposals
 
-_SOLVED, _SOLVED_ON_MANY = 3, 2  # proposals that are solved stage by stage; on more ranks than `_FEW_RANKS`
-_FEW_RANKS = 64
+_SOLVED = 3  # proposals that are solved stage by stage, at most
 _WORTH = 0.98  # a pipeline must promise at least so much, in times of the plan without one, to be looked at
 _WORTH_IN_ONE_MACHINE = 0.9
 _FULL = 0.9
@@ -40,19 +41,25 @@ def with_pipelines(
     except PlanError:
         return flat
     if schedule is None and flat.predicted.fits and not _promising(proposals, flat):
-        return flat
+        rows = [_no_better(groups, proposals.bound_s(groups)) for groups in proposals.groups()]
+        return flat.model_copy(update={"candidates": (_candidate(flat), *rows)})
     table: dict[int, Candidate] = {} if schedule else {1: _candidate(flat)}
-    found: dict[int, Proposal] = {}
+    found: list[Proposal] = []
     for proposal in proposals.all(accumulate=microbatches is None and schedule is None and _tight(flat)):
         if proposal.pipeline is None:
             table.setdefault(proposal.groups, Candidate(groups=proposal.groups, what=f"{proposal.groups} groups", why=proposal.why))
         else:
-            found[proposal.groups] = proposal
+            found.append(proposal)
     plans = [] if schedule else [flat]
-    for at, proposal in enumerate(sorted(found.values(), key=lambda item: (item.step_s, item.groups))):
+    solved = 0
+    for proposal in sorted(found, key=lambda item: (item.step_s, item.groups)):
         groups, pipeline = proposal.groups, proposal.pipeline
         assert pipeline is not None and proposal.simulated is not None
-        if at < (_SOLVED if world <= _FEW_RANKS else _SOLVED_ON_MANY) and (settings.deadline_s is None or settings.seconds_left() > 0.2):  # type: ignore[operator]
+        in_time = settings.deadline_s is None or settings.seconds_left() > 0.2  # type: ignore[operator]
+        best = min(plans, key=_rank, default=None)
+        hopeful = best is None or not best.predicted.fits or proposal.step_s < best.predicted.step_s
+        if solved < _SOLVED and in_time and hopeful:
+            solved += 1
             try:
                 plan = (
                     Pipelined(graph, settings, pins, pipeline).plan() if groups > 1 else flat_on(pipeline.meshes[0], pipeline.microbatches)
@@ -76,6 +83,11 @@ def with_pipelines(
     notes = () if best.predicted.fits else best.notes or flat.notes
     candidates = tuple(table[groups] for groups in sorted(table))
     return best.model_copy(update={"candidates": candidates, "predicted": predicted, "notes": notes})
+
+
+def _no_better(groups: int, bound_s: float) -> Candidate:
+    why = "the batch cannot be divided into microbatches" if math.isinf(bound_s) else f"cannot take less than {seconds(bound_s)}"
+    return Candidate(groups=groups, what=f"{groups} groups", why=why)
 
 
 def _promising(proposals: Proposals, flat: Plan) -> bool:
@@ -116,14 +128,7 @@ def _candidate(plan: Plan) -> Candidate:
 
 def describe_shape(plan: Plan) -> str:
     """`4 x (dp 2, tp 8), 1f1b, 32 microbatches`."""
-    shapes = [", ".join(f"{axis} {size}" for axis, size in group.mesh.items() if size > 1) or "1 rank" for group in plan.groups]
+    meshes = [(group.mesh[AXES[0]], group.mesh[AXES[1]]) for group in plan.groups]
     if plan.pipeline is None:
-        text = shapes[0]
-    elif len(set(shapes)) == 1:
-        text = f"{len(shapes)} x ({shapes[0]})"
-    else:
-        text = " + ".join(f"({shape})" for shape in shapes[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else "")
-    if plan.pipeline is not None:
-        per_group = len(plan.pipeline.stages) // len(shapes)
-        text += f", {plan.pipeline.schedule}" + (f" with {per_group} stages a group" if per_group > 1 else "")
-    return text + (f", {plan.microbatches} microbatches" if plan.microbatches > 1 else "")
+        return shape(plan.groups[0].mesh) + (f", {plan.microbatches} microbatches" if plan.microbatches > 1 else "")
+    return pipeline_text(meshes, plan.pipeline.schedule, len(plan.pipeline.stages), plan.microbatches)

@@ -8,9 +8,10 @@ the decisions of every stage; what a step takes is for the simulator to say.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 
@@ -38,6 +39,7 @@ from autopar.search.structure import Structure
 
 DEFAULT_SCHEDULE = "1f1b"
 _STAGES_PER_GROUP = 2  # of schedules that take any number
+_MOST_RUNS = 4  # of equal meshes, that are named
 _NORM = 8  # of the loads of stages: nearly their maximum, and among equal maxima the evenest
 
 
@@ -55,11 +57,7 @@ class Pipeline:
         return tuple(sum(dp * tp for dp, tp in self.meshes[:group]) for group in range(len(self.meshes)))
 
     def __str__(self) -> str:
-        shapes = [
-            ", ".join(f"{axis} {size}" for axis, size in zip(AXES, mesh, strict=True) if size > 1) or "1 rank" for mesh in self.meshes
-        ]
-        many = f"{len(shapes)} x ({shapes[0]})" if len(set(shapes)) == 1 else f"{len(shapes)} groups"
-        return f"{many}, {self.schedule}, {self.microbatches} microbatches"
+        return pipeline_text(self.meshes, self.schedule, len(self.starts), self.microbatches)
 
     def group_of(self, stage: int) -> int:
         return named(self.schedule).group_of(stage, len(self.meshes))
@@ -73,6 +71,21 @@ class Pipeline:
     def live(self) -> tuple[int, ...]:
         """By stage, of how many microbatches it keeps activations at most."""
         return live_by_stage(self.orders)
+
+
+def shape(mesh: Mapping[str, int]) -> str:
+    """`dp 16, tp 2`."""
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "1 rank"
+
+
+def pipeline_text(meshes: Sequence[Mesh], schedule: str, stages: int, microbatches: int) -> str:
+    """`30 x (dp 16, tp 2) + 2 x (dp 32), 1f1b, 256 microbatches`."""
+    runs = [(mesh, len(list(same))) for mesh, same in groupby(meshes)]
+    text = " + ".join(f"{count} x ({shape(dict(zip(AXES, mesh, strict=True)))})" for mesh, count in runs[:_MOST_RUNS])
+    if (left := sum(count for _, count in runs[_MOST_RUNS:])) > 0:
+        text += f" + {left} more"
+    text += f", {schedule}" + (f" with {stages // len(meshes)} stages a group" if stages > len(meshes) else "")
+    return text + (f", {microbatches} microbatches" if microbatches > 1 else "")
 
 
 def plan_stages(

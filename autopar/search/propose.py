@@ -24,6 +24,7 @@ from functools import cached_property
 from autopar.errors import PlanError
 from autopar.ir.graph import Graph
 from autopar.ir.schedules import named
+from autopar.ir.units import seconds
 from autopar.search.guess import Guess, Guesses
 from autopar.search.pins import Pins
 from autopar.search.pipeline import Pipeline, op_seconds
@@ -105,7 +106,7 @@ class Proposals:
             if not guesses:
                 yield Proposal(groups, bound_s, why="the batch cannot be divided into microbatches")
             elif bound_s >= best_s:
-                yield Proposal(groups, bound_s, why=f"cannot take less than {bound_s:.4g} s")
+                yield Proposal(groups, bound_s, why=f"cannot take less than {seconds(bound_s)}")
             else:
                 hopeful = best_s == math.inf or guesses[0].step_s * off < _HOPELESS * best_s
                 schedules = ("1f1b",) if groups == 1 else self.schedules if hopeful else self.schedules[:1]

@@ -300,4 +300,6 @@ class _Race:
             return "no stage can be run on such a group"
         if least <= pricing.limit_bytes:
             return f"none was found that fits in {size(pricing.limit_bytes)} a device"
+        if size(least) == size(pricing.limit_bytes):
+            return f"a device would hold {size(least - pricing.limit_bytes)} more than the {size(pricing.limit_bytes)} that it may hold"
         return f"a device would hold {size(least)} at least, and may hold {size(pricing.limit_bytes)}"
