@@ -187,6 +187,7 @@ def as_workload(schedule: str, groups: int, stages: Sequence[StageTime], microba
             f"stage {index}", stage.forward_s, stage.backward_s, stage.weight_s, step_gather=_flow("before", stage.before_s),
             reduce=_flow("after", stage.after_s), activation_bytes=stage.live_bytes, parameter_bytes=stage.fixed_bytes,
             workspace_bytes=stage.workspace_bytes, backward_workspace_bytes=stage.workspace_bytes,
+            input_workspace_bytes=stage.workspace_bytes,
         )  # fmt: skip
         apart = found and found[-1].group != group
         receive, returns = (Flow(stage.receive_s), Flow(stage.returns_s)) if apart else (None, None)

@@ -12,9 +12,9 @@ The computing stream runs the schedule's actions in order, an action its pieces 
 * for the collectives that computing needs (`forward_comm`, `backward_comm`), which go on their axis's stream behind what was issued there;
 * before a piece for its gathered parameters: they are fetched while the piece before it computes. In a pipeline, what is gathered once
   a step is fetched from the start of the step on, in order, and so are the first parameters that a stage uses;
-* before the optimizer for all gradients to be reduced: a piece's are issued once its last backward pass is over. Behind that of its whole
-  stage come those for which another stage would wait: all but the first stage's, and all where gradients of weights are made apart; and
-  everywhere what is reduced over a second axis.
+* before the optimizer for all gradients to be reduced: a piece's are issued once its last backward pass is over. In a pipeline those of
+  a stage that another waits for are issued behind its whole last backward pass, as they are where gradients of weights are made apart;
+  of the first stage's, what is reduced over a second axis is.
 
 How streams slow each other down: `autopar.search.flows`. Memory over time: `autopar.search.timeline`.
 
@@ -243,15 +243,16 @@ class _Step:
                 steps.append((piece, seconds, piece.backward_comm, ""))
                 ahead.append(() if piece.recompute else regather)
             behind.append(piece.reduce if action in self._final else ())
-        awaited = self.workload.splits or (self.workload.groups > 1 and action.stage > 0)
-        self._pieces(group, action, steps, ahead, arrival, behind, begins=0 if awaited else 1)
+        piped = self.workload.groups > 1
+        begins = 0 if self.workload.splits or (piped and action.stage) else 1 if piped else None
+        self._pieces(group, action, steps, ahead, arrival, behind, begins)
 
     def _pieces(
         self, group: int, action: Action, steps: Sequence[tuple[Piece, float, tuple[Flow, ...], str]], ahead: Sequence[tuple[Flow, ...]],
-        arrival: int, behind: Sequence[tuple[Flow, ...]] = (), begins: int = 0, there: Sequence[int] = (),
+        arrival: int, behind: Sequence[tuple[Flow, ...]] = (), begins: int | None = None, there: Sequence[int] = (),
     ) -> None:  # fmt: skip
         """Compute `steps`, (piece, seconds, collectives, what else it is), each with what goes ahead of it and what goes behind: the first
-        `begins` flows at once, the others when all steps are done. `there`: tasks that each waits for as well."""
+        `begins` flows (None: all) at once, the others when all steps are done. `there`: tasks that each waits for as well."""
         if not self.apart and not any(ahead) and not any(behind) and not any(task >= 0 for task in there):
             by_stream: dict[tuple[str, tuple[tuple[str, float], ...]], float] = {}
             for _, _, flows, _ in steps:
@@ -281,7 +282,7 @@ class _Step:
             self._last[group] = task
             if behind and behind[index]:
                 begun = self._async(group, behind[index][:begins], (task,), "reduce", action, piece.name)
-                reducing.append((piece, behind[index][begins:], begun))
+                reducing.append((piece, () if begins is None else behind[index][begins:], begun))
         for piece, flows, begun in reducing:
             self._async(group, flows, (self._last[group], begun), "reduce", action, piece.name)
         if not steps:  # a stage that only hands on

@@ -34,6 +34,7 @@ def workload_of(pipeline: Pipeline, felt_share: float = 0.0) -> Workload:
             parameter_bytes=cost.fixed_bytes,
             workspace_bytes=cost.workspace_bytes,
             backward_workspace_bytes=cost.workspace_bytes,
+            input_workspace_bytes=cost.workspace_bytes,
         )
         found.append(Stage(f"stage {number}", groups[number], (piece,), forward, back))
     orders = schedule.orders(pipeline.groups, len(groups) // pipeline.groups, pipeline.microbatches)
