@@ -47,20 +47,24 @@ def search_timed(
     seed: int = 0,
     gap: float = 0.0,
     progress: Callable[[Progress], None] | None = None,
+    stopped: Callable[[], None] | None = None,
+    idle_rounds: int = _IDLE_ROUNDS,
 ) -> Solution:
     """Search until `time_limit_s`, until cost and bound differ by at most `gap` of the bound, or until nothing is found for long.
 
-    No edge may hold memory. The same seed gives the same answer where the limit is not what stops it. Ctrl-C ends the search with the
-    best choice so far. `feasible` of the solution is False where no choice within the limit was found: then the choice is the one
-    that was over it by least.
+    Without a time limit that is `idle_rounds` rounds. No edge may hold memory. The same seed gives the same answer where the limit is
+    not what stops it. Ctrl-C ends the search with the best choice so far, and `stopped` is called. `feasible` of the solution is False
+    where no choice within the limit was found: then the choice is the one that was over it by least.
     """
     clock = _Clock(time_limit_s)
-    search = _Search(lay_out(problem), clock, seed, gap, progress)
+    search = _Search(lay_out(problem), clock, seed, gap, progress, idle_rounds)
     try:
         search.run()
     except KeyboardInterrupt:
         if search.best.choice is None:
             raise
+        if stopped is not None:
+            stopped()
     choice = search.best.choice if search.best.choice is not None else search.dual.choice
     picked = tuple(choice.tolist())
     cost, memory = problem.evaluate(picked)
@@ -76,8 +80,11 @@ class _Search:
     done, in the same order always.
     """
 
-    def __init__(self, arrays: Arrays, clock: _Clock, seed: int, gap: float, progress: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self, arrays: Arrays, clock: _Clock, seed: int, gap: float, progress: Callable[[Progress], None] | None, idle_rounds: int
+    ) -> None:
         self.arrays, self.clock, self.gap, self.progress = arrays, clock, gap, progress
+        self.idle_rounds = idle_rounds
         self.best = Best(arrays)
         self.dual = Dual(arrays)
         self.best.offer(self.dual.choice)
@@ -95,7 +102,7 @@ class _Search:
         """Rounds until the end. While the bound grows, the dual has one of the two threads."""
         idle, before, rising = 0, -np.inf, True
         with ThreadPoolExecutor(2) as threads:
-            while not self.done and (self.clock.limit_s is not None or idle < _IDLE_ROUNDS):
+            while not self.done and (self.clock.limit_s is not None or idle < self.idle_rounds):
                 walkers = self.walkers[1:] if rising else self.walkers
                 for walker in walkers:
                     walker.prepare(self.best, self.rounded, self.dual)

@@ -1,0 +1,139 @@
+"""`solve` on problems with time steps, and the contest's command line: answers hold, bounds are bounds, and nothing hangs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from autopar.errors import InfeasibleError
+from autopar.search.minimise import Minimiser
+from autopar.search.problem import Problem, Segment, Table
+from autopar.search.reduce import reduce
+from autopar.search.solve import Progress, solve
+from tests.search.test_problem_file import GOOD, random_raw
+from tests.search.test_shrink import problems, within
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def grid(side: int, size: int, seed: int, tightness: float = 0.3) -> Problem:
+    """A grid of nodes, each alive for a few steps: no order of elimination keeps its tables small."""
+    rng = np.random.default_rng(seed)
+    tables = [Table(rng.integers(0, 50, size).astype(float), rng.integers(1, 50, size).astype(float)) for _ in range(7)]
+    tables += [Table(rng.integers(0, 50, (size, size)).astype(float), np.zeros((size, size))) for _ in range(5)]
+    nodes = tuple(rng.integers(0, 7, side * side).tolist())
+    edges = [(n, n + 1, 7 + int(rng.integers(5))) for n in range(side * side) if (n + 1) % side]
+    edges += [(n, n + side, 7 + int(rng.integers(5))) for n in range(side * (side - 1))]
+    live = tuple((int(t), int(t + w)) for t, w in zip(rng.integers(0, 40, side * side), rng.integers(0, 9, side * side), strict=True))
+    free = Problem(nodes, tuple(edges), tuple(tables), (Segment(0, side * side, 1),), np.inf, live)
+    least = free.usage(tuple(int(tables[t].memory_bytes.argmin()) for t in nodes))[1].max()
+    most = free.usage(tuple(int(tables[t].memory_bytes.argmax()) for t in nodes))[1].max()
+    return replace(free, memory_limit_bytes=float(np.ceil(least + tightness * (most - least))))
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_answers_hold_and_bounds_are_bounds(problem: Problem) -> None:
+    fitting = within(problem)
+    if not problem.timed:
+        return
+    try:
+        solution = solve(problem, effort="exact")
+    except InfeasibleError:
+        assert not fitting
+        return
+    assert (solution.cost_s, solution.memory_bytes) == problem.evaluate(solution.choice)
+    assert solution.feasible == bool(fitting)
+    if fitting:
+        assert solution.lower_bound_s <= min(fitting.values()) <= solution.cost_s
+        assert fitting[solution.choice] == solution.cost_s
+
+
+def test_progress_falls_rises_and_ends_at_the_answer() -> None:
+    seen: list[Progress] = []
+    problem = grid(12, 5, 0)
+    solution = solve(problem, time_limit_s=6.0, gap=0.005, progress=seen.append)
+    costs, bounds = [step.best_cost_s for step in seen], [step.lower_bound_s for step in seen]
+    assert costs == sorted(costs, reverse=True) and bounds == sorted(bounds) and len(seen) > 1
+    assert solution.feasible and solution.cost_s == costs[-1] >= solution.lower_bound_s >= bounds[-1] - 1e-6
+    assert [step.seconds for step in seen] == sorted(step.seconds for step in seen)
+
+
+def test_ctrl_c_returns_the_best_so_far() -> None:
+    problem = grid(12, 5, 1)
+
+    def stop(step: Progress) -> None:
+        if step.best_cost_s < np.inf:
+            raise KeyboardInterrupt
+
+    solution = solve(problem, effort="exact", progress=stop)
+    assert solution.feasible and solution.memory_bytes <= problem.memory_limit_bytes
+    assert solution.lower_bound_s <= solution.cost_s
+
+
+def test_same_seed_same_answer() -> None:
+    for seed in range(2):
+        problem = grid(4, 3, seed)
+        first, second = (solve(problem, effort="exact", seed=3) for _ in range(2))
+        assert first.choice == second.choice and first.lower_bound_s == second.lower_bound_s
+
+
+def test_a_time_limit_of_nothing_is_kept() -> None:
+    solution = solve(grid(12, 5, 2), effort="exact", time_limit_s=0.0)
+    assert len(solution.choice) == 144
+
+
+def test_what_elimination_cannot_hold_is_searched_without_time_steps_too() -> None:
+    rng = np.random.default_rng(3)
+    size, count = 12, 18
+    tables = [Table(rng.integers(0, 50, size).astype(float), rng.integers(0, 50, size).astype(float)) for _ in range(count)]
+    edges = []
+    for i in range(count):
+        for j in range(i + 1, count):
+            edges.append((i, j, len(tables)))
+            tables.append(Table(rng.integers(0, 50, (size, size)).astype(float), np.zeros((size, size))))
+    problem = Problem(tuple(range(count)), tuple(edges), tuple(tables), (Segment(0, count, 1),), 400.0)
+    assert not Minimiser(reduce(problem).problem).fits
+    solution = solve(problem, time_limit_s=1.5)
+    assert solution.feasible and solution.memory_bytes <= 400.0 and solution.lower_bound_s <= solution.cost_s
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "iopddl.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_command_prints_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "small.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+    done = run(str(path), "--timeout", "30")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found: dict[str, Any] = json.loads(line)
+    assert found["instance"] == "small" and found["feasible"] and found["cost"] == 13 == found["lower_bound"] and found["gap"] == 0
+    assert 0 < found["seconds"] < 30
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("{", 2, "no JSON at line 1"),
+        (json.dumps({"problem": {**GOOD["problem"], "usage_limit": 3}}), 1, "time step 2 the least memory"),
+        (json.dumps({"problem": {**random_raw(4), "usage_limit": -1}}), 1, "over the limit"),
+    ],
+)
+def test_the_command_says_what_is_wrong(text: str, code: int, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    done = run(str(path), "--timeout", "30")
+    assert done.returncode == code and words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
