@@ -27,6 +27,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"batch": 8, "sequence": 64},
     ),
     "unet-groups": ({"layers": 3, "width": 16}, {"batch": 16}),
+    "bert": ({"layers": 4, "hidden_size": 128, "intermediate_size": 512, "vocab_size": 1024}, {"batch": 8, "sequence": 64}),
 }
 STAGES = {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "microbatches": 4}
 
@@ -72,6 +73,9 @@ def peak_bytes(model: torch.nn.Module, batch: Any, plan: autopar.Plan) -> int:
         ("unet-groups", {"mesh": (2, 1), "microbatches": 4}, (0,)),
         ("unet-groups", {**STAGES, "schedule": "1f1b"}, (0, 1)),
         ("gpt2", {**STAGES, "schedule": "zbv"}, (0, 1)),
+        ("unet-groups", {**STAGES, "schedule": "1f1b", "recompute": "all"}, (0,)),
+        ("unet-groups", {**STAGES, "schedule": "zbv"}, (1,)),
+        ("bert", {**STAGES, "schedule": "gpipe"}, (0,)),
     ],
     ids=lambda value: str(value.get("schedule") or value.get("baseline") or "accumulation") if isinstance(value, dict) else str(value),
 )

@@ -15,6 +15,7 @@ from autopar.ir.schedules import SCHEDULES
 from autopar.search.flows import Tasks
 from autopar.search.quick import StageTime, as_workload, quick
 from autopar.search.simulate import Simulation, run, simulate
+from autopar.search.timeline import receives
 from autopar.search.workload import Flow, Piece, Stage, Workload, of_plan
 from tests.report.pipelines import pipeline_plan
 
@@ -219,6 +220,27 @@ def test_gradients_are_reduced_behind_the_last_backward_pass() -> None:
     assert run(one_group(layers(4, reduce=(Flow(1.5, (), "dp"),)), microbatches=3)).step_s == 36.0 + 1.5
 
 
+def pipeline(groups: int, microbatches: int = 8, **fields: object) -> Simulation:
+    stages = [Stage(str(g), g, layers(2, **fields), *((Flow(0.0), Flow(0.0)) if g else ())) for g in range(groups)]
+    return run(Workload(tuple(stages), SCHEDULES["1f1b"].orders(groups, 1, microbatches)))
+
+
+def test_groups_gather_for_the_step_while_they_wait_for_their_first_microbatch() -> None:
+    bare_s = pipeline(4).step_s
+    assert pipeline(4, step_gather=(Flow(1.0, (), "dp"),)).step_s == bare_s + 1.0, "for the first layer of the first group"
+    assert pipeline(4, step_gather=(Flow(3.0, (), "dp"),)).step_s == bare_s + 3.0 + 2.0, "the first group's second layer waits too"
+
+
+def test_nothing_is_in_the_way_of_the_last_backward_passes() -> None:
+    """Each waits for the one behind it, and so all of them would pay for what delays one."""
+    bare = pipeline(4)
+    slow = pipeline(4, reduce=(Flow(3.0, (), "dp"), Flow(0.25, (), "tp")), backward_comm=(Flow(0.0, (), "tp"),))
+    assert slow.groups[0].compute_s == bare.groups[0].compute_s
+    # The first stage's reductions: two of 3.0 behind its last-but-one layer, then the small ones over the other axis.
+    assert slow.step_s == bare.step_s - 2.0 + 3.0 + 3.0 + 0.25
+    assert sum(group.communication_s for group in slow.groups[1:]) == pytest.approx(3 * (3.0 + 3.0 + 0.25))
+
+
 def test_axes_do_not_wait_for_each_other_and_flows_of_an_axis_do() -> None:
     apart = layers(2, reduce=(Flow(4.0, (), "dp"),), backward_comm=(Flow(1.0, (), "tp"),))
     assert run(one_group(apart)).step_s == 2.0 + 3.0 + max(4.0, 3.0) + 4.0
@@ -264,6 +286,49 @@ def test_gradients_on_their_way_are_as_large_as_they_were() -> None:
     # be on their way), and the copies that pack the last two.
     assert memory.peak_bytes == (8 * 5 + 8 * 5 + 2 * 20) * mib
     assert run(one_group(row * 2)).memory[0].peak_bytes == (15 * 5 + (3 + 3 + 3) * 5 + 2 * 25) * mib, "as the fifth message leaves"
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize(("groups", "microbatches"), [(2, 4), (3, 6), (4, 8)])
+def test_receives_are_posted_where_torch_posts_them(schedule: str, groups: int, microbatches: int) -> None:
+    runtime = pytest.importorskip("torch.distributed.pipelining.schedules")
+    row = SCHEDULES[schedule]
+    per_group = row.stages_per_group or 2
+    orders = row.orders(groups, per_group, microbatches)
+    actions = {group: [runtime._Action.from_str(str(action)) for action in order] for group, order in enumerate(orders)}
+    laid = runtime._add_send_recv(actions, stage_to_rank=lambda stage: row.group_of(stage, groups), num_stages=groups * per_group)
+    for group, order in enumerate(orders):
+        expected, position = set(), 0
+        for item in map(str, laid[group]):
+            if "RECV" in item:
+                stage, rest = item.split("RECV_")
+                kinds = ("F",) if rest[0] == "F" else ("B", "I")
+                read = next(at for at, action in enumerate(order) if str(action) in {f"{stage}{kind}{rest[1:]}" for kind in kinds})
+                expected.add((position, read))
+            elif "SEND" not in item:
+                position += 1
+        assert set(receives(orders)[group]) == {(posted, read) for posted, read in expected if posted < read}
+
+
+def test_what_is_sent_stays_until_the_next_is_sent() -> None:
+    sender, receiver = Piece("a", 1.0, 2.0, sent_bytes=3.0), Piece("b", 1.0, 2.0)
+    stages = (Stage("0", 0, (sender,)), Stage("1", 1, (receiver,), Flow(0.0), Flow(0.0), receives_bytes=3.0))
+    memory = run(Workload(stages, SCHEDULES["gpipe"].orders(2, 1, 3))).memory
+    assert memory[0].peak_bytes == 3.0
+    assert memory[1].peak_bytes == 3.0 + 0.0, "what comes next, and later the last gradient on its way back"
+
+
+def test_what_a_group_hands_to_itself_is_kept_once() -> None:
+    """The turn of a V: the stage behind reads what the stage before keeps."""
+
+    def peak(sent: float) -> float:
+        pieces = [Piece(str(i), 1.0, 2.0, 1.0, activation_bytes=5.0, sent_bytes=sent if i == 1 else 0.0) for i in range(4)]
+        groups = (0, 1, 1, 0)
+        stages = [Stage(str(i), groups[i], (pieces[i],), receives_bytes=2.0 if i == 2 else 0.0) for i in range(4)]
+        return run(Workload(tuple(stages), SCHEDULES["zbv"].orders(2, 2, 1))).peak_bytes[1]
+
+    assert peak(0.0) == 5.0 + 5.0 - 2.0, "it is among what the stage before keeps"
+    assert peak(2.0) == 5.0 + 5.0, "nobody else keeps it"
 
 
 def test_split_backward_passes_hold_what_is_postponed() -> None:
