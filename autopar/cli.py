@@ -76,7 +76,7 @@ class Optimizer(StrEnum):
     sgd = "sgd"
 
 
-@app.command()
+@app.command(short_help="Search the best plan for a model on a cluster.")
 def plan(
     source: Source,
     cluster: Annotated[
@@ -182,7 +182,7 @@ def plan(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Show a plan for review.")
 def show(plan: PlanFile, full: Annotated[bool, typer.Option("--full", help="Show every operation and collective.")] = False) -> None:
     """Show a plan so that it can be reviewed in a minute."""
     from autopar.report.show import show as show_plan
@@ -191,7 +191,7 @@ def show(plan: PlanFile, full: Annotated[bool, typer.Option("--full", help="Show
     show_plan(_read(plan), console(), full)
 
 
-@app.command()
+@app.command(short_help="Say why a parameter or operation lies as it does.")
 def explain(
     plan: PlanFile,
     name: Annotated[str, typer.Argument(metavar="NAME", help="A parameter, operation or module, or a glob over these.")],
@@ -204,7 +204,7 @@ def explain(
     explain_name(_read(plan), name, console(), instead)
 
 
-@app.command()
+@app.command(short_help="Say what differs between two plans.")
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A plan file.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another plan file.")],
@@ -220,11 +220,12 @@ def diff(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Say what a step takes, and draw it.")
 def simulate(
     plan: PlanFile,
     trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome trace, for ui.perfetto.dev.")] = None,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw the schedule: one row a group of ranks.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="List every group of ranks, however many there are.")] = False,
 ) -> None:
     """Run a plan through the simulator: step time, bubble, and what each group of ranks does and holds over time."""
     from autopar.report.simulate import simulate as simulate_plan
@@ -232,7 +233,7 @@ def simulate(
 
     _check_writable(trace, "--trace")
     _check_writable(svg, "--svg")
-    timeline = simulate_plan(_read(plan), console())
+    timeline = simulate_plan(_read(plan), console(), full)
     if trace is not None:
         from autopar.report.chrome_trace import chrome_trace
 
@@ -251,7 +252,7 @@ def _write(path: Path, text: str, what: str) -> None:
     print(f"{what} written to {path}", file=sys.stderr)
 
 
-@app.command()
+@app.command(short_help="Check a plan, alone or with its model.")
 def validate(
     plan: PlanFile,
     source: Annotated[
@@ -285,7 +286,7 @@ def validate(
     print(f"{plan}: sound" + ("" if source is None else f", and a plan for {source}"))
 
 
-@app.command()
+@app.command(short_help="Compare a plan's training with one device.")
 def verify(source: Source, plan: PlanFile, batch: Batch = None, seq: Seq = None, dtype: Dtype = None) -> None:
     """Compare losses, gradients and updated parameters of MODEL under PLAN with those on one device. Exits 1 where they deviate."""
     from autopar.report.progress import live_line
@@ -305,7 +306,7 @@ def verify(source: Source, plan: PlanFile, batch: Batch = None, seq: Seq = None,
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="List the clusters known by name.")
 def clusters() -> None:
     """List the clusters that --cluster knows by name, with the numbers that plans are priced by."""
     from autopar.report.clusters import clusters as show_clusters
@@ -314,7 +315,7 @@ def clusters() -> None:
     show_clusters(console())
 
 
-@app.command()
+@app.command(short_help="Print the JSON schema of plan files.")
 def schema() -> None:
     """Print the JSON schema of plan files."""
     import json

@@ -90,6 +90,30 @@ def stage_rows(plan: Plan) -> list[StageRow]:
     return rows
 
 
+FEW_STAGES = 12
+"""So many are told one by one; of more, those that are alike and follow each other are told in one row."""
+
+
+def alike_stages(rows: list[StageRow], full: bool = False) -> list[list[StageRow]]:
+    """`rows` in runs to be told together: as long, on groups of ranks in their order, and sending as much. `full`: each alone."""
+    runs: list[list[StageRow]] = []
+    for row in rows:
+        last = runs[-1] if runs else []
+        step = row.group - last[-1].group if last else 0
+        joins = len(rows) > FEW_STAGES and not full and abs(step) == 1 and _told(row) == _told(last[-1])
+        if joins and (len(last) < 2 or last[-1].group - last[-2].group == step):
+            last.append(row)
+        else:
+            runs.append([row])
+    return runs
+
+
+def _told(row: StageRow) -> tuple[object, ...]:
+    """What stages told in one row have in common."""
+    seconds = (row.forward_s, row.backward_s, row.transfer_s)
+    return (*map(units.seconds, seconds), row.mesh, row.recomputed, row.repeats, row.sends_bytes)
+
+
 def segments_by_stage(plan: Plan) -> dict[int, list[SegmentPlan]]:
     return {stage: list(found) for stage, found in groupby(plan.segments, key=lambda segment: segment.stage)}
 

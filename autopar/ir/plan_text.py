@@ -25,6 +25,7 @@ from autopar.ir.plan_roles import GATHER_WORDS, Roles
 from autopar.ir.plan_stages import (
     StageRow,
     accumulation_words,
+    alike_stages,
     candidate_words,
     crossing_words,
     crossings,
@@ -138,21 +139,29 @@ def _table(header: list[str], rows: list[list[str]], right: tuple[int, ...] = ()
 STAGE_COLUMNS = ("stage", "layers", "ranks", "mesh", "forward", "backward", "recomputed", "memory", "sends")
 
 
-def stage_cells(row: StageRow) -> tuple[str, ...]:
-    """The cells of `STAGE_COLUMNS`."""
+def stage_cells(run: list[StageRow], names: bool = True) -> tuple[str, ...]:
+    """The cells of `STAGE_COLUMNS` for a run of stages that are told together; `names`: with those of the values sent."""
+    row, last = run[0], run[-1]
+    each = " each" if len(run) > 1 else ""
     sends = ""
     if row.sends_bytes or row.sends:
-        names = ", ".join(row.sends[:2]) + (f" and {len(row.sends) - 2} more" if len(row.sends) > 2 else "")
-        sends = f"{units.size(row.sends_bytes)} in {units.seconds(row.transfer_s)}" + (f": {names}" if names else "")
+        sent = ", ".join(row.sends[:2]) + (f" and {len(row.sends) - 2} more" if len(row.sends) > 2 else "")
+        sends = f"{units.size(row.sends_bytes)} in {units.seconds(row.transfer_s)}" + (f": {sent}" if sent and names and not each else each)
+    memory = sorted(item.memory_bytes for item in run if item.memory_bytes is not None)
+    sizes = list(dict.fromkeys(map(units.size, memory)))
+    recomputed = f"{row.recomputed} of {row.repeats}{each}" if row.recomputed else ""
+    ranks = sorted(int(number) for item in (row, last) for number in item.ranks.split("-"))
     return (
-        str(row.number), row.name, row.ranks, row.mesh, units.seconds(row.forward_s), units.seconds(row.backward_s),
-        f"{row.recomputed} of {row.repeats}" if row.recomputed else "",
-        "" if row.memory_bytes is None else units.size(row.memory_bytes), sends,
+        f"{row.number}-{last.number}" if each else str(row.number),
+        f"{row.name} .. {last.name}" if each else row.name,
+        f"{ranks[0]}-{ranks[-1]}" if each else row.ranks,
+        row.mesh, units.seconds(row.forward_s), units.seconds(row.backward_s), recomputed,
+        f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else "".join(sizes), sends,
     )  # fmt: skip
 
 
 def _stages(plan: Plan) -> str:
-    rows = [list(stage_cells(row)) for row in stage_rows(plan)]
+    rows = [list(stage_cells(run)) for run in alike_stages(stage_rows(plan))]
     if not rows:
         return ""
     columns = [column for column in range(len(STAGE_COLUMNS)) if any(row[column] for row in rows)]

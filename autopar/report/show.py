@@ -21,7 +21,7 @@ from autopar.ir.plan_digest import (
     traffic,
 )
 from autopar.ir.plan_roles import GATHER_WORDS, Roles
-from autopar.ir.plan_stages import crossing_words, crossings, is_chosen, stage_rows
+from autopar.ir.plan_stages import alike_stages, crossing_words, crossings, is_chosen, stage_rows
 from autopar.report.terminal import heading, hold, placed, table
 
 MEMORY_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red")
@@ -32,6 +32,9 @@ COLLECTIVES_BESIDE = 110
 USED_AND_MOVED = 105
 """From this width on the parameters' table has the columns `used` and `moved`."""
 
+VALUES_SENT = 120
+"""From this width on the stages' table names the values that are sent."""
+
 
 def show(plan: Plan, console: Console, full: bool = False) -> None:
     """Print `plan`. `full` lists every operation, every parameter and every collective that the file has."""
@@ -39,7 +42,7 @@ def show(plan: Plan, console: Console, full: bool = False) -> None:
     console.print(_header(plan, roles, console.width))
     told = [([segment], rows) for segment, rows in segment_rows(plan)] if full else joined_segment_rows(plan)
     for title, body in [
-        (heading("stages", "times of one microbatch"), _stages(plan, full)),
+        (heading("stages", "times of one microbatch"), _stages(plan, full, console.width)),
         (heading(plan_text.CANDIDATES_TITLE), _candidates(plan)),
         (heading("inputs and outputs"), _inputs(plan)),
         (heading("parameters"), _parameters(plan, full, console.width)),
@@ -100,14 +103,14 @@ def _memory_legend(plan: Plan) -> Text:
     return legend
 
 
-def _stages(plan: Plan, full: bool) -> RenderableType | None:
-    """One line a stage; values that a stage hands on below, with `full` all that cross a cut."""
-    rows = [plan_text.stage_cells(row) for row in stage_rows(plan)]
+def _stages(plan: Plan, full: bool, width: int) -> RenderableType | None:
+    """One line a stage, or for several alike; below, values that a stage hands on. `full`: each stage, and all that cross a cut."""
+    rows = [plan_text.stage_cells(run, names=width >= VALUES_SENT) for run in alike_stages(stage_rows(plan), full)]
     if not rows:
         return None
     columns = [number for number in range(len(plan_text.STAGE_COLUMNS)) if any(row[number] for row in rows)]
     names = [plan_text.STAGE_COLUMNS[number] for number in columns]
-    made = table(*names, right=("forward", "backward", "recomputed", "memory"), fold=("layers", "mesh", "sends"))
+    made = table(*names, right=("forward", "backward", "recomputed", "memory"), fold=("layers", "mesh", "memory", "sends"))
     for row in rows:
         made.add_row(*(row[number] for number in columns))
     told = [Text(crossing_words(item)) for item in crossings(plan) if full or len(item.stages) > 2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console, RenderableType
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -24,10 +26,12 @@ MOST_PASSES = 2_000_000
 """Repeats times microbatches: 100 layers and 20,000 microbatches, some minutes."""
 NARROWEST, WIDEST = 16, 60
 """Columns for memory over time."""
+FEW_GROUPS = 16
+"""So many are listed; of more, these and the busiest and the fullest, unless all are asked for."""
 
 
-def simulate(plan: Plan, console: Console) -> Timeline:
-    """Simulate a step of `plan`, print what it takes, and return it for drawing.
+def simulate(plan: Plan, console: Console, full: bool = False) -> Timeline:
+    """Simulate a step of `plan`, print what it takes, and return it for drawing. `full`: list every group of ranks.
 
     Raises `PlanError` where the plan's schedule cannot run, or where it holds no times.
     """
@@ -38,13 +42,26 @@ def simulate(plan: Plan, console: Console) -> Timeline:
     console.print(heading("one step", timeline.title))
     console.print(Padding(_facts(plan, simulation), (0, 0, 0, 1)))
     console.print()
-    console.print(heading("groups of ranks", "what a rank of each does in a step"))
-    console.print(Padding(_times(plan, simulation), (0, 0, 0, 1)))
+    listed = range(len(plan.groups)) if full else _listed(simulation)
+    some = "" if len(listed) == len(plan.groups) else f"; {len(listed)} of {len(plan.groups)}, --full lists all"
+    console.print(heading("groups of ranks", f"what a rank of each does in a step{some}"))
+    console.print(Padding(_times(plan, simulation, listed), (0, 0, 0, 1)))
     console.print()
     low, high = _extent(timeline)
     console.print(heading("memory of a rank", f"at its peak; over the step as a line from {units.size(low)} to {units.size(high)}"))
-    console.print(Padding(_memory(plan, simulation, timeline, console.width), (0, 0, 0, 1)))
+    console.print(Padding(_memory(plan, simulation, timeline, listed, console.width), (0, 0, 0, 1)))
     return timeline
+
+
+def _listed(simulation: Simulation) -> list[int]:
+    """The groups to list: all, or some from the first to the last, with the busiest and the one that holds most."""
+    count = len(simulation.groups)
+    if count <= FEW_GROUPS:
+        return list(range(count))
+    busiest = max(range(count), key=lambda group: simulation.groups[group].compute_s)
+    fullest = max(range(count), key=lambda group: simulation.memory[group].peak_bytes)
+    spread = {round(place * (count - 1) / (FEW_GROUPS - 3)) for place in range(FEW_GROUPS - 2)}
+    return sorted(spread | {busiest, fullest})
 
 
 def simulated(plan: Plan) -> Simulation:
@@ -142,14 +159,14 @@ def _bubble(plan: Plan, simulation: Simulation) -> str:
     return f"{words}; {units.percent(formula)} if all stages took as long and transfers nothing"
 
 
-def _times(plan: Plan, simulation: Simulation) -> RenderableType:
+def _times(plan: Plan, simulation: Simulation, listed: Sequence[int]) -> RenderableType:
     pipeline = plan.pipeline is not None
-    columns = ["group", "ranks", *["stages"] * pipeline, "computing", "optimizer", "communication", "idle", "busy", *["bubble"] * pipeline]
-    made = table(*columns, right=("computing", "optimizer", "communication", "idle", "busy", "bubble"))
-    for number, (group, times) in enumerate(zip(plan.groups, simulation.groups, strict=True)):
+    columns = ["group", "ranks", *["stages"] * pipeline, "computing", "optimizer", "exposed", "idle", "busy", *["bubble"] * pipeline]
+    made = table(*columns, right=("computing", "optimizer", "exposed", "idle", "busy", "bubble"))
+    for number in listed:
         stages = [numbers_words("", list(_stages(plan, number))).strip("s ")] if pipeline else []
-        cells = _time_cells(times, simulation.step_s)
-        made.add_row(str(number), ranks_words(group), *stages, *(cells if pipeline else cells[:-1]))
+        cells = _time_cells(simulation.groups[number], simulation.step_s)
+        made.add_row(str(number), ranks_words(plan.groups[number]), *stages, *(cells if pipeline else cells[:-1]))
     return made
 
 
@@ -159,18 +176,25 @@ def _time_cells(times: GroupTime, step_s: float) -> list[str]:
     return [*map(units.seconds, parts), units.percent(busy), units.percent(times.bubble)]
 
 
-def _memory(plan: Plan, simulation: Simulation, timeline: Timeline, width: int) -> RenderableType:
-    """Peak by kind, when it is, and a line of the height over time."""
+def _memory(plan: Plan, simulation: Simulation, timeline: Timeline, listed: Sequence[int], width: int) -> RenderableType:
+    """Peak by kind, when it is, and a line of the height over time: beside each other, or below where there is no room."""
     kinds = [kind for place, kind in enumerate(KINDS) if any(memory.peak[place] > 0 for memory in simulation.memory)]
-    made = table("group", *kinds, "peak", "of limit", "at", "over the step", right=(*kinds, "peak", "of limit", "at"))
-    columns = max(NARROWEST, min(WIDEST, width - 36 - 13 * len(kinds)))
+    room = width - 36 - 13 * len(kinds)
+    beside = room >= NARROWEST
+    named = table("group", *kinds, right=tuple(kinds))
+    ends = ("peak", "of limit", "at")
+    made = table("group", *(kinds if beside else []), *ends, "over the step", right=(*kinds, *ends))
+    columns = max(NARROWEST, min(WIDEST, room if beside else width - 42))
     limit, extent = plan.predicted.memory_limit_bytes, _extent(timeline)
-    for row, memory in zip(timeline.rows, simulation.memory, strict=True):
+    for number in listed:
+        memory, row = simulation.memory[number], timeline.rows[number]
         held, share = memory.at_peak(), memory.peak_bytes / limit if limit else 0.0
-        cells = [*(units.size(held[kind]) for kind in kinds), units.size(memory.peak_bytes), units.percent(share) if limit else ""]
+        sizes = [units.size(held[kind]) for kind in kinds]
         line = Text(_line(row.level(columns, timeline.step_s), *extent), style="red" if memory.peak_bytes > limit else "cyan")
-        made.add_row(str(row.group), *cells, units.seconds(memory.peak_s), line)
-    return made
+        cells = [units.size(memory.peak_bytes), units.percent(share) if limit else "", units.seconds(memory.peak_s)]
+        made.add_row(str(row.group), *(sizes if beside else []), *cells, line)
+        named.add_row(str(row.group), *sizes)
+    return made if beside else Group(made, Text(), named)
 
 
 def _extent(timeline: Timeline) -> tuple[int, int]:

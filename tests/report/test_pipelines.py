@@ -67,6 +67,16 @@ def test_one_line_a_stage() -> None:
     assert [line.split()[0] for line in table[:5]] == ["0", "1", "2", "3", "handed"]
 
 
+def test_many_stages_that_are_alike_are_one_row() -> None:
+    plan = pipeline_plan(64, microbatches=128, layers=128)
+    for text in (str(plan), shown(plan)):
+        assert "0-62   embed, model.layers.{0-1} .. model.layers.{124-125}  0-251" in text
+        assert "63     model.layers.{126-127}, head" in text
+        assert len(text.splitlines()) < 90
+    assert "16.0 MiB in 0.400 ms each" in shown(plan)
+    assert "62     model.layers.{124-125}" in shown(plan, full=True)
+
+
 def test_groups_with_meshes_of_their_own() -> None:
     for text in (str(UNEVEN), shown(UNEVEN)):
         assert "dp 2 x tp 2 + dp 4 = 8 ranks" in text

@@ -29,9 +29,9 @@ PLAN = pipeline_plan(4, recompute=3)
 PEAK = max(PLAN.predicted.stage_memory_bytes)
 
 
-def told(plan: Plan, width: int = 160) -> str:
+def told(plan: Plan, width: int = 160, full: bool = False) -> str:
     file = io.StringIO()
-    simulate(plan, console(file, width))
+    simulate(plan, console(file, width), full)
     return file.getvalue()
 
 
@@ -92,9 +92,18 @@ def test_a_plan_without_times_is_refused() -> None:
         told(sample_plan())
 
 
-@pytest.mark.parametrize("width", [80, 120, 200])
-def test_lines_keep_to_the_width(width: int) -> None:
-    assert max(map(len, told(PLAN, width).splitlines())) <= width
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_lines_keep_to_the_width_and_nothing_is_cut(width: int) -> None:
+    text = told(PLAN, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+
+
+def test_of_many_groups_some_are_listed() -> None:
+    plan = pipeline_plan(64, microbatches=64, layers=64)
+    text = told(plan)
+    assert "14 of 64, --full lists all" in text and " 63     252-255" in text and " 62     248-251" not in text
+    assert " 62     248-251" in told(plan, full=True)
 
 
 # ---- the Chrome trace ----------------------------------------------------------------------------------------------------------------
