@@ -22,7 +22,8 @@ from autopar.runtime.convert import LocalStep, Place, local_steps
 
 MAY_SHARE_MEMORY = frozenset(
     {
-        "autopar.reshard", "aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.expand.default",
+        "autopar.reshard", "autopar.dropout", "aten.view.default", "aten._unsafe_view.default", "aten.reshape.default",
+        "aten.expand.default",
         "aten.t.default", "aten.transpose.int", "aten.permute.default", "aten.slice.Tensor", "aten.select.int",
         "aten.unsqueeze.default", "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.split.Tensor",
         "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int", "aten.narrow.default", "aten.alias.default",
@@ -31,7 +32,8 @@ MAY_SHARE_MEMORY = frozenset(
         "aten.real.default", "aten.view_as_real.default", "aten.view_as_complex.default", "aten._to_copy.default",
     }
 )  # fmt: skip
-"""Operators whose result may lie in their operand's memory; a reader of the result then reads the operand."""
+"""Operators whose result may lie in their operand's memory, such as dropout while it is switched off; a reader of the result then reads
+the operand."""
 
 
 @dataclass(frozen=True, slots=True)
