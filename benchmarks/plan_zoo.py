@@ -2,8 +2,8 @@
 
     python benchmarks/plan_zoo.py [--models gpt2 llama ...] [--cluster h100x8] [--exact S] [--repeats 1] [--write docs/plans.md]
 
-Every model (AdamW, on `meta`) is planned with the memory its devices have and, where what it then takes is more than it must, with seven
-tenths of that. `--exact S` plans each also with `effort="exact"` and S seconds. Prints JSON: CPU seconds of tracing and of the search (the least of
+Every model (AdamW, on `meta`) is planned with the memory its devices have and, where that fits, with seven tenths of what it then takes.
+`--exact S` plans each also with `effort="exact"` and S seconds. Prints JSON: CPU seconds of tracing and of the search (the least of
 `--repeats`), step time, the bound, the gap between them, memory; `--write` keeps it as a table in a page of the documentation, between
 its markers.
 """
@@ -49,8 +49,8 @@ class Size:
 SIZES: dict[str, Size] = {
     "gpt2": Size("GPT-2 XL", 64, 1024, options={"layers": 48, "n_embd": 1600, "n_head": 25, "vocab_size": 50257, "n_positions": 1024}),
     "llama": Size("Llama 8B", 16, 4096, options={
-        "layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-        "max_position_embeddings": 4096}),
+        "layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256, "max_position_embeddings": 4096}),
     "qwen3": Size("Qwen3 8B", 16, 4096, options={
         "layers": 36, "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
         "vocab_size": 151936, "max_position_embeddings": 4096}),
@@ -59,13 +59,14 @@ SIZES: dict[str, Size] = {
     "t5": Size("T5 3B", 32, 512, options={
         "layers": 24, "num_decoder_layers": 24, "d_model": 1024, "d_ff": 16384, "num_heads": 32, "d_kv": 128, "vocab_size": 32128}),
     "bart": Size("BART large", 64, 1024, options={
-        "layers": 12, "decoder_layers": 12, "d_model": 1024, "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "encoder_attention_heads": 16,
-        "decoder_attention_heads": 16, "vocab_size": 50265, "max_position_embeddings": 1024}),
+        "layers": 12, "decoder_layers": 12, "d_model": 1024, "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096,
+        "encoder_attention_heads": 16, "decoder_attention_heads": 16, "vocab_size": 50265, "max_position_embeddings": 1024}),
     "vit": Size("ViT huge", 256, pixels=224, options={
         "layers": 32, "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "image_size": 224, "patch_size": 14,
         "num_labels": 1000}),
     "resnet": Size("ResNet-152", 256, pixels=224, options={
-        "depths": [3, 8, 36, 3], "embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "layer_type": "bottleneck", "num_labels": 1000}),
+        "depths": [3, 8, 36, 3], "embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "layer_type": "bottleneck",
+        "num_labels": 1000}),
     "unet-groups": Size("U-Net of 5 levels", 64, pixels=256, options={"layers": 5, "width": 64}),
     "encoder": Size("nn.Transformer encoder", 64, 512, options={"layers": 24, "width": 1024}),
 }  # fmt: skip
@@ -170,10 +171,8 @@ def write(page: Path, rows: list[dict[str, Any]]) -> None:
         if row["microbatches"] > 1:
             mesh += f", {row['microbatches']} microbatches"
         memory = f"{row['memory_bytes'] / 2**30:.1f} of {row['limit_bytes'] / 2**30:.1f} GiB" + ("" if row["fits"] else ", does not fit")
-        lines.append(
-            f"| {row['model']}, batch {row['batch']} | {row['operations']} | {memory} | {row['effort']} | {mesh} | {row['step_s'] * 1e3:.1f} ms "
-            f"| {row['gap']:.2%} | {row['trace_s']:.2f} | {row['search_s']:.2f} |"
-        )
+        step = f"{row['step_s'] * 1e3:.1f} ms | {row['gap']:.2%} | {row['trace_s']:.2f} | {row['search_s']:.2f}"
+        lines.append(f"| {row['model']}, batch {row['batch']} | {row['operations']} | {memory} | {row['effort']} | {mesh} | {step} |")
     text = page.read_text("utf-8")
     before, rest = text.split(BEGIN)
     page.write_text(before + BEGIN + "\n\n" + "\n".join(lines) + "\n\n" + END + rest.split(END)[1], "utf-8")
