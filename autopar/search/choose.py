@@ -40,12 +40,13 @@ def with_pipelines(
         proposals = Proposals(graph, settings, pins, schedule, microbatches)
     except PlanError:
         return flat
-    if schedule is None and flat.predicted.fits and not _promising(proposals, flat):
-        rows = [_no_better(groups, proposals.bound_s(groups)) for groups in proposals.groups()]
+    accumulate = microbatches is None and schedule is None and _tight(flat)
+    if schedule is None and flat.predicted.fits and not _promising(proposals, flat, accumulate):
+        rows = [_no_better(proposals, groups) for groups in proposals.groups()]
         return flat.model_copy(update={"candidates": (_candidate(flat), *rows)})
     table: dict[int, Candidate] = {} if schedule else {1: _candidate(flat)}
     found: list[Proposal] = []
-    for proposal in proposals.all(accumulate=microbatches is None and schedule is None and _tight(flat)):
+    for proposal in proposals.all(accumulate, _beat_s(proposals, flat) if schedule is None else math.inf):
         if proposal.pipeline is None:
             table.setdefault(proposal.groups, Candidate(groups=proposal.groups, what=f"{proposal.groups} groups", why=proposal.why))
         else:
@@ -85,16 +86,27 @@ def with_pipelines(
     return best.model_copy(update={"candidates": candidates, "predicted": predicted, "notes": notes})
 
 
-def _no_better(groups: int, bound_s: float) -> Candidate:
-    why = "the batch cannot be divided into microbatches" if math.isinf(bound_s) else f"cannot take less than {seconds(bound_s)}"
-    return Candidate(groups=groups, what=f"{groups} groups", why=why)
+def _no_better(proposals: Proposals, groups: int) -> Candidate:
+    bound_s = proposals.bound_s(groups)
+    if math.isinf(bound_s):
+        return Candidate(groups=groups, what=f"{groups} groups", why="the batch cannot be divided into microbatches")
+    return Candidate(groups=groups, what=f"{groups} groups", why=f"not searched: cannot take less than {seconds(bound_s)}")
 
 
-def _promising(proposals: Proposals, flat: Plan) -> bool:
-    """Whether a pipeline may be so much faster than `flat` that it is worth a search."""
-    cluster = proposals.settings.cluster
-    worth = _WORTH if cluster.nodes > 1 else _WORTH_IN_ONE_MACHINE
-    return proposals.least_s < worth * flat.predicted.step_s
+def _beat_s(proposals: Proposals, flat: Plan) -> float:
+    """What a pipeline must take less than to be worth a search; anything will do where `flat` does not fit."""
+    worth = _WORTH if proposals.settings.cluster.nodes > 1 else _WORTH_IN_ONE_MACHINE
+    return worth * flat.predicted.step_s if flat.predicted.fits else math.inf
+
+
+def _promising(proposals: Proposals, flat: Plan, accumulate: bool) -> bool:
+    """Whether a pipeline (or, with `accumulate`, more microbatches) may be so much faster than `flat` that it is worth a search: by the
+    bound, and by what is guessed of all ways, at their best."""
+    beat_s = _beat_s(proposals, flat)
+    if proposals.least_s >= beat_s:
+        return False
+    groups = ((1,) if accumulate else ()) + proposals.groups()
+    return min((guess.hope_s for count in groups for guess in proposals.guesses.best(count)), default=math.inf) < beat_s
 
 
 def _tight(flat: Plan) -> bool:

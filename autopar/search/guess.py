@@ -28,17 +28,20 @@ from autopar.search.stage_prices import StagePrices
 
 _SECOND = 4  # sequences of the larger of the two microbatches that are solved, at least
 _FEW_MICROBATCHES = 2  # times the groups; fewer are tried only where there is nothing else
+_SMALL_BUBBLE = 1 / 3  # of that of `1f1b`: what the best schedules have
 _MOST_ACTIONS = 60_000  # of a step; a schedule with more takes long to simulate
 
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """A way to run the model with `groups` groups, and about what its step takes."""
+    """A way to run the model with `groups` groups, and about what its step takes. `hope_s`: under a schedule with small bubbles, with even
+    stages and reductions hidden."""
 
     groups: int
     tensor: int
     microbatches: int
     step_s: float
+    hope_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +90,12 @@ class Guesses:
                 continue
             for count in self._counts(groups):
                 each = self.prices.batch / count / (size // tensor)  # sequences of a microbatch on a rank
-                step_s = self._step_s(groups, tensor, count, max(1, math.ceil(each)))
-                if step_s is not None:
-                    found.append(Guess(groups, tensor, count, step_s))
+                times_s = self._times_s(groups, tensor, count, max(1, math.ceil(each)))
+                if times_s is not None:
+                    found.append(Guess(groups, tensor, count, *times_s))
         return tuple(sorted(found, key=lambda guess: (guess.step_s, guess.microbatches)))
 
-    def _step_s(self, p: int, tensor: int, m: int, k: int) -> float | None:
+    def _times_s(self, p: int, tensor: int, m: int, k: int) -> tuple[float, float] | None:
         """A microbatch of fewer sequences than `d` is priced as one for each rank: about what it is if something else is split instead."""
         line = self._line(tensor)
         if line is None:
@@ -113,7 +116,8 @@ class Guesses:
         slot_s = max(one_s / p + (longest_s / 2 if p > 1 else 0.0), longest_s)
         axis = axes(settings.cluster, (d, tensor), AXES)[0]
         reduce_s = axis.bucketed_s("all_reduce", held) if d > 1 else 0.0
-        return ((m + p - 1) * slot_s + reduce_s) * (1 + 10 * lacking)
+        step_s, hope_s = (m + p - 1) * slot_s + reduce_s, (m + (p - 1) * _SMALL_BUBBLE) * max(one_s / p, longest_s)
+        return step_s * (1 + 10 * lacking), hope_s
 
     def _make_line(self, tensor: int) -> _Line | None:
         batch = self.prices.batch

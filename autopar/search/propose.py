@@ -96,8 +96,9 @@ class Proposals:
         """What no pipeline can beat."""
         return min((self.bound_s(groups) for groups in self.groups()), default=math.inf)
 
-    def all(self, accumulate: bool) -> Iterator[Proposal]:
-        """For every number of groups the best; of one group, which only accumulates gradients, if `accumulate`."""
+    def all(self, accumulate: bool, beat_s: float = math.inf) -> Iterator[Proposal]:
+        """For every number of groups the best; of one group, which only accumulates gradients, if `accumulate`. Numbers of groups that
+        are not even guessed to beat `beat_s` are not searched."""
         best_s, off = math.inf, math.inf
         tried = _TRIED if self.settings.cluster.world_size <= _FEW_RANKS else _TRIED_ON_MANY
         ways = {groups: self.guesses.best(groups) for groups in ((1,) if accumulate else ()) + self.groups()}
@@ -105,6 +106,8 @@ class Proposals:
             bound_s = self.bound_s(groups) if groups > 1 else self.ideal_s
             if not guesses:
                 yield Proposal(groups, bound_s, why="the batch cannot be divided into microbatches")
+            elif min(guess.hope_s for guess in guesses) >= beat_s:
+                yield Proposal(groups, bound_s, why=f"not searched: cannot take less than {seconds(bound_s)}")
             elif bound_s >= best_s:
                 yield Proposal(groups, bound_s, why=f"cannot take less than {seconds(bound_s)}")
             else:
