@@ -102,11 +102,14 @@ def _beat_s(proposals: Proposals, flat: Plan) -> float:
 def _promising(proposals: Proposals, flat: Plan, accumulate: bool) -> bool:
     """Whether a pipeline (or, with `accumulate`, more microbatches) may be so much faster than `flat` that it is worth a search: by the
     bound, and by what is guessed of all ways, at their best."""
+
+    def hope_s(groups: int) -> float:
+        return min((guess.hope_s for guess in proposals.guesses.best(groups)), default=math.inf)
+
+    if accumulate and hope_s(1) < flat.predicted.step_s:
+        return True
     beat_s = _beat_s(proposals, flat)
-    if proposals.least_s >= beat_s:
-        return False
-    groups = ((1,) if accumulate else ()) + proposals.groups()
-    return min((guess.hope_s for count in groups for guess in proposals.guesses.best(count)), default=math.inf) < beat_s
+    return proposals.least_s < beat_s and any(hope_s(groups) < beat_s for groups in proposals.groups())
 
 
 def _tight(flat: Plan) -> bool:

@@ -97,7 +97,7 @@ class Proposals:
         return min((self.bound_s(groups) for groups in self.groups()), default=math.inf)
 
     def all(self, accumulate: bool, beat_s: float = math.inf) -> Iterator[Proposal]:
-        """For every number of groups the best; of one group, which only accumulates gradients, if `accumulate`. Numbers of groups that
+        """For every number of groups the best; of one group, which only accumulates gradients, if `accumulate`. Pipelines that
         are not even guessed to beat `beat_s` are not searched."""
         best_s, off = math.inf, math.inf
         tried = _TRIED if self.settings.cluster.world_size <= _FEW_RANKS else _TRIED_ON_MANY
@@ -106,7 +106,7 @@ class Proposals:
             bound_s = self.bound_s(groups) if groups > 1 else self.ideal_s
             if not guesses:
                 yield Proposal(groups, bound_s, why="the batch cannot be divided into microbatches")
-            elif min(guess.hope_s for guess in guesses) >= beat_s:
+            elif groups > 1 and min(guess.hope_s for guess in guesses) >= beat_s:
                 yield Proposal(groups, bound_s, why=f"not searched: cannot take less than {seconds(bound_s)}")
             elif bound_s >= best_s:
                 yield Proposal(groups, bound_s, why=f"cannot take less than {seconds(bound_s)}")
