@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil, floor, log10
 from statistics import median
@@ -35,7 +35,7 @@ MARGIN, LEFT, RIGHT, TOP = 14, 160, 170, 82
 COMPUTE, COMMUNICATION, MEMORY, GAP = 22, 8, 20, 10
 WIDEST, NARROWEST = 6000, 900
 MOST_NAMED = 20_000
-"""Boxes: pictures of more are drawn without what each says when pointed at."""
+"""Boxes: in pictures of more, those of one colour in a row are one path, and do not say what they are when pointed at."""
 NUMBER_WIDTH = 13
 """Pixels in which a microbatch's number of two digits can be read: the picture is made as wide as that takes."""
 
@@ -58,6 +58,7 @@ class _Drawn:
     stages: str
     y: int
     boxes: list[_Box]
+    paths: list[tuple[str, str]]
     lanes: list[tuple[str, int]]
     memory: str
     memory_y: int
@@ -70,8 +71,11 @@ def schedule_svg(timeline: Timeline) -> str:
     across = _width(timeline)
     scale = across / timeline.step_s if timeline.step_s > 0 else 0.0
     height = COMPUTE + MEMORY + GAP + max((_lanes(row) for row in timeline.rows), default=0) * COMMUNICATION
-    rows = [_row(timeline, row, TOP + number * height, scale, across) for number, row in enumerate(timeline.rows)]
+    memory = _memory_scale(timeline)
+    rows = [_row(timeline, row, TOP + number * height, scale, across, memory) for number, row in enumerate(timeline.rows)]
     named = sum(len(row.boxes) for row in rows) <= MOST_NAMED
+    if not named:
+        rows = [replace(row, boxes=[box for box in row.boxes if box.text], paths=_paths(row.boxes)) for row in rows]
     bottom = TOP + len(rows) * height - GAP
     kinds = {span.kind for row in timeline.rows for lane in row.lanes for span in lane.spans}
     return _template().render(
@@ -86,9 +90,8 @@ def schedule_svg(timeline: Timeline) -> str:
         top=TOP,
         bottom=bottom,
         compute_height=COMPUTE,
-        named=named,
         colours=COLOURS,
-        legend=list(_legend(timeline, kinds)),
+        legend=list(_legend(timeline, kinds, limited=memory[1] > 0)),
         ticks=list(_ticks(timeline.step_s, scale, across)),
         rows=rows,
     )
@@ -128,7 +131,7 @@ def _width(timeline: Timeline) -> int:
     return round(min(WIDEST, max(NARROWEST, wanted)))
 
 
-def _row(timeline: Timeline, row: Row, y: int, scale: float, across: int) -> _Drawn:
+def _row(timeline: Timeline, row: Row, y: int, scale: float, across: int, memory: tuple[int, int]) -> _Drawn:
     boxes: list[_Box] = []
     lanes: list[tuple[str, int]] = []
     below = y + COMPUTE + 1
@@ -140,7 +143,7 @@ def _row(timeline: Timeline, row: Row, y: int, scale: float, across: int) -> _Dr
             boxes += _boxes(lane, order, below, COMMUNICATION - 1, scale)
             lanes.append((lane.name, below + COMMUNICATION - 2))
             below += COMMUNICATION
-    most, limit = _memory_scale(timeline)
+    most, limit = memory
     floor_y = below + MEMORY
     share = f" of {units.size(timeline.limit_bytes)}" if timeline.limit_bytes else ""
     return _Drawn(
@@ -148,12 +151,22 @@ def _row(timeline: Timeline, row: Row, y: int, scale: float, across: int) -> _Dr
         stages=numbers_words("stage", sorted(row.stages)) if row.stages else "",
         y=y,
         boxes=boxes,
+        paths=[],
         lanes=lanes,
         memory=_area(row, timeline.step_s, across, floor_y, (MEMORY - 2) / most if most else 0.0),
         memory_y=floor_y - 3,
         limit_y=round(floor_y - limit * (MEMORY - 2) / most, 1) if limit else None,
         peak=f"peak {units.size(row.peak_bytes)}{share}" if row.memory else "",
     )
+
+
+def _paths(boxes: list[_Box]) -> list[tuple[str, str]]:
+    """Boxes without text by style, each style as one SVG path of rectangles."""
+    found: dict[str, list[str]] = {}
+    for box in boxes:
+        if not box.text:
+            found.setdefault(box.style, []).append(f"M{box.x:.1f} {box.y}h{box.width:.1f}v{box.height}h-{box.width:.1f}z")
+    return [(style, "".join(parts)) for style, parts in found.items()]
 
 
 def _memory_scale(timeline: Timeline) -> tuple[int, int]:
@@ -227,13 +240,13 @@ def _area(row: Row, step_s: float, across: int, floor_y: int, scale: float) -> s
     return path + f"H{LEFT + across}V{floor_y}Z"
 
 
-def _legend(timeline: Timeline, kinds: set[str]) -> Iterator[dict[str, object]]:
+def _legend(timeline: Timeline, kinds: set[str], limited: bool) -> Iterator[dict[str, object]]:
     x = MARGIN
     entries = [(kind, words) for kind, words in KINDS.items() if kind in kinds] + [("idle", "idle")]
     if any(len(row.stages) > 1 for row in timeline.rows):
         entries.append(("F2", "lighter: every second stage of the same ranks"))
     if any(row.memory for row in timeline.rows):
-        entries.append(("memory", "memory, dashed: its limit" if _memory_scale(timeline)[1] else "memory"))
+        entries.append(("memory", "memory, dashed: its limit" if limited else "memory"))
     for style, text in entries:
         yield {"style": style, "text": text, "x": x, "outlined": style == "idle"}
         x += 36 + round(6.6 * len(text))

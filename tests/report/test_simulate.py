@@ -230,6 +230,14 @@ def test_the_size_is_bounded_by_the_pixels() -> None:
     assert len(list(root.iter(f"{SVG}rect"))) < 4 * float(root.attrib["width"]), "two rows of two lanes"
 
 
+def test_pictures_of_many_boxes_draw_a_colour_of_a_row_at_once() -> None:
+    root = drawn(text := schedule_svg(schedule_timeline("1f1b", 20, 1, 400)))
+    paths = [item for item in root.iter(f"{SVG}path") if item.attrib["class"] in ("F", "B")]
+    assert len(paths) == 20 * 2
+    assert sum(item.attrib["d"].count("M") for item in paths) == 20 * 400 * 2, "every action is in one"
+    assert not boxes(root, "F") and len(text) < 2_500_000
+
+
 def test_the_picture_of_a_plan() -> None:
     root = drawn(schedule_svg(timeline()))
     words = " ".join(root.itertext())
