@@ -7,6 +7,7 @@ its own part of the batch holds its part of every microbatch, one behind the oth
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +19,7 @@ from autopar.ir.microbatch import Microbatched
 from autopar.ir.placement import Placement, R, S
 from autopar.ir.rules import splits
 from autopar.runtime.convert import Place
-from autopar.runtime.lower import Borders, lower
+from autopar.runtime.lower import Borders, Mode, lower
 
 
 class Microbatches:
@@ -48,22 +49,27 @@ class Microbatches:
         self.states: dict[str, State] = {path: _of_a_part(states[path], over_time[path], self.count) for path in inputs}
         """The state in which each input of the body comes, by path."""
         self._over_time = over_time
-        self._prologue: fx.GraphModule | None = None
+        self._programs: dict[Mode, fx.GraphModule] = {}
+        self._lower = partial(_whole_program, batched.prologue, states, place, device)
         if batched.prologue is not None:
             self.states |= {item.path: whole for item in batched.prologue.outputs}
-            self._prologue = _whole_program(batched.prologue, states, place, device)
 
-    def cut(self, tensors: Sequence[Tensor], buffers: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The inputs of the body that are read, by path, for each microbatch. `tensors`: the call's, in the order of `inputs`."""
+    def cut(self, tensors: Sequence[Tensor], buffers: Mapping[str, Tensor], mode: Mode, counter: Tensor) -> list[dict[str, Tensor]]:
+        """The inputs of the body that are read, by path, for each microbatch. `tensors`: the call's, in the order of `inputs`.
+
+        `mode`, `counter`: whether and by what state the prologue draws masks of dropout, which are one for all microbatches.
+        """
         given = dict(zip(self._inputs, tensors, strict=True))
         ahead: dict[str, Tensor] = {}
         prologue = self.batched.prologue
-        if prologue is not None and self._prologue is not None:
+        if prologue is not None:
+            if mode not in self._programs:
+                self._programs[mode] = self._lower(mode)
             arguments = [given[item.path] for item in prologue.inputs]
             arguments += [buffers[item.fqn] for item in prologue.buffers]
             arguments += [self._constants[item.value] for item in prologue.constants]
             with torch.no_grad():
-                results = self._prologue(*arguments, torch.zeros(2, dtype=torch.int64))
+                results = self._programs[mode](*arguments, counter)
             ahead = {item.path: result for item, result in zip(prologue.outputs, results, strict=False)}
         read = {path: tensor for path, tensor in (given | ahead).items() if path in self._reads}
         return [
@@ -103,10 +109,11 @@ def _of_a_part(state: State, over_time: Placement, count: int) -> State:
     return tuple(S(0) if placement == S(0, count) and over_time.dim == 0 else placement for placement in state)
 
 
-def _whole_program(graph: Graph, states: Mapping[str, State], place: Place, device: torch.device) -> fx.GraphModule:
+def _whole_program(graph: Graph | None, states: Mapping[str, State], place: Place, device: torch.device, mode: Mode) -> fx.GraphModule:
     """The program that runs `graph` whole on every rank, from inputs in `states`."""
+    assert graph is not None
     whole: State = (R,) * len(place.mesh)
     replicate = {op.name: (splits(graph, op)[0],) * len(place.mesh) for op in graph.ops}
     assignment = Assignment(tuple(str(axis) for axis in range(len(place.mesh))), place.mesh, replicate, {})
     borders = Borders({item.value: states[item.path] for item in graph.inputs}, {}, (whole,) * len(graph.outputs))
-    return lower(graph, assignment, place, borders, device)
+    return lower(graph, assignment, place, borders, device, mode)

@@ -211,7 +211,8 @@ class ParallelModule(DistributedModule):
         self._check_mode()
         owners = zip(self._graph.buffers, self._buffer_owners, strict=True)
         buffers = {item.fqn: cast(Tensor, owner._buffers[name]) for item, (owner, name) in owners}
-        parts = self._microbatches.cut(self._bound(args, kwargs), buffers)
+        tensors = self._bound(args, kwargs)
+        parts = self._microbatches.cut(tensors, buffers, self._mode, self._next_counter())
         return [(tuple(part[item.path] for item in self._graph.inputs), self._next_counter()) for part in parts]
 
     def _begin(self) -> list[Tensor]:

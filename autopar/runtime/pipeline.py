@@ -297,7 +297,8 @@ class PipelineModule(DistributedModule):
             raise RuntimeSetupError(f"this module cannot go on: {self._failure}. Start all ranks again, from the last checkpoint")
         self._check_mode()
         buffers = {fqn: self._buffer(fqn) for fqn in self._buffer_owners}
-        inputs = self._microbatches.cut(self._bound(args, kwargs), buffers)
+        tensors = self._bound(args, kwargs)
+        inputs = self._microbatches.cut(tensors, buffers, self._mode, self._next_counter())
         return Batch(inputs, [self._next_counter() for _ in inputs], self._mode, train, self._sync)
 
     def _begin(self) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+import autopar
 from autopar.ir.assignment import Assignment, Storage
 from autopar.ir.graph import Graph
 from autopar.ir.placement import R
+from autopar.ir.plan import Plan
 from autopar.ir.rules import splits
 from autopar.ir.trace import trace
 from autopar.runtime.dropout import attention, dropout, without_dropout
+from autopar.runtime.launch import RankPool
 from tests.runtime.random_plans import AXES, Mesh, parallel_module
 from tests.runtime.simulated import simulate
+from tests.zoo import talkative
 
 
 class Drop(nn.Module):
@@ -134,3 +140,40 @@ def test_random_numbers_agree_between_ranks_and_differ_between_steps() -> None:
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), "ranks draw different numbers"
     assert not any(torch.equal(a, b) for a, b in zip(*first, strict=True)), "two steps draw the same numbers"
+
+
+class DropWeight(nn.Module):
+    """Dropout of what no row of the batch has a part in, as of a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.drop, self.layer = nn.Parameter(torch.ones(16, 8)), nn.Dropout(0.5), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.drop(self.table)
+        return (self.layer(x + table.unsqueeze(0)) + table.T.mean()).pow(2).mean()
+
+
+def dropped(plan: Plan) -> tuple[list[float], list[float]]:
+    """On a rank: losses of the same batch, in training and in evaluation."""
+    torch.manual_seed(0)
+    model, x = DropWeight(), torch.ones(8, 16, 8)
+    module: Any = autopar.parallelize(model, x, plan=plan)
+    training = [float(module.step(x)) for _ in range(3)]
+    module.eval()
+    return training, [float(module(x)) for _ in range(2)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("mesh", [{"dp": 2, "tp": 1}, {"pp": 2, "dp": 1, "tp": 1}])
+def test_one_mask_for_all_microbatches(mesh: dict[str, int], ranks2: RankPool) -> None:
+    torch.manual_seed(0)
+    model, x = DropWeight(), torch.ones(8, 16, 8)
+    plan = autopar.plan(model, x, talkative(2), mesh=mesh, microbatches=2)
+    report = autopar.verify(model, x, plan, steps=2, ranks=ranks2)
+    assert report.ok, report
+    first, second = ranks2.run(dropped, plan)
+    assert first == second
+    training, evaluation = first
+    assert len(set(training)) == 3
+    assert evaluation == pytest.approx([float(model.eval()(x).detach())] * 2, rel=1e-6)
