@@ -9,11 +9,13 @@ decide lie many orders of magnitude; the choices that messages round to say wher
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.search.arrays import Arrays
 from autopar.search.evaluate import add_prices, cost_of, usage_of
 from autopar.search.messages import find_core, magnitude, rounding, sweep
 from autopar.search.problem import Floats
+from autopar.search.reduced_costs import reduced_costs
 from autopar.search.trees import choose_down, find_trees, pass_up
 
 __all__ = ["Dual"]
@@ -66,6 +68,15 @@ class Dual:
         self._note()
         self._move()
 
+    def worth_keeping(self, cost: float, sweeps: int = 20) -> NDArray[np.bool_]:
+        """`(S,)`: strategies that a choice within the limit of at most `cost` can have, as far as the best prices tell."""
+        self._set_prices(self.best_prices)
+        for _ in range(sweeps):
+            self._sweep()
+        above = reduced_costs(self.arrays, self.trees, self.core, self._reach)
+        bound = self._core_bound + self._roots + self.constant - self._paid
+        return np.asarray(bound + above <= cost + 2 * _UNIT_ROUNDOFF * self._doubt(bound))
+
     # ---- inside
 
     def _set_prices(self, prices: Floats) -> None:
@@ -94,10 +105,13 @@ class Dual:
         if self.now <= self.raw:
             return
         self.raw, self.best_prices, self.best_priced = self.now, self.prices.copy(), self.priced
-        doubt = 4 * magnitude(self.arrays, self.core, self._reach) + 64 * len(self.prices) * abs(self._paid)
-        doubt += (len(self.choice) + 8) * (abs(self.now) + abs(self._paid) + abs(self.constant))
-        proven = self.now - _UNIT_ROUNDOFF * doubt
+        proven = self.now - _UNIT_ROUNDOFF * self._doubt(self.now)
         self.bound = max(self.bound, float(np.ceil(proven)) if self._whole else proven)
+
+    def _doubt(self, bound: float) -> float:
+        """What rounding can have done to a bound, in units of the last place."""
+        doubt = 4 * magnitude(self.arrays, self.core, self._reach) + 64 * len(self.prices) * abs(self._paid)
+        return doubt + (len(self.choice) + 8) * (abs(bound) + abs(self._paid) + abs(self.constant))
 
     def _move(self) -> None:
         """Change the prices by what is missing or left at each step, relative to its room."""

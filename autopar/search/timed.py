@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,10 +18,14 @@ from autopar.search.possible import possible_choice
 from autopar.search.problem import Ints, Problem, Solution
 from autopar.search.walker import Best, Walker
 
+if TYPE_CHECKING:
+    from autopar.search.finish import Finish
+
 __all__ = ["search_timed"]
 
 _DUAL_STEPS = 50  # between two looks at the time
 _STALLED = 1e-5  # of the bound: less in that many steps is not worth a thread of its own
+_ROUNDS_BEFORE_FINISH = 10  # of walks, before what is left open is given to an integer program
 _IDLE_ROUNDS = 200  # without a better choice: the end where no time limit is given
 
 
@@ -34,6 +39,10 @@ class _Clock:
     @property
     def seconds(self) -> float:
         return perf_counter() - self.start
+
+    @property
+    def left_s(self) -> float | None:
+        return None if self.limit_s is None else max(0.0, self.limit_s - self.seconds)
 
     @property
     def up(self) -> bool:
@@ -69,7 +78,7 @@ def search_timed(
     picked = tuple(choice.tolist())
     cost, memory = problem.evaluate(picked)
     feasible = cost < np.inf and memory <= problem.memory_limit_bytes
-    bound = min(search.dual.bound, cost) if feasible else search.dual.bound
+    bound = min(search.bound, cost) if feasible else search.bound
     return Solution(picked, cost, memory, bound, feasible, float(search.dual.best_prices.sum()))
 
 
@@ -84,7 +93,9 @@ class _Search:
         self, arrays: Arrays, clock: _Clock, seed: int, gap: float, progress: Callable[[Progress], None] | None, idle_rounds: int
     ) -> None:
         self.arrays, self.clock, self.gap, self.progress = arrays, clock, gap, progress
-        self.idle_rounds = idle_rounds
+        self.idle_rounds, self.seed = idle_rounds, seed
+        self.finish: Finish | None = None
+        self.proven = -np.inf
         self.best = Best(arrays)
         self.dual = Dual(arrays)
         self.best.offer(self.dual.choice)
@@ -93,31 +104,69 @@ class _Search:
         self.walkers = [Walker(arrays, generator(seed + 1 + number)) for number in range(2)]
 
     @property
+    def bound(self) -> float:
+        """The higher of the dual's bound and the integer program's."""
+        return max(self.dual.bound, self.proven)
+
+    @property
     def done(self) -> bool:
-        if self.best.excess == 0 and self.best.cost - self.dual.bound <= self.gap * abs(self.dual.bound):
+        if self.best.excess == 0 and self.best.cost - self.bound <= self.gap * abs(self.bound):
             return True
         return self.clock.up
 
     def run(self) -> None:
-        """Rounds until the end. While the bound grows, the dual has one of the two threads."""
-        idle, before, rising = 0, -np.inf, True
+        """Rounds until the end. While the bound grows, the dual has one of the two threads; later what is left open, if that is little."""
         with ThreadPoolExecutor(2) as threads:
-            while not self.done and (self.clock.limit_s is not None or idle < self.idle_rounds):
-                walkers = self.walkers[1:] if rising else self.walkers
-                for walker in walkers:
-                    walker.prepare(self.best, self.rounded, self.dual)
-                jobs = [threads.submit(self._raise_bound)] if rising else []
-                jobs += [threads.submit(walker.walk) for walker in walkers if walker.ready]
-                for job in jobs:
-                    job.result()
-                if self.best.choice is None:
-                    self._settle_on_a_possible()
-                found = [self.best.offer(choice) for choice in self._found(walkers, rising)]
-                idle = 0 if any(found) or rising else idle + 1
-                if rising:
-                    rising = self.dual.bound - before > _STALLED * abs(self.dual.bound) or self.best.choice is None
-                    before = self.dual.bound
-                self._report("bound" if rising else "moves")
+            try:
+                self._rounds(threads)
+            finally:
+                if self.finish is not None:
+                    self.finish.stop()
+                    self._finished()
+
+    def _rounds(self, threads: ThreadPoolExecutor) -> None:
+        idle, rounds, before, rising = 0, 0, -np.inf, True
+        while not self.done and (self.clock.limit_s is not None or idle < self.idle_rounds):
+            walkers = self.walkers[1:] if rising or self._finishing else self.walkers
+            for walker in walkers:
+                walker.prepare(self.best, self.rounded, self.dual)
+            jobs = [threads.submit(self._raise_bound)] if rising else []
+            jobs += [threads.submit(walker.walk) for walker in walkers if walker.ready]
+            for job in jobs:
+                job.result()
+            if self.best.choice is None:
+                self._settle_on_a_possible()
+            found = [self.best.offer(choice) for choice in self._found(walkers, rising)]
+            idle = 0 if any(found) or rising else idle + 1
+            if rising:
+                rising = self.dual.bound - before > _STALLED * abs(self.dual.bound) or self.best.choice is None
+                before = self.dual.bound
+            else:
+                rounds += 1
+                self._look_at_the_rest(threads, rounds)
+            self._report("bound" if rising else "moves")
+
+    def _look_at_the_rest(self, threads: ThreadPoolExecutor, rounds: int) -> None:
+        """Begin the integer program after some rounds of walks, when the best choice is good; see whether it has ended.
+
+        Where there is no time limit, its end is waited for: then when it ends is not by chance.
+        """
+        if self.finish is None and rounds == _ROUNDS_BEFORE_FINISH and self.best.excess == 0:
+            from autopar.search.finish import Finish  # CP-SAT takes a while to import
+
+            self.finish = Finish(self.arrays, self.dual, self.best, threads, self.clock.left_s, self.seed)
+        if self.finish is not None and self.finish.poll(wait=self.clock.limit_s is None):
+            self._finished()
+
+    def _finished(self) -> None:
+        assert self.finish is not None
+        if self.finish.choice is not None:
+            self.best.offer(self.finish.choice)
+        self.proven = max(self.proven, self.finish.bound)
+
+    @property
+    def _finishing(self) -> bool:
+        return self.finish is not None and self.finish.running
 
     def _raise_bound(self) -> None:
         self.rounded = Best(self.arrays)
@@ -136,6 +185,6 @@ class _Search:
 
     def _report(self, phase: str) -> None:
         if self.progress is not None:
-            cost, bound = self.best.cost if self.best.excess == 0 else np.inf, self.dual.bound
+            cost, bound = self.best.cost if self.best.excess == 0 else np.inf, self.bound
             gap = (cost - bound) / abs(bound) if cost > bound and bound != 0 else 0.0
             self.progress(Progress(phase, cost, bound, gap, self.clock.seconds))

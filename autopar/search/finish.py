@@ -1,0 +1,62 @@
+"""`Finish`: the integer program of what is left open, solved beside the walks until it is done or the search is."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from ortools.sat.python import cp_model
+
+from autopar.search.arrays import Arrays
+from autopar.search.dual import Dual
+from autopar.search.problem import Ints
+from autopar.search.residual import residual
+from autopar.search.walker import Best
+
+__all__ = ["Finish"]
+
+_SPARE_S = 0.5  # before the end of the search
+_MOST_WORK = 60.0  # CP-SAT's deterministic time (about seconds), where there is no time limit
+
+
+class Finish:
+    """A program under way on a thread of its own: `poll` says what is known, `stop` ends it.
+
+    CP-SAT runs with one worker, so that the same program has the same answer.
+    """
+
+    def __init__(self, arrays: Arrays, dual: Dual, best: Best, threads: ThreadPoolExecutor, left_s: float | None, seed: int) -> None:
+        assert best.choice is not None
+        self.cost = best.cost
+        self.bound = -np.inf
+        self.choice: Ints | None = None
+        self._running: Future[tuple[Ints | None, float]] | None = None
+        program = residual(arrays, dual.worth_keeping(best.cost), best.choice)
+        if program is None:
+            return
+        self._solver = cp_model.CpSolver()
+        self._solver.parameters.num_workers = 1
+        self._solver.parameters.random_seed = seed % 2**31
+        if left_s is None:
+            self._solver.parameters.max_deterministic_time = _MOST_WORK
+        else:
+            self._solver.parameters.max_time_in_seconds = max(0.0, left_s - _SPARE_S)
+        self._running = threads.submit(program.solve, self._solver)
+
+    @property
+    def running(self) -> bool:
+        return self._running is not None
+
+    def poll(self, wait: bool = False) -> bool:
+        """Whether it has ended since the last call; then `choice` and `bound` say what it found. `wait`: until it has."""
+        if self._running is None or not (wait or self._running.done()):
+            return False
+        self.choice, bound = self._running.result()
+        self.bound = min(bound, self.cost)
+        self._running = None
+        return True
+
+    def stop(self) -> None:
+        if self._running is not None:
+            self._solver.stop_search()
+            self.poll(wait=True)
