@@ -227,7 +227,7 @@ def candidate_words(plan: Plan, item: Candidate) -> str:
     if is_chosen(plan, item):
         return "chosen" + (f"; {item.why}" if item.why else "")
     if item.cost_s is None:
-        return f"none: {item.why}" if item.why else "none"
+        return item.why or "none"
     words = []
     if item.memory_bytes is not None and item.memory_bytes > plan.predicted.memory_limit_bytes:
         words.append("does not fit")

@@ -153,7 +153,7 @@ def stage_cells(run: list[StageRow], names: bool = True) -> tuple[str, ...]:
     ranks = sorted(int(number) for item in (row, last) for number in item.ranks.split("-"))
     return (
         f"{row.number}-{last.number}" if each else str(row.number),
-        f"{row.name} .. {last.name}" if each else row.name,
+        f"{row.name.split(' .. ')[0]} .. {last.name.split(' .. ')[-1]}" if each else row.name,
         f"{ranks[0]}-{ranks[-1]}" if each else row.ranks,
         row.mesh, units.seconds(row.forward_s), units.seconds(row.backward_s), recomputed,
         f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else "".join(sizes), sends,

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,10 @@ def _from_factory(spec: str, module_name: str, factory_name: str, batch: int | N
     elif callable(factory):
         given = {"batch": batch, "seq": seq, "dtype": dtype}
         taken = inspect.signature(factory).parameters
-        found = factory(**{name: value for name, value in given.items() if name in taken and value is not None})
+        try:
+            found = factory(**{name: value for name, value in given.items() if name in taken and value is not None})
+        except Exception as error:
+            raise TraceError(f"`{spec}`: {factory_name}() raised {_raised(error, factory)}") from error
     else:
         raise TraceError(f"`{spec}` is a {type(factory).__name__}; it must be a function that returns a model and example inputs")
     model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
@@ -85,6 +89,13 @@ def _from_factory(spec: str, module_name: str, factory_name: str, batch: int | N
         model, inputs = _in_dtype(model, inputs, _dtype(dtype))
     _check_sizes(spec, inputs, batch, seq)
     return model, inputs
+
+
+def _raised(error: Exception, factory: Any) -> str:
+    """`ValueError: no such size (models.py:12)`: what was raised, and the last line of the factory's own file on the way there."""
+    own = inspect.unwrap(factory).__code__.co_filename if hasattr(inspect.unwrap(factory), "__code__") else ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+    return f"{type(error).__name__}: {error}" + (f" ({Path(own).name}:{lines[-1]})" if lines else "")
 
 
 def _find(spec: str, module_name: str, name: str) -> Any:

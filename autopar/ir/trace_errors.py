@@ -103,6 +103,8 @@ def _user_line(chain: list[BaseException]) -> str:
         mine = [index for index, frame in enumerate(frames) if not _is_installed(frame)]
         if mine and mine[-1] == len(frames) - 1:
             return _say(frames[-1])
+        if all(_is_python(frame) for frame in frames):
+            continue  # the call itself was wrong, and reached no model
         # a call of the model from a script is no line of the model: only a forward of the user's own is worth naming
         forwards = [index for index in mine if frames[index].name == "forward"]
         inner = next(frame for frame in reversed(frames) if "/transformers/utils/" not in frame.filename)
@@ -117,6 +119,10 @@ def _is_model(frame: traceback.FrameSummary) -> bool:
 
 def _is_installed(frame: traceback.FrameSummary) -> bool:
     return "site-packages" in frame.filename or "dist-packages" in frame.filename or "/lib/python" in frame.filename
+
+
+def _is_python(frame: traceback.FrameSummary) -> bool:
+    return "/lib/python" in frame.filename and "-packages" not in frame.filename
 
 
 def _say(frame: traceback.FrameSummary) -> str:

@@ -2,16 +2,20 @@
 
 Private names of torch used here: `FakeTensorMode` and `ShapeEnv` (torch builds the same pair inside `export`; making them ourselves
 lets `meta` parameters be traced as if they were on an ordinary device). Should they move, `export` on `meta` tensors still works for
-models that never create a tensor on the default device.
+models that never create a tensor on the default device. `torch.export._trace` is named to leave out what it prints; should it move, that
+is printed.
 """
 
 from __future__ import annotations
 
+import logging
 import operator
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +42,7 @@ def export_program(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        stack.enter_context(_quiet())
         stack.enter_context(library_patches(frozenset(kwargs)))
         stack.enter_context(_attributes_while_tracing(model))
         stack.enter_context(_own_backward_refused())
@@ -47,6 +52,43 @@ def export_program(
         check(program)
         functional: ExportedProgram = program.run_decompositions({})
         return functional
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch logs while it fails, and the graph that `export` prints then, would bury the error that says the same in a line. Other
+    output is let through, and all of it where the user asks torch for logs."""
+    if os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.partition(".")[0] == "torch"]
+    handlers = {handler for logger in loggers for handler in logger.handlers}
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    for handler in handlers:
+        handler.addFilter(nothing)
+    try:
+        with redirect_stderr(cast(TextIO, _WithoutExport(sys.stderr))):
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(nothing)
+
+
+class _WithoutExport:
+    """Standard error, but for what the module of `torch.export` itself prints there."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        printed = sys._getframe(1).f_globals.get("__name__") == "torch.export._trace"
+        return len(text) if printed else self._file.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 @contextmanager

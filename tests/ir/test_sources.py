@@ -29,6 +29,9 @@ def no_inputs():
 def nothing():
     return 3
 
+def raises():
+    return {}["size"]
+
 number = 7
 """
 
@@ -86,6 +89,7 @@ def test_factory(factories: None) -> None:
         ("my_factories:no_inputs", "returned no example inputs"),
         ("my_factories:nothing", "returned a int"),
         ("my_factories:number", "is a int"),
+        ("my_factories:raises", "raises() raised KeyError: 'size' (my_factories.py:"),
     ],
 )
 def test_errors_say_what_to_write(factories: None, spec: str, words: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,15 @@ def test_names_line_and_remedy(run: Callable[..., Any], words: tuple[str, ...], 
     assert "E1" not in message and len(message) < 1500
 
 
+@pytest.mark.parametrize("run", [branches, wrong_shape])
+def test_nothing_but_the_error_is_said(run: Callable[..., Any]) -> None:
+    """Neither torch's log nor the graph that it prints; in another process, since pytest takes the log away."""
+    code = f"from tests.ir.test_trace_errors import *\ntrace(Model({run.__name__}), (torch.randn(3, 4),))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr.startswith("Traceback") and "def forward(self, arg" not in done.stderr, done.stderr
+    assert not re.search(r"^[WE]\d{4} ", done.stderr, re.MULTILINE), done.stderr
+
+
 def test_cause_is_kept() -> None:
     with pytest.raises(TraceError) as caught:
         trace(Model(branches), (torch.randn(3, 4),))
@@ -106,7 +118,7 @@ def test_wrong_arguments() -> None:
 def test_missing_argument(example: Any) -> None:
     """However torch says that `x` was not given, it is told as example inputs that do not fit."""
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
-    with pytest.raises(TraceError, match=r"(?s)example inputs do not fit a forward: .*'x'.*give a tuple"):
+    with pytest.raises(TraceError, match=r"(?s)^Model cannot be traced: the example inputs do not fit a forward: .*'x'.*give a tuple"):
         trace(Model(branches), args, kwargs)
 
 

@@ -53,7 +53,7 @@ def test_the_facts_are_there(text: str) -> None:
         "made in stage 0 and needed up to stage 3; stages 1-2 hand it on",
         "chosen",
         "25% slower",
-        "none: 32 groups are more than there are ranks",
+        "32 groups are more than there are ranks",
         "stages 0-3 model.layers.{0-31} (x8 each, 3 recomputed)",
         "(tied: stages 0, 3)",
         "all stages",
