@@ -16,7 +16,7 @@ from typing import Any, Literal
 from autopar.errors import PlanError
 from autopar.ir import folded_names
 from autopar.ir.graph import DTYPE_BYTES
-from autopar.ir.placement import local_shape, parse
+from autopar.ir.placement import Placement, local_shape, parse
 from autopar.ir.plan import GroupPlan, Plan, SegmentCost, SegmentPlan, StagePlan
 from autopar.ir.schedules import Kind, Orders, named
 from autopar.search.optimizers import OPTIMIZER_STATES
@@ -172,20 +172,20 @@ def _kept_for_step(piece: Piece) -> Piece:
 
 
 def _held_once(plan: Plan) -> dict[int, float]:
-    """By group, bytes of parameters and optimizer state that several of its stages count, but which it holds once (tied weights)."""
+    """By group, bytes of parameters and optimizer state that several of its stages count, but which it holds once (tied weights). A stage
+    that wants the parameter in another placement than the first has a copy of its own, without optimizer state."""
     if plan.pipeline is None:
         return {}
     found: dict[int, float] = {}
-    seen: set[tuple[int, str]] = set()
+    first: dict[tuple[int, str], tuple[Placement, ...]] = {}
     states = OPTIMIZER_STATES.get(plan.predicted.optimizer, 0)
     for row in plan.parameters:
         group = plan.pipeline.stages[row.stage].group
         stored = tuple(parse(text) for text in row.stored.values())
         size = prod(local_shape(row.shape, stored, tuple(plan.groups[group].mesh.values()))) * DTYPE_BYTES[row.dtype]
         for name in folded_names.expand(row.name):
-            if (group, name) in seen:
-                found[group] = found.get(group, 0.0) + size * (1 + (states if row.trainable else 0))
-            seen.add((group, name))
+            if (known := first.setdefault((group, name), stored)) is not stored:
+                found[group] = found.get(group, 0.0) + size * ((known == stored) + (states if row.trainable else 0))
     return found
 
 
