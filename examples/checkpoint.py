@@ -21,8 +21,7 @@ batch = {"input_ids": tokens, "labels": tokens}
 def build(baseline: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
-    plan = autopar.plan(model, batch, "cpu:4", baseline=baseline)
-    module = autopar.parallelize(model, batch, plan=plan)
+    module = autopar.parallelize(model, batch, baseline=baseline)
     return module, torch.optim.AdamW(module.parameters(), lr=1e-3)
 
 

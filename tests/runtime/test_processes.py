@@ -30,7 +30,7 @@ def differences(cases: list[tuple[str, int]], mesh: Mesh, compiled: bool = False
     device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("dp", "tp"))
     found = []
     for name, seed in cases:
-        model, args, kwargs = example(name)
+        model, args, kwargs = example(name, **({"layers": 1} if compiled else {}))  # compiling takes its time
         expected = reference(model, args, kwargs)
         with float64():
             traced = widened(trace(model, args, kwargs))
