@@ -36,6 +36,7 @@ from autopar.search.stage_search import Pipeline as Candidate
 from autopar.search.stage_search import Row, Simulated, search_stages
 
 FREE_SCHEDULES = ("1f1b", "interleaved-1f1b", "zbv", "interleaved-zb")
+_WAITS_LESS = ("gpipe",)  # for slow links: no group waits for gradients between forward passes; on few ranks, for what it holds
 _STAGES_PER_GROUP = 2  # of schedules that take any number
 _MOST_GROUPS = 64
 _TRIED, _TRIED_ON_MANY = 3, 2  # ways that are priced for each number of groups
@@ -68,7 +69,7 @@ class Proposals:
     def __init__(self, graph: Graph, settings: Settings, pins: Pins, schedule: str | None = None, microbatches: int | None = None) -> None:
         self.settings = settings
         cluster = settings.cluster
-        self.schedules = (schedule,) if schedule else FREE_SCHEDULES
+        self.schedules = (schedule,) if schedule else FREE_SCHEDULES + (_WAITS_LESS if cluster.world_size <= _FEW_RANKS else ())
         tensor = [tp for tp in range(1, cluster.devices_per_node + 1) if cluster.devices_per_node % tp == 0]
         self.prices = StagePrices(graph, settings, pins, tensor)
         self.guesses = Guesses(self.prices, settings, schedule or "1f1b", microbatches)
