@@ -250,7 +250,7 @@ class PipelineModule(DistributedModule):
         if not torch.is_grad_enabled():
             raise RuntimeSetupError(NO_GRADIENTS)
         batch = self._batch(args, kwargs, train=True)
-        tied = [weight for weight in self._tied if weight.differentiable]
+        tied = [weight for weight in self._tied if weight.differentiable and weight.parameter.requires_grad]
         with self._running("a training step"):
             for weight in tied:
                 weight.set_aside()
