@@ -221,6 +221,42 @@ def test_a_pipeline_wins_where_gradients_are_dear() -> None:
     assert only.pipeline is not None and only.pipeline.schedule == "gpipe"
 
 
+@pytest.mark.parametrize(("nodes", "per_node", "bytes_per_s"), [(2, 2, 1e8), (4, 1, 1e8)])
+def test_no_forced_plan_beats_the_search_by_much(nodes: int, per_node: int, bytes_per_s: float) -> None:
+    """Meshes x schedules x microbatches x cuts, each forced: none is below the bound that the search claims, nor a tenth below its plan."""
+    graph = graph_of("gpt2", batch=8)
+    base = Cluster.from_name("h100x8")
+    device = replace(base.device, flops_per_s=(("float32", 1e11),), launch_s=1e-8)
+    link = replace(base.inter, bytes_per_s=bytes_per_s, latency_s=1e-7, start_s=0.0)
+    cluster = replace(base, name="slow", nodes=nodes, devices_per_node=per_node, device=device, inter=link)
+    free = plan_graph(graph, cluster)
+    forced = [plan_graph(graph, cluster, mesh=mesh, microbatches=count) for mesh in ((4, 1), (2, 2)) for count in (1, 2)]
+    for count in (2, 4):
+        cuts = candidates(microbatched(graph, count).body)
+        for mesh in ({"pp": 2, "dp": 2}, {"pp": 2, "tp": 2}):
+            for schedule in ("1f1b", "gpipe"):
+                forced += [plan_graph(graph, cluster, mesh=mesh, schedule=schedule, microbatches=count, cuts=(cut,)) for cut in cuts[2::5]]
+    best_s = min(plan.predicted.step_s for plan in forced)
+    assert free.predicted.lower_bound_s <= best_s * (1 + 1e-9)
+    assert free.predicted.step_s <= 1.1 * best_s
+
+
+def test_microbatches_divide_by_the_mesh_and_every_number_of_groups_is_told() -> None:
+    graph = graph_of("gpt2", layers=4, batch=16)
+    guesses = Proposals(graph, Settings(CPU8, CPU8.device.memory_bytes, "adamw", "fast"), read_pins(None, graph)).guesses
+    best = guesses.best(2)[0]
+    assert 16 % (best.microbatches * (4 // best.tensor)) == 0
+    plan = plan_graph(graph, Cluster.from_name("h100x8"))
+    assert [row.groups for row in plan.candidates] == [1, 2, 4, 8]
+    assert all(row.cost_s is not None or row.why for row in plan.candidates)
+
+
+def test_groups_of_equal_meshes_are_told_in_runs() -> None:
+    meshes = ((16, 2),) * 30 + ((32, 1),) * 2
+    assert str(Pipeline("1f1b", 256, tuple(range(32)), meshes)) == "30 x (dp 16, tp 2) + 2 x (dp 32), 1f1b, 256 microbatches"
+    assert str(Pipeline("zbv", 8, tuple(range(4)), ((2, 1),) * 2)) == "2 x (dp 2), zbv with 2 stages a group, 8 microbatches"
+
+
 def test_no_pipeline_where_it_does_not_pay() -> None:
     plan = plan_graph(graph_of("gpt2"), Cluster.from_name("h100x4"))
     assert plan.pipeline is None and plan.microbatches == 1
