@@ -121,8 +121,12 @@ def walk(workload: Workload, group: int) -> Iterator[tuple[int, float, Level]]:
                 now[ACTIVATIONS] -= again - (shared if index + 1 == len(run) else 0.0)
                 if final[action.stage] == action:
                     copy = way.ready(piece, leaves=not at_end, last=index + 1 == len(run))
+                    # A message is full in the middle of a piece; the last leaves at the end.
+                    there = (again + rebuilt) / 2 if copy and index + 1 < len(run) else 0.0
                     now[BUFFERS] += copy + way.bytes
+                    now[ACTIVATIONS] += there
                     yield position, (done + _work(piece, kind)) / total, _level(now)
+                    now[ACTIVATIONS] -= there
                     now[BUFFERS] -= copy + way.bytes
                     way.settle(last=index + 1 == len(run))
             done += _work(piece, kind)
@@ -151,7 +155,7 @@ class _Messages:
 
     def __init__(self) -> None:
         self.bytes = 0.0
-        self._packing = self._packed = 0.0  # what is being packed: beyond what stays, and in all
+        self._packing = self._packed = self._scattered = 0.0  # what is being packed: beyond what stays, in all, and of that scattered
         self._flying: list[float] = []
 
     def add(self, more: float) -> None:
@@ -160,14 +164,16 @@ class _Messages:
 
     def ready(self, piece: Piece, leaves: bool, last: bool) -> float:
         """A piece's gradients are there; returns what packing takes if a message leaves now: a copy, and where parts of it go to
-        different ranks one more, in their order."""
+        different ranks one more, in their order. (Of these at least a half is beyond what stays.)"""
         if piece.reduce:
-            self._packed += piece.gradient_bytes + piece.unreduced_bytes
+            whole = piece.gradient_bytes + piece.unreduced_bytes
+            self._packed += whole
+            self._scattered += min(whole, 2 * piece.unreduced_bytes)
         if not self._packed or (not last and (self._packed < MESSAGE_BYTES or not leaves)):
             return 0.0
         self._flying.append(self._packing)
-        copy = min(self._packed, MESSAGE_BYTES) * (2 if self._packing else 1)
-        self._packing = self._packed = 0.0
+        copy = max(2 * min(self._scattered, MESSAGE_BYTES), min(self._packed - self._scattered, MESSAGE_BYTES))
+        self._packing = self._packed = self._scattered = 0.0
         return copy
 
     def settle(self, last: bool) -> None:
