@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from autopar.errors import PlanError, PlanMismatchError
-from autopar.ir import folded_names, schedules
+from autopar.ir import folded_names, schedules, units
 from autopar.ir.conversion import State
 from autopar.ir.graph import Graph, Op
 from autopar.ir.microbatch import Microbatched, microbatched
@@ -127,8 +127,18 @@ def _check_model(plan: Plan, graph: Graph) -> None:
             f"{'training' if plan.model.training else 'evaluation'} mode, fingerprint {plan.model.fingerprint[:12]}), but the model given "
             f"is `{graph.name}` ({len(graph.ops)} operations, {numel} parameters, "
             f"{'training' if graph.training else 'evaluation'} mode, fingerprint {graph.fingerprint()[:12]}): "
-            "same code, configuration, input shapes and mode are needed; plan again for this model"
+            f"same code, configuration, input shapes and mode are needed{_other_inputs(plan, graph)}; plan again for this model"
         )
+
+
+def _other_inputs(plan: Plan, graph: Graph) -> str:
+    """`; input `x` is 32 x 8 int64 in the plan and 16 x 8 int64 here`, for the first input that differs."""
+    planned = {item.path: f"{units.shape(item.shape)} {item.dtype}" for item in plan.inputs}
+    given = {item.path: f"{units.shape(graph.values[item.value].shape)} {graph.values[item.value].dtype}" for item in graph.inputs}
+    path = next((path for path in [*planned, *given] if planned.get(path) != given.get(path)), None)
+    return (
+        "" if path is None else f"; input `{path}` is {planned.get(path, 'not there')} in the plan and {given.get(path, 'not there')} here"
+    )
 
 
 def _check_pipeline(pipeline: PipelinePlan, microbatches: int, body: Graph) -> None:

@@ -81,7 +81,7 @@ def _simulated(plan: Plan) -> Iterator[str]:
         simulation = simulate(plan)
         if _differ(simulation.step_s, predicted.step_s):
             step_s = simulation.step_s
-            yield f"predicted.step_s is {predicted.step_s}, but the simulator makes it {step_s:.6g} from the costs of the segments"
+            yield f"predicted.step_s is {predicted.step_s:.6g}, but the simulator makes it {step_s:.6g} from the costs of the segments"
         for group, (said, found) in enumerate(zip(predicted.stage_memory_bytes, simulation.peak_bytes, strict=False)):
             if _differ(said, found):
                 place = f"predicted.stage_memory_bytes[{group}]"

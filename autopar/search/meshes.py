@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from autopar.errors import PlanError
 from autopar.ir.cluster import Cluster
@@ -80,6 +81,7 @@ def read_mesh(mesh: Mapping[str, int] | Sequence[int] | Sequence[Mapping[str, in
         return Wanted(flat=_forced(mesh, cluster.world_size, cluster.name))  # type: ignore[arg-type]
     ranks = sum(dp * tp for dp, tp in groups)
     if ranks != cluster.world_size:
-        sizes = " + ".join(f"{dp} x {tp}" for dp, tp in groups)
-        raise PlanError(f"mesh of groups {sizes} has {ranks} ranks, cluster `{cluster.name}` has {cluster.world_size}; they must be equal")
+        runs = [(f"({dp} x {tp})", len(list(run))) for (dp, tp), run in groupby(groups)]
+        sizes = " + ".join(f"{count} x {words}" if count > 1 else words for words, count in runs)
+        raise PlanError(f"mesh {sizes} has {ranks} ranks, cluster `{cluster.name}` has {cluster.world_size}; they must be equal")
     return Wanted(flat=groups[0]) if len(groups) == 1 else Wanted(groups=groups)

@@ -63,6 +63,7 @@ def test_another_model_or_batch_is_refused(capsys: pytest.CaptureFixture[str], m
         code, out, err = run(capsys, "validate", str(made), *arguments)
         assert (code, out) == (2, "")
         assert "the plan is for `Net`" in err
+    assert "in the plan and 16 x" in err
 
 
 def test_an_edited_plan_is_told_where_it_contradicts_itself(capsys: pytest.CaptureFixture[str], made: Path, tmp_path: Path) -> None:
