@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from string import ascii_letters
 
@@ -25,6 +26,7 @@ LIMIT_ENTRIES = 50_000_000
 _IN_CACHE_ENTRIES = 1 << 17
 _CHEAP_ENTRIES = 30e6
 _NOISY_ORDERS = 12
+_HOPELESS = 8  # times the limit on tables: no noise mends that
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,14 +64,19 @@ def find_order(sizes: dict[int, int], scopes: Iterable[Sequence[int]], keep: Ite
 
     `sizes`: strategies per variable; `scopes`: the variables of each factor; those in `keep` are not eliminated. Greedy by the tables
     that eliminating a variable would make necessary (weighted min-fill, Kjaerulff 1990), then by the size of its own table, then
-    the first with noise from a fixed seed, as long as the order is not cheap enough.
+    the first with noise from a fixed seed, as long as the order is not cheap enough and noise may make it so.
     """
-    scopes, kept = list(scopes), set(keep)
+    return _found_order(tuple(sizes.items()), tuple([tuple(scope) for scope in scopes]), frozenset(keep))
+
+
+@lru_cache(maxsize=64)  # one search solves graphs of one structure again and again
+def _found_order(items: tuple[tuple[int, int], ...], scopes: tuple[tuple[int, ...], ...], kept: frozenset[int]) -> Order:
+    sizes = dict(items)
     best = _greedy(sizes, scopes, kept, _by_fill)
     if best.total_entries > _CHEAP_ENTRIES:
         best = min(best, _greedy(sizes, scopes, kept, _by_weight), key=_dearness)
     for seed in range(_NOISY_ORDERS):
-        if best.total_entries <= _CHEAP_ENTRIES:
+        if best.total_entries <= _CHEAP_ENTRIES or best.largest_entries > _HOPELESS * LIMIT_ENTRIES:
             break
         noise = np.exp(np.random.default_rng(seed).normal(0.0, 0.5, len(sizes)))
         best = min(best, _greedy(sizes, scopes, kept, _by_fill, dict(zip(sizes, noise.tolist(), strict=True))), key=_dearness)
@@ -101,8 +108,8 @@ def _by_weight(v: int, around: dict[int, set[int]], sizes: dict[int, int]) -> fl
 
 def _greedy(
     sizes: dict[int, int],
-    scopes: list[Sequence[int]],
-    kept: set[int],
+    scopes: Sequence[Sequence[int]],
+    kept: frozenset[int],
     score: Callable[[int, dict[int, set[int]], dict[int, int]], float],
     noise: dict[int, float] | None = None,
 ) -> Order:

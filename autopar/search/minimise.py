@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from autopar.search.chain import Chain, find_chains
 from autopar.search.eliminate import LIMIT_ENTRIES, Eliminated, Factor, Order, eliminate, factor, find_order
 from autopar.search.powers import Body, ChainCost, Shape, shape_of
-from autopar.search.problem import Floats, Problem
+from autopar.search.problem import Floats, Problem, Table
 from autopar.search.reduce import domain_sizes
 
 Ints = NDArray[np.int64]
 
 _KEPT_PRICES = 6
+_SEARCH_S = 10.0
+_SEARCH_GAP = 1e-9
+_SAME = 1e-9
 _TIE = 1e-12  # sums of some thousand costs are not known better
 
 
@@ -55,6 +58,7 @@ class Minimiser:
         self.edges = np.array(problem.edges, np.int64).reshape(-1, 3)
         self.sizes = domain_sizes(problem)
         self.limit_entries = limit_entries
+        self.searches = limit_entries == LIMIT_ENTRIES
         self._tables: dict[float, list[Floats]] = {}
         self._bodies: dict[tuple[int, float], Body] = {}
         self._orders: dict[tuple[tuple[int, int, int], ...], tuple[Order, Order]] = {}
@@ -115,7 +119,12 @@ class Minimiser:
     # ---- the minimum
 
     def minimise(self, price: Price) -> Minimum:
-        """The choice of least priced cost. Deterministic: ties go to the lowest strategies."""
+        """The choice of least priced cost. Deterministic: ties go to the lowest strategies.
+
+        Where no table of elimination fits the problem is shrunk and searched; the minimum is `exact` where search and bound meet.
+        """
+        if self.searches and not self.fits:
+            return self._searched(price)
         spans = self._runs_whole() if price.until <= 0 else self._runs_split(price.until)
         chains = []
         for number, start, stop in spans:
@@ -136,6 +145,19 @@ class Minimiser:
             cost.recover(chosen, choice)
         exact = outer.exact and joint.exact
         return Minimum(choice, outer.constant + joint.constant, exact)
+
+    def _searched(self, price: Price) -> Minimum:
+        """The minimum by `solve_over_time` of a problem without memory, whose costs are the priced ones."""
+        from autopar.search.over_time import solve_over_time
+
+        count = len(self.problem.tables)
+        behind, before = self.tables(price.behind), self.tables(price.before)
+        tables = tuple([Table(cost, t.memory_bytes) for cost, t in zip([*behind, *before], self.problem.tables * 2, strict=True)])
+        nodes = tuple([t if v >= price.until else t + count for v, t in enumerate(self.problem.nodes)])
+        edges = tuple([(i, j, t if j >= price.until else t + count) for i, j, t in self.problem.edges])
+        found = solve_over_time(Problem(nodes, edges, tables, ()), time_limit_s=_SEARCH_S, gap=_SEARCH_GAP)
+        exact = found.cost_s - found.lower_bound_s <= _SAME * abs(found.cost_s)
+        return Minimum(np.array(found.choice, np.int64), found.lower_bound_s, exact)
 
     def _joint(
         self, sizes: dict[int, int], rest: tuple[Factor, ...], chains: list[ChainCost], order: Order

@@ -143,7 +143,7 @@ def _eliminated(problem: Problem) -> Solution | None:
     free = replace(problem, live=None, also=(), memory_limit_bytes=np.inf)
     reduced = reduce(free)
     minimiser = Minimiser(reduced.problem)
-    if not minimiser.fits:
+    if not minimiser.fits:  # which would be searched, too
         return None
     minimum = minimiser.minimise(Price(0.0))
     choice = reduced.original(minimum.choice)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from time import perf_counter
 from typing import Literal
 
 import numpy as np
@@ -13,7 +15,7 @@ from autopar.search.incumbent import Incumbent, Progress
 from autopar.search.memory import GOOD_GAP, constrained
 from autopar.search.minimise import Minimiser, Price
 from autopar.search.over_time import solve_over_time
-from autopar.search.problem import Problem, Solution
+from autopar.search.problem import Problem, Solution, Table
 from autopar.search.reduce import Reduced, reduce, restrict
 
 _UNKNOWN_S = 60.0  # how long the fast search looks for anything that fits where no table of elimination does
@@ -46,24 +48,30 @@ def solve(
     gap = (GOOD_GAP if effort == "fast" else 0.0) if gap is None else gap
     if problem.timed:
         return solve_over_time(problem, time_limit_s=time_limit_s, seed=seed, gap=gap, progress=progress)
+    start = perf_counter()
     reduced = reduce(problem)
-    minimiser = Minimiser(reduced.problem)
-    if not minimiser.fits:
-        limit = time_limit_s if effort == "exact" else min(time_limit_s or _UNKNOWN_S, _UNKNOWN_S)
-        try:
-            found = solve_over_time(problem, time_limit_s=limit, seed=seed, gap=gap, progress=progress)
-        except InfeasibleError:
-            found = None
-        if found is not None and found.feasible:
-            return found
-    incumbent = Incumbent(minimiser, problem.memory_limit_bytes, progress)
+    incumbent = Incumbent(Minimiser(reduced.problem), problem.memory_limit_bytes, progress)
     feasible = True
     try:
         feasible = search(incumbent, effort, time_limit_s)
     except KeyboardInterrupt:
         if incumbent.choice is None:
             raise
-    return _solution(reduced, incumbent, feasible)
+        return _solution(reduced, incumbent, feasible)
+    found = _solution(reduced, incumbent, feasible)
+    if incumbent.minimiser.fits or incumbent.gap <= max(gap, GOOD_GAP) or any(t.memory_bytes.any() for t in _edge_tables(problem)):
+        return found
+    left = _UNKNOWN_S if time_limit_s is None else max(0.0, time_limit_s - (perf_counter() - start))
+    try:
+        other = solve_over_time(problem, time_limit_s=left, seed=seed, gap=gap, progress=progress)
+    except InfeasibleError:
+        return found
+    better = min(found, other, key=lambda one: (not one.feasible, one.cost_s))
+    return replace(better, lower_bound_s=max(found.lower_bound_s, other.lower_bound_s), multiplier_s_per_byte=found.multiplier_s_per_byte)
+
+
+def _edge_tables(problem: Problem) -> list[Table]:
+    return [problem.tables[table] for table in {table for _, _, table in problem.edges}]
 
 
 def search(incumbent: Incumbent, effort: Literal["fast", "exact"], time_limit_s: float | None) -> bool:
