@@ -59,6 +59,7 @@ class Minimiser:
         self.sizes = domain_sizes(problem)
         self.limit_entries = limit_entries
         self.searches = limit_entries == LIMIT_ENTRIES
+        self.search_s = _SEARCH_S  # at most, for a minimum that elimination cannot hold
         self._tables: dict[float, list[Floats]] = {}
         self._bodies: dict[tuple[int, float], Body] = {}
         self._orders: dict[tuple[tuple[int, int, int], ...], tuple[Order, Order]] = {}
@@ -155,7 +156,7 @@ class Minimiser:
         tables = tuple([Table(cost, t.memory_bytes) for cost, t in zip([*behind, *before], self.problem.tables * 2, strict=True)])
         nodes = tuple([t if v >= price.until else t + count for v, t in enumerate(self.problem.nodes)])
         edges = tuple([(i, j, t if j >= price.until else t + count) for i, j, t in self.problem.edges])
-        found = solve_over_time(Problem(nodes, edges, tables, ()), time_limit_s=_SEARCH_S, gap=_SEARCH_GAP)
+        found = solve_over_time(Problem(nodes, edges, tables, ()), time_limit_s=self.search_s, gap=_SEARCH_GAP)
         exact = found.cost_s - found.lower_bound_s <= _SAME * abs(found.cost_s)
         return Minimum(np.array(found.choice, np.int64), found.lower_bound_s, exact)
 

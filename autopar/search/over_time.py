@@ -1,7 +1,6 @@
 """`solve_over_time`: problems whose memory differs from step to step: shrink them, search what is left, and come back.
 
-What is left without any memory that matters is eliminated exactly where its tables fit. Everything else is searched (`search_timed`),
-and what is small is given to HiGHS as well (`improve_core`).
+What is left without any memory that matters is eliminated exactly where its tables fit. Everything else is searched (`search_timed`).
 """
 
 from __future__ import annotations
@@ -20,12 +19,6 @@ from autopar.search.shrink import shrink
 
 __all__ = ["solve_over_time"]
 
-_SEARCH_SHARE = 0.3  # of the time, before HiGHS; it needs a good choice to start from
-_CORE_SHARE = 0.8  # of what is left then
-_FEW_ROUNDS, _MANY_ROUNDS = 10, 200  # of search without a better choice, where there is no time limit
-_MOST_PAIRS = 100_000  # of strategies at the ends of edges, for HiGHS
-_CLOSED = 2e-9  # bounds of HiGHS are lowered by about so much for rounding
-
 
 def solve_over_time(
     problem: Problem,
@@ -43,7 +36,21 @@ def solve_over_time(
     shrunk = shrink(problem)
     small = _eliminated(shrunk.problem)
     if small is None:
-        small = _Rounds(shrunk.problem, start, time_limit_s, seed, gap, progress).run()
+        from autopar.search.timed import search_timed  # compiled code takes a while to load
+
+        before = perf_counter() - start
+
+        def told(step: Progress) -> None:
+            assert progress is not None
+            progress(replace(step, seconds=step.seconds + before))
+
+        small = search_timed(
+            shrunk.problem,
+            time_limit_s=None if time_limit_s is None else max(0.0, time_limit_s - before),
+            seed=seed,
+            gap=gap,
+            progress=None if progress is None else told,
+        )
     elif progress is not None:
         progress(Progress("elimination", small.cost_s, small.lower_bound_s, 0.0, perf_counter() - start))
     choice = shrunk.original(np.array(small.choice, np.int64))
@@ -51,87 +58,6 @@ def solve_over_time(
     feasible = small.feasible and cost < np.inf and memory <= problem.memory_limit_bytes
     bound = min(small.lower_bound_s, cost) if feasible else small.lower_bound_s
     return replace(small, choice=choice, cost_s=cost, memory_bytes=memory, lower_bound_s=bound, feasible=feasible)
-
-
-class _Rounds:
-    """Search; where little is left, HiGHS in between, which closes gaps that search cannot; and search again."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        start: float,
-        time_limit_s: float | None,
-        seed: int,
-        gap: float,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self.problem, self.start, self.time_limit_s = problem, start, time_limit_s
-        self.seed, self.gap, self.progress = seed, gap, progress
-        self.best: Solution | None = None
-        self.stopped = False
-
-    def run(self) -> Solution:
-        if _pairs(self.problem) > _MOST_PAIRS:
-            return self._search(1.0)
-        best = self._search(_SEARCH_SHARE, _FEW_ROUNDS)
-        if self._closed(best):
-            return best
-        from autopar.search.core import improve_core  # HiGHS takes a while to import
-
-        try:
-            self._told(Progress("branch and bound", best.cost_s if best.feasible else np.inf, best.lower_bound_s, 0.0, 0.0))
-            left = self._left()
-            best = self.best = improve_core(self.problem, best, None if left is None else _CORE_SHARE * left)
-            self._told(Progress("branch and bound", best.cost_s if best.feasible else np.inf, best.lower_bound_s, 0.0, 0.0))
-        except KeyboardInterrupt:
-            return best
-        return best if self._closed(best) or self.time_limit_s is None else self._search(1.0)
-
-    def _left(self) -> float | None:
-        return None if self.time_limit_s is None else max(0.0, self.time_limit_s - (perf_counter() - self.start))
-
-    def _closed(self, best: Solution) -> bool:
-        return self.stopped or (best.feasible and best.cost_s - best.lower_bound_s <= max(self.gap, _CLOSED) * abs(best.lower_bound_s))
-
-    def _search(self, share: float, idle_rounds: int = _MANY_ROUNDS) -> Solution:
-        """Search for a share of what is left; the better choice and the higher bound of that and what was known."""
-        from autopar.search.timed import search_timed  # compiled code takes a while to load
-
-        left = self._left()
-        found = search_timed(
-            self.problem,
-            time_limit_s=None if left is None else share * left,
-            seed=self.seed + (self.best is not None),
-            gap=self.gap,
-            progress=None if self.progress is None else self._told,
-            stopped=self._stop,
-            idle_rounds=idle_rounds,
-        )
-        if self.best is not None:
-            bound = max(found.lower_bound_s, self.best.lower_bound_s)
-            better = self.best if (not self.best.feasible, self.best.cost_s) <= (not found.feasible, found.cost_s) else found
-            found = replace(better, lower_bound_s=bound)
-        self.best = found
-        return found
-
-    def _stop(self) -> None:
-        self.stopped = True
-
-    def _told(self, step: Progress) -> None:
-        """Pass progress on, with what earlier rounds know and the seconds since the start."""
-        if self.progress is None:
-            return
-        cost, bound = step.best_cost_s, step.lower_bound_s
-        if self.best is not None:
-            cost = min(cost, self.best.cost_s) if self.best.feasible else cost
-            bound = max(bound, self.best.lower_bound_s)
-        gap = (cost - bound) / abs(bound) if cost > bound and bound != 0 else 0.0
-        self.progress(Progress(step.phase, cost, bound, gap, perf_counter() - self.start))
-
-
-def _pairs(problem: Problem) -> int:
-    sizes = [table.cost_s.size for table in problem.tables]
-    return sum(sizes[table] for _, _, table in problem.edges)
 
 
 def _eliminated(problem: Problem) -> Solution | None:

@@ -51,6 +51,8 @@ def solve(
     start = perf_counter()
     reduced = reduce(problem)
     incumbent = Incumbent(Minimiser(reduced.problem), problem.memory_limit_bytes, progress)
+    if time_limit_s is not None:
+        incumbent.minimiser.search_s = min(incumbent.minimiser.search_s, time_limit_s / 4)
     feasible = True
     try:
         feasible = search(incumbent, effort, time_limit_s)
