@@ -45,6 +45,7 @@ _HOPELESS = 1.05  # times the best so far: of groups that promise no better, one
 _TOLERANCE = 0.02
 _CLOSE = 1.1  # times the best so far, within which more stages a group are looked at too
 _MOST_OPENED = 0  # what is proposed is solved again, better than its prices are, so that small changes to even pipelines will do
+_SLACK = 1.05  # of memory: prices hold a little more than what is then solved
 _ALWAYS_WAITS = ("1f1b", "gpipe")
 
 
@@ -71,7 +72,8 @@ class Proposals:
         cluster = settings.cluster
         self.schedules = (schedule,) if schedule else FREE_SCHEDULES + (_WAITS_LESS if cluster.world_size <= _FEW_RANKS else ())
         tensor = [tp for tp in range(1, cluster.devices_per_node + 1) if cluster.devices_per_node % tp == 0]
-        self.prices = StagePrices(graph, settings, pins, tensor)
+        self.loose = replace(settings, limit_bytes=int(_SLACK * settings.limit_bytes))
+        self.prices = StagePrices(graph, self.loose, pins, tensor)
         self.guesses = Guesses(self.prices, settings, schedule or "1f1b", microbatches)
         ideal = replace(settings, cluster=replace(cluster, device=replace(cluster.device, launch_s=0.0)))
         at_best_s, started_s = float(op_seconds(graph, ideal).sum()), float(op_seconds(graph, settings).sum())
@@ -151,7 +153,7 @@ class Proposals:
         per_group = wanted or _STAGES_PER_GROUP
         self.prices.together = per_group
         return search_stages(
-            self.prices, Devices(cluster.nodes, cluster.devices_per_node), limit_bytes=self.settings.limit_bytes, microbatches=counts,
+            self.prices, Devices(cluster.nodes, cluster.devices_per_node), limit_bytes=self.loose.limit_bytes, microbatches=counts,
             schedules=(schedule,), stages_per_group=(per_group,), groups=(groups,), simulate=judge, tolerance=_TOLERANCE,
             most_opened=_MOST_OPENED,
         ).rows[0]  # fmt: skip
