@@ -36,7 +36,7 @@ def stage_changes(a: Plan, b: Plan) -> Iterator[Change]:
             yield from _decision(f"{what} {key}", before.get(key, ""), after.get(key, ""))
     yield from _times(a, b)
     before, after = _candidates(a), _candidates(b)
-    for key in dict.fromkeys([*before, *after]):
+    for key in [key for key in before if key in after]:  # a plan that was asked for by name or mesh has none
         if before.get(key) != after.get(key):
             yield Change("consequences", f"best plan on {key}", before.get(key, ""), after.get(key, ""))
 
