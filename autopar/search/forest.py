@@ -99,11 +99,13 @@ def clear(forest: Forest, touched: int) -> None:
 
 
 @compiled
-def solve(arrays: Arrays, forest: Forest, count: int, priced: Floats, noise: float, old: Ints, new: Ints, state: State) -> None:
+def solve(arrays: Arrays, forest: Forest, count: int, priced: Floats, noise: float, old: Ints, new: Ints, state: State) -> float:
     """The forest's cheapest strategies into `new` for the priced costs `(S,)` when all others keep `old`'s; ties stay as they are.
 
-    `noise` adds up to so much to every strategy, at random: among nearly equal choices each then has its chance.
+    `noise` adds up to so much to every strategy, at random: among nearly equal choices each then has its chance. Returns the priced
+    cost of the forest and its edges.
     """
+    total = 0.0
     table, reach, message, inside = arrays.table, forest.reach, forest.message, forest.inside
     for place in range(count - 1, -1, -1):
         v = forest.nodes[place]
@@ -141,6 +143,7 @@ def solve(arrays: Arrays, forest: Forest, count: int, priced: Floats, noise: flo
             for s in range(size):
                 if reach[at + s] < least:
                     least, best = reach[at + s], s
+            total += least
         else:
             row = arrays.columns[up] + new[arrays.other[up]] * size
             least = reach[at + best] + table[row + best]
@@ -149,3 +152,4 @@ def solve(arrays: Arrays, forest: Forest, count: int, priced: Floats, noise: flo
                 if cost < least:
                     least, best = cost, s
         new[v] = best
+    return total

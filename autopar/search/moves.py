@@ -1,8 +1,9 @@
 """Large neighbourhood search by forest moves that stay within the memory of every time step.
 
-A move grows a random forest and solves it with memory priced: by the dual's prices, by a random part of them, or not at all. Where the
-result is over the room at some step, the price of that step is raised and the forest solved again, some times. A walk may go up by a
-tolerance over the best so far, so that memory can be freed at one place and spent at another.
+A move grows a random forest, at times with nodes that close cycles in it, and solves it with memory priced: by the dual's prices, by a
+random part of them, or not at all. Where the result is over the room at some step, the price of that step is raised and the forest
+solved again, some times. A walk may go up by a tolerance over the best so far, so that memory can be freed at one place and spent at
+another.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.search.arrays import Arrays
-from autopar.search.compiled import State, compiled, uniform
+from autopar.search.compiled import State, compiled, uniform, whole
+from autopar.search.cuts import add_cuts, solve_with_cuts
 from autopar.search.evaluate import cost_of, cost_of_change, usage_of, usage_of_change
-from autopar.search.forest import Forest, clear, grow, new_forest, solve
+from autopar.search.forest import Forest, clear, grow, new_forest
 from autopar.search.problem import Floats, Ints
 
 __all__ = ["Walk", "improve", "new_walk"]
 
 _RAISED = 24  # steps with a price of their own in one move
 _SMALLEST = 4.0  # half edges in the smallest forests
+_WITH_CUTS = 0.3  # of the moves that grow one tree
+_MOST_CUTS = 2
 
 
 class Walk(NamedTuple):
@@ -70,11 +74,14 @@ def improve(
         work = int(_SMALLEST * np.exp(uniform(state) * np.log(half_edges / _SMALLEST))) + 1
         seeds = 1 if uniform(state) < 0.7 else 4 * len(arrays.sizes)
         count, touched = grow(arrays, walk.forest, seeds, work, state)
+        cuts = 0
+        if seeds == 1 and uniform(state) < _WITH_CUTS:
+            cuts = add_cuts(arrays, walk.forest, count, touched, 1 + whole(state, _MOST_CUTS), state)
         draw = uniform(state)
         part = 1.0 if draw < 0.5 else (2.0 * uniform(state) if draw < 0.75 else 0.0)
         shake = noise * np.exp(-10.0 * uniform(state)) if uniform(state) < 0.3 else 0.0
-        accepted += _move(arrays, walk, count, dual, part, byte_price, shake, tolerance, tries, state)
-        for place in range(count):
+        accepted += _move(arrays, walk, count, cuts, dual, part, byte_price, shake, tolerance, tries, state)
+        for place in range(count + cuts):
             v = walk.forest.nodes[place]
             walk.tried[v] = walk.choice[v]
         clear(walk.forest, touched)
@@ -94,6 +101,7 @@ def _move(
     arrays: Arrays,
     walk: Walk,
     count: int,
+    cuts: int,
     dual: Floats,
     part: float,
     byte_price: float,
@@ -110,14 +118,14 @@ def _move(
         walk.raised[0] = (walk.usage - arrays.room).argmax()
         walk.by[0] = byte_price * np.exp(6.0 * uniform(state))
     for _ in range(tries):
-        _price(arrays, walk, count, dual, part, raised)
-        solve(arrays, walk.forest, count, walk.priced, shake, old, new, state)
-        gain = cost_of_change(arrays, nodes, count, old, new)
-        lo, hi = usage_of_change(arrays, nodes, count, old, new, walk.change)
+        _price(arrays, walk, count + cuts, dual, part, raised)
+        solve_with_cuts(arrays, walk.forest, count, cuts, walk.priced, shake, old, new, state)
+        gain = cost_of_change(arrays, nodes, count + cuts, old, new)
+        lo, hi = usage_of_change(arrays, nodes, count + cuts, old, new, walk.change)
         worst, missing, excess = _excess(arrays, walk, lo, hi)
         cost = walk.score[0] + gain
         if excess < 0 or (excess == 0 and (gain < 0 or (cost <= walk.score[2] + tolerance and (lo < hi or shake > 0)))):
-            _take(arrays, walk, count, gain, excess)
+            _take(arrays, walk, count + cuts, gain, excess)
             return 1
         if worst < 0 or (gain >= 0 and walk.score[1] == 0):
             return 0
