@@ -61,6 +61,7 @@ class Choices:
     def __init__(self, graph: Graph, count: int, batch: int) -> None:
         self.graph, self.count, self.batch = graph, count, batch
         self.free = self._find_free()
+        self.shared = self._find_shared()
         self.ways: dict[str, Ways] = {}
         self._numbers: dict[tuple[tuple[Placement, int], ...], int] = {}
         self._number: dict[str, int] = {}
@@ -81,6 +82,15 @@ class Choices:
             if all(name in free for name in op.operands):
                 free.update(name for name in op.outputs if not values[name].requires_grad)
         return free
+
+    def _find_shared(self) -> set[str]:
+        """Free values that no row of the batch has a part in, such as a table of positions, though dropout may have drawn a mask for it."""
+        rows = {item.value for item in self.graph.inputs}
+        shared = {name for name in self.graph.source_kind if name in self.free and name not in rows}
+        for op in self.graph.ops:
+            if all(name in shared for name in op.operands):
+                shared.update(name for name in op.outputs if name in self.free)
+        return shared
 
     def _explore(self) -> None:
         graph = self.graph
@@ -177,7 +187,7 @@ class Choices:
 
     def _small(self, name: str, whole: Made) -> bool:
         """Whether a value that is whole in every microbatch is not made of the whole batch, or is but one number."""
-        return whole.cost < _IN_PROLOGUE_COST or not self.graph.values[name].shape
+        return whole.cost < _IN_PROLOGUE_COST or not self.graph.values[name].shape or name in self.shared
 
     def _reads(self, op: Op, wanted: tuple[Placement, ...]) -> tuple[Placement, ...] | None:
         """The states in which the operands would be read by a split that wants them so; None if one cannot be made so."""

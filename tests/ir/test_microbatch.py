@@ -258,6 +258,18 @@ def test_dropout_of_what_all_rows_share_is_drawn_once() -> None:
     assert set(mask.unique().tolist()) <= {0.0, 2.0} and mask.shape == (5, 6)
 
 
+def test_weights_may_be_applied_to_what_all_rows_share() -> None:
+    """A table of positions, after dropout, goes through a layer: as little work in every microbatch as in the whole batch."""
+
+    def positions(m: Own, x: Tensor) -> Tensor:
+        return (m.layer(x) + m.layer(m.drop(m.scale * torch.ones(5, 6)))).square().mean()
+
+    _, traced, _ = traced_with(Own(positions).double(), (X,))
+    parts = microbatched(traced.graph, 4)
+    assert [op.target for op in parts.body.ops].count("aten.linear.default") == 2
+    assert parts.prologue is not None and any("dropout" in op.target for op in parts.prologue.ops)
+
+
 def test_noise_is_drawn_once_where_rows_share_it_and_row_by_row_where_not() -> None:
     def shared(m: Own, x: Tensor) -> Tensor:
         noise = torch.rand_like(x)
