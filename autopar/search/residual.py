@@ -19,7 +19,7 @@ __all__ = ["Residual", "residual"]
 
 _MOST_PAIRS = 60_000  # possible pairs
 _MOST_HOLDINGS = 1_000_000  # entries of memory rows
-_WHOLE = 2.0**50  # what all costs together may come to in the program's units
+_WHOLE = 2.0**48  # what all costs together may come to in the program's units
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class Residual:
             return None, -np.inf
         first = self.arrays.first
         choice = [self._chosen(solver, int(first[v]), int(first[v + 1])) for v in range(len(self.arrays.sizes))]
-        return np.array(choice, np.int64), float(solver.best_objective_bound) * self.unit
+        bound = round(solver.best_objective_bound) * self.unit  # whole, but for CP-SAT's own scaling
+        return np.array(choice, np.int64), bound if self.unit == 1 else bound - 1e-15 * abs(bound)
 
     def _chosen(self, solver: cp_model.CpSolver, begin: int, end: int) -> int:
         return next(p - begin for p in range(begin, end) if p in self.literals and solver.boolean_value(self.literals[p]))

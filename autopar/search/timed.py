@@ -56,24 +56,20 @@ def search_timed(
     seed: int = 0,
     gap: float = 0.0,
     progress: Callable[[Progress], None] | None = None,
-    stopped: Callable[[], None] | None = None,
-    idle_rounds: int = _IDLE_ROUNDS,
 ) -> Solution:
     """Search until `time_limit_s`, until cost and bound differ by at most `gap` of the bound, or until nothing is found for long.
 
-    Without a time limit that is `idle_rounds` rounds. No edge may hold memory. The same seed gives the same answer where the limit is
-    not what stops it. Ctrl-C ends the search with the best choice so far, and `stopped` is called. `feasible` of the solution is False
+    No edge may hold memory. The same seed gives the same answer where the limit is
+    not what stops it. Ctrl-C ends the search with the best choice so far. `feasible` of the solution is False
     where no choice within the limit was found: then the choice is the one that was over it by least.
     """
     clock = _Clock(time_limit_s)
-    search = _Search(lay_out(problem), clock, seed, gap, progress, idle_rounds)
+    search = _Search(lay_out(problem), clock, seed, gap, progress)
     try:
         search.run()
     except KeyboardInterrupt:
         if search.best.choice is None:
             raise
-        if stopped is not None:
-            stopped()
     choice = search.best.choice if search.best.choice is not None else search.dual.choice
     picked = tuple(choice.tolist())
     cost, memory = problem.evaluate(picked)
@@ -89,11 +85,9 @@ class _Search:
     done, in the same order always.
     """
 
-    def __init__(
-        self, arrays: Arrays, clock: _Clock, seed: int, gap: float, progress: Callable[[Progress], None] | None, idle_rounds: int
-    ) -> None:
+    def __init__(self, arrays: Arrays, clock: _Clock, seed: int, gap: float, progress: Callable[[Progress], None] | None) -> None:
         self.arrays, self.clock, self.gap, self.progress = arrays, clock, gap, progress
-        self.idle_rounds, self.seed = idle_rounds, seed
+        self.seed = seed
         self.finish: Finish | None = None
         self.proven = -np.inf
         self.best = Best(arrays)
@@ -126,7 +120,7 @@ class _Search:
 
     def _rounds(self, threads: ThreadPoolExecutor) -> None:
         idle, rounds, before, rising = 0, 0, -np.inf, True
-        while not self.done and (self.clock.limit_s is not None or idle < self.idle_rounds):
+        while not self.done and (self.clock.limit_s is not None or idle < _IDLE_ROUNDS):
             walkers = self.walkers[1:] if rising or self._finishing else self.walkers
             for walker in walkers:
                 walker.prepare(self.best, self.rounded, self.dual)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ortools.sat.python import cp_model
 
 from autopar.search.arrays import lay_out
 from autopar.search.compiled import generator, uniform, whole
+from autopar.search.cuts import add_cuts, solve_with_cuts
 from autopar.search.dual import Dual
 from autopar.search.evaluate import add_prices, cost_of, cost_of_change, usage_of
 from autopar.search.forest import clear, grow, new_forest, solve
 from autopar.search.messages import find_core
 from autopar.search.moves import improve, new_walk
 from autopar.search.problem import Problem
+from autopar.search.residual import residual
 from autopar.search.timed import search_timed
 from autopar.search.trees import choose_down, find_trees, pass_up
 from tests.search.timed_problems import choices, optimum, problems, timed_problem
@@ -83,6 +86,57 @@ def test_forests_have_no_cycle_and_are_solved_exactly(problem: Problem, seed: in
     assert cost_of(arrays, new) - cost_of(arrays, old) == cost_of_change(arrays, forest.nodes, count, old, new)
     clear(forest, touched)
     assert not forest.inside.any() and not forest.near.any()
+
+
+@several
+@given(problems, st.integers(0, 10**6))
+def test_nodes_that_close_cycles_are_solved_with_the_forest(problem: Problem, seed: int) -> None:
+    arrays = lay_out(problem)._replace(room=np.full(1, np.inf))
+    random = np.random.default_rng(seed)
+    possible = [c for c in choices(problem) if problem.evaluate(c)[0] < np.inf]
+    if not possible:
+        return
+    old = np.array(possible[random.integers(len(possible))], np.int64)
+    before, forest, new, state = old.copy(), new_forest(arrays), old.copy(), generator(seed)
+    count, touched = grow(arrays, forest, 1, 12, state)
+    cuts = add_cuts(arrays, forest, count, touched, 2, state)
+    solve_with_cuts(arrays, forest, count, cuts, arrays.cost, 0.0, old, new, state)
+    block = forest.nodes[: count + cuts].tolist()
+    assert len(set(block)) == len(block) and (old == before).all()
+    kept = [v for v in range(len(old)) if v not in block]
+    assert (new[kept] == old[kept]).all()
+    best = min(problem.evaluate(c)[0] for c in choices(problem) if all(c[v] == old[v] for v in kept))
+    assert problem.evaluate(tuple(new.tolist()))[0] == best
+
+
+@several
+@given(problems)
+def test_strategies_of_good_choices_are_kept(problem: Problem) -> None:
+    best = optimum(problem)
+    if best == np.inf:
+        return
+    dual = Dual(lay_out(problem), sweeps=2)
+    for _ in range(10):
+        dual.step()
+    for cost in (best, best + 3):
+        kept = dual.worth_keeping(cost)
+        for choice in choices(problem):
+            value, memory = problem.evaluate(choice)
+            if value <= cost and memory <= problem.memory_limit_bytes:
+                assert kept[dual.arrays.first[:-1] + np.array(choice)].all()
+
+
+@some
+@given(problems)
+def test_the_program_of_what_is_left_has_the_optimum(problem: Problem) -> None:
+    best, arrays = optimum(problem), lay_out(problem)
+    program = residual(arrays, arrays.cost < np.inf, np.zeros(len(arrays.sizes), np.int64))
+    assert program is not None
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    choice, bound = program.solve(solver)
+    assert bound == best
+    assert choice is None if best == np.inf else problem.evaluate(tuple(choice.tolist()))[0] == best
 
 
 @several
