@@ -23,6 +23,7 @@ __all__ = ["Dual"]
 _UNIT_ROUNDOFF = 2.0**-53
 _FIRST_PRICE = 1e-4  # all prices together, as a part of the bound without prices
 _LEAST_PRICE = 1e-7  # of the mean: what a price without use falls to
+_HIGHEST_PRICE = 1e15  # all costs together for that part of the limit: prices of what cannot fit grow without end
 _FASTER, _SLOWER = 1.05, 0.8  # the pace after a better bound and after a worse one
 _LOST = 0.02  # a bound so much worse than the best sends the prices back
 
@@ -49,6 +50,7 @@ class Dual:
         self.priced = self.best_priced = arrays.cost
         self._pace = 0.5
         self._gradient: Floats | None = None
+        self._highest = _HIGHEST_PRICE * self._spread() / arrays.unit
         self._room = np.where(np.isfinite(arrays.room), np.maximum(arrays.room, 1e-3 * arrays.unit), 1.0)
         self._set_prices(self.prices)
         for _ in range(sweeps):
@@ -102,7 +104,7 @@ class Dual:
     def _note(self) -> None:
         """Keep the bound of the last sweep, if it is the best."""
         self.now = self._core_bound + self._roots + self.constant - self._paid
-        if self.now <= self.raw:
+        if not self.now > self.raw:
             return
         self.raw, self.best_prices, self.best_priced = self.now, self.prices.copy(), self.priced
         proven = self.now - _UNIT_ROUNDOFF * self._doubt(self.now)
@@ -124,7 +126,7 @@ class Dual:
         missing = np.clip(self._over / self._room, -1.0, 1.0)
         self._gradient = missing if self._gradient is None else 0.5 * (self._gradient + missing)
         self.prices = self.prices * np.exp(self._pace * self._gradient)
-        self.prices = np.maximum(self.prices, _LEAST_PRICE * self.prices.mean())
+        self.prices = np.clip(self.prices, _LEAST_PRICE * self.prices.mean(), self._highest)
 
     def _spread(self) -> float:
         finite = self.arrays.cost[np.isfinite(self.arrays.cost)]

@@ -16,22 +16,26 @@ from autopar.search.walker import Best
 __all__ = ["Finish"]
 
 _SPARE_S = 0.5  # before the end of the search
+_LEAST_S = 3.0  # what is worth beginning for: building the program takes a while
 _MOST_WORK = 60.0  # CP-SAT's deterministic time (about seconds), where there is no time limit
 
 
 class Finish:
     """A program under way on a thread of its own: `poll` says what is known, `stop` ends it.
 
-    CP-SAT runs with one worker, so that the same program has the same answer.
+    CP-SAT runs with one worker, so that the same program has the same answer. `bound` is `inf` where it shows that nothing fits.
     """
 
     def __init__(self, arrays: Arrays, dual: Dual, best: Best, threads: ThreadPoolExecutor, left_s: float | None, seed: int) -> None:
-        assert best.choice is not None
-        self.cost = best.cost
+        self.cost = best.cost if best.excess == 0 else np.inf
         self.bound = -np.inf
         self.choice: Ints | None = None
         self._running: Future[tuple[Ints | None, float]] | None = None
-        program = residual(arrays, dual.worth_keeping(best.cost), best.choice)
+        if left_s is not None and left_s < _LEAST_S:
+            return
+        program = residual(
+            arrays, dual.worth_keeping(self.cost) & (arrays.cost < np.inf), dual.choice if best.choice is None else best.choice
+        )
         if program is None:
             return
         self._solver = cp_model.CpSolver()

@@ -26,6 +26,7 @@ __all__ = ["search_timed"]
 _DUAL_STEPS = 50  # between two looks at the time
 _STALLED = 1e-5  # of the bound: less in that many steps is not worth a thread of its own
 _ROUNDS_BEFORE_FINISH = 10  # of walks, before what is left open is given to an integer program
+_LONGEST_BLIND = 40  # times that many steps of the dual without a possible choice to round to
 _IDLE_ROUNDS = 200  # without a better choice: the end where no time limit is given
 
 
@@ -61,7 +62,8 @@ def search_timed(
 
     No edge may hold memory. The same seed gives the same answer where the limit is
     not what stops it. Ctrl-C ends the search with the best choice so far. `feasible` of the solution is False
-    where no choice within the limit was found: then the choice is the one that was over it by least.
+    where no choice within the limit was found: then the choice is the one that was over it by least, and the bound is `inf` if it is
+    proven that there is none.
     """
     clock = _Clock(time_limit_s)
     search = _Search(lay_out(problem), clock, seed, gap, progress)
@@ -104,7 +106,7 @@ class _Search:
 
     @property
     def done(self) -> bool:
-        if self.best.excess == 0 and self.best.cost - self.bound <= self.gap * abs(self.bound):
+        if self.bound == np.inf or (self.best.excess == 0 and self.best.cost - self.bound <= self.gap * abs(self.bound)):
             return True
         return self.clock.up
 
@@ -119,7 +121,7 @@ class _Search:
                     self._finished()
 
     def _rounds(self, threads: ThreadPoolExecutor) -> None:
-        idle, rounds, before, rising = 0, 0, -np.inf, True
+        idle, rounds, chunks, before, rising = 0, 0, 0, -np.inf, True
         while not self.done and (self.clock.limit_s is not None or idle < _IDLE_ROUNDS):
             walkers = self.walkers[1:] if rising or self._finishing else self.walkers
             for walker in walkers:
@@ -133,7 +135,9 @@ class _Search:
             found = [self.best.offer(choice) for choice in self._found(walkers, rising)]
             idle = 0 if any(found) or rising else idle + 1
             if rising:
-                rising = self.dual.bound - before > _STALLED * abs(self.dual.bound) or self.best.choice is None
+                chunks += 1
+                grows = self.dual.bound - before > _STALLED * abs(self.dual.bound)
+                rising = grows or (self.best.choice is None and chunks < _LONGEST_BLIND)
                 before = self.dual.bound
             else:
                 rounds += 1
@@ -145,7 +149,7 @@ class _Search:
 
         Where there is no time limit, its end is waited for: then when it ends is not by chance.
         """
-        if self.finish is None and rounds == _ROUNDS_BEFORE_FINISH and self.best.excess == 0:
+        if self.finish is None and rounds == _ROUNDS_BEFORE_FINISH:
             from autopar.search.finish import Finish  # CP-SAT takes a while to import
 
             self.finish = Finish(self.arrays, self.dual, self.best, threads, self.clock.left_s, self.seed)

@@ -19,6 +19,7 @@ from autopar.search.problem import Ints
 __all__ = ["Best", "Walker"]
 
 _ENTRIES = 16_000_000  # table entries that a round of moves may read, about
+_MOST_MOVES = 1000
 _TRIES = 8
 _NOISE = 1e-3  # of the cost
 _ROUNDS = 20  # of the longest episode
@@ -52,7 +53,7 @@ class Walker:
     def __init__(self, arrays: Arrays, state: State) -> None:
         self.arrays, self.state = arrays, state
         entries = int((arrays.sizes[arrays.other] * np.repeat(arrays.sizes, np.diff(arrays.start))).sum())
-        self.moves = max(20, min(5000, _ENTRIES // max(entries, 1)))
+        self.moves = max(20, min(_MOST_MOVES, _ENTRIES // max(entries, 1)))
         self.current: Walk | None = None
         self.left = self.rounds = 0
         self.tolerance = 0.0
