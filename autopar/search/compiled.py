@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["compiled", "generator", "uniform", "whole"]
+__all__ = ["compiled", "fill", "generator", "least_of", "uniform", "whole"]
 
 Function = TypeVar("Function", bound=Callable[..., object])
 State = NDArray[np.uint64]
@@ -46,3 +46,19 @@ def whole(state: State, below: int) -> int:
 def uniform(state: State) -> float:
     """A number from [0, 1)."""
     return whole(state, 1 << 53) * (1.0 / (1 << 53))
+
+
+@compiled
+def least_of(numbers: NDArray[np.float64], begin: int, end: int) -> float:
+    """The least of `numbers[begin:end]`, `inf` of none. A loop: numpy's functions take seconds to compile in here."""
+    least = np.inf
+    for k in range(begin, end):
+        least = numbers[k] if numbers[k] < least else least
+    return least
+
+
+@compiled
+def fill(numbers: NDArray[np.float64], count: int, number: float) -> None:
+    """Set `numbers[:count]` to `number`."""
+    for k in range(count):
+        numbers[k] = number

@@ -41,7 +41,9 @@ def solve_with_cuts(
         solve(arrays, forest, count, priced, noise, old, new, state)
         return
     nodes = forest.nodes[count : count + cuts]
-    kept, best = old[nodes], old[nodes]
+    kept, best = np.empty(cuts, np.int64), np.empty(cuts, np.int64)
+    for k in range(cuts):
+        kept[k] = best[k] = old[nodes[k]]
     least = solve(arrays, forest, count, priced, 0.0, old, new, state) + _of_cuts(arrays, forest, nodes, priced, old)
     tried = 1
     for v in nodes:
@@ -55,11 +57,14 @@ def solve_with_cuts(
         if alone < np.inf:
             cost = alone + solve(arrays, forest, count, priced, 0.0, old, new, state)
             if cost < least:
-                least, best = cost, old[nodes]
-    old[nodes] = best
-    new[nodes] = best
+                least = cost
+                for k in range(cuts):
+                    best[k] = old[nodes[k]]
+    for k in range(cuts):
+        old[nodes[k]] = new[nodes[k]] = best[k]
     solve(arrays, forest, count, priced, noise, old, new, state)
-    old[nodes] = kept
+    for k in range(cuts):
+        old[nodes[k]] = kept[k]
 
 
 @compiled

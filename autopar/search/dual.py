@@ -57,7 +57,7 @@ class Dual:
             self._sweep()
         self._evaluate()
         self._note()
-        if self.excess > 0 and self.raw < np.inf:
+        if self.excess > 0 and np.isfinite(self.raw):
             first = _FIRST_PRICE * max(abs(self.raw), 1e-9 * self._spread()) / len(self.prices)
             self.prices = first / self._room
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.search.arrays import Arrays
-from autopar.search.compiled import compiled
+from autopar.search.compiled import compiled, fill, least_of
 from autopar.search.problem import Floats, Ints
 from autopar.search.trees import Trees
 
@@ -83,20 +83,19 @@ def sweep(arrays: Arrays, core: Core, cost: Floats, forward: bool, sums: Floats,
             begin = core.inward[a]
             for s in range(size):
                 sums[s] += messages[begin + s]
-        least = sums[:size].min()
+        least = least_of(sums, 0, size)
         bound += least
         share = core.share[p]
         low, high = (core.middle[p], core.start[p + 1]) if forward else (core.start[p], core.middle[p])
         for a in range(low, high):
             width, inward, outward, rows = arrays.sizes[core.other[a]], core.inward[a], core.outward[a], core.rows[a]
-            for r in range(width):
-                message[r] = np.inf
+            fill(message, width, np.inf)
             for s in range(size):
                 here, begin = share * (sums[s] - least) - messages[inward + s], rows + s * width
                 for r in range(width):
                     there = here + table[begin + r]
                     message[r] = there if there < message[r] else message[r]
-            edge = message[:width].min()
+            edge = least_of(message, 0, width)
             bound += edge
             for r in range(width):
                 messages[outward + r] = message[r] - edge
@@ -120,7 +119,10 @@ def rounding(arrays: Arrays, core: Core, cost: Floats, choice: Ints, sums: Float
             begin = core.inward[a]
             for s in range(size):
                 sums[s] += core.messages[begin + s]
-        choice[v] = sums[:size].argmin()
+        choice[v] = 0
+        for s in range(1, size):
+            if sums[s] < sums[choice[v]]:
+                choice[v] = s
 
 
 @compiled

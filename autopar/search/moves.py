@@ -91,9 +91,14 @@ def improve(
 @compiled
 def _add_up(arrays: Arrays, walk: Walk) -> None:
     """Usage and score of the walk anew: sums of changes drift where numbers are not whole."""
-    walk.usage[:] = usage_of(arrays, walk.choice)
-    walk.score[0], walk.score[1] = cost_of(arrays, walk.choice), np.maximum(walk.usage - arrays.room, 0.0).sum()
-    walk.tried[:] = walk.choice
+    usage = usage_of(arrays, walk.choice)
+    excess = 0.0
+    for t in range(len(arrays.room)):
+        walk.usage[t] = usage[t]
+        excess += max(usage[t] - arrays.room[t], 0.0)
+    walk.score[0], walk.score[1] = cost_of(arrays, walk.choice), excess
+    for v in range(len(walk.choice)):
+        walk.tried[v] = walk.choice[v]
 
 
 @compiled
@@ -115,7 +120,10 @@ def _move(
     raised = 0
     if walk.score[1] > 0:
         raised = 1
-        walk.raised[0] = (walk.usage - arrays.room).argmax()
+        walk.raised[0] = 0
+        for t in range(len(arrays.room)):
+            if walk.usage[t] - arrays.room[t] > walk.usage[walk.raised[0]] - arrays.room[walk.raised[0]]:
+                walk.raised[0] = t
         walk.by[0] = byte_price * np.exp(6.0 * uniform(state))
     for _ in range(tries):
         _price(arrays, walk, count + cuts, dual, part, raised)
@@ -202,5 +210,6 @@ def _take(arrays: Arrays, walk: Walk, count: int, gain: float, excess: float) ->
     if walk.score[1] <= 0:
         walk.score[1] = 0.0
     if walk.score[1] < walk.score[3] or (walk.score[1] == walk.score[3] and walk.score[0] < walk.score[2]):
-        walk.best[:] = walk.choice
+        for v in range(len(walk.choice)):
+            walk.best[v] = walk.choice[v]
         walk.score[2], walk.score[3] = walk.score[0], walk.score[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from autopar.search.arrays import Arrays
-from autopar.search.compiled import compiled
+from autopar.search.compiled import compiled, fill, least_of
 from autopar.search.messages import Core
 from autopar.search.problem import Floats
 from autopar.search.trees import Trees
@@ -37,7 +37,7 @@ def _of_core(arrays: Arrays, core: Core, reach: Floats, left: Floats, found: Flo
             left[at + s] = reach[at + s]
             for a in range(core.start[p], core.start[p + 1]):
                 left[at + s] += messages[core.inward[a] + s]
-        least = left[at : at + size].min()
+        least = least_of(left, at, at + size)
         own = max(0.0, 1.0 - core.share[p] * (core.middle[p] - core.start[p]))
         for s in range(size):
             left[at + s] -= least
@@ -48,15 +48,15 @@ def _of_core(arrays: Arrays, core: Core, reach: Floats, left: Floats, found: Flo
         for a in range(core.start[p], core.middle[p]):
             u = core.other[a]
             to, width = arrays.first[u], arrays.sizes[u]
-            by_row[:size] = np.inf
-            by_column[:width] = np.inf
+            fill(by_row, size, np.inf)
+            fill(by_column, width, np.inf)
             for s in range(size):
                 here = core.share[p] * left[at + s] - messages[core.inward[a] + s]
                 for r in range(width):
                     rest = here + arrays.table[core.rows[a] + s * width + r] - messages[core.outward[a] + r]
                     by_row[s] = min(by_row[s], rest)
                     by_column[r] = min(by_column[r], rest)
-            least = by_row[:size].min()
+            least = least_of(by_row, 0, size)
             for s in range(size):
                 found[at + s] += by_row[s] - least
             for r in range(width):
@@ -70,7 +70,7 @@ def _of_trees(arrays: Arrays, trees: Trees, reach: Floats, found: Floats, messag
         v = trees.nodes[place]
         at, size, a = arrays.first[v], arrays.sizes[v], trees.toward[place]
         if a < 0:
-            least = reach[at : at + size].min()
+            least = least_of(reach, at, at + size)
             for s in range(size):
                 found[at + s] = reach[at + s] - least
             continue

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from autopar.search.arrays import Arrays
-from autopar.search.compiled import compiled
+from autopar.search.compiled import compiled, fill, least_of
 from autopar.search.problem import Floats, Ints
 
 __all__ = ["Trees", "choose_down", "find_trees", "pass_up"]
@@ -67,11 +67,11 @@ def pass_up(arrays: Arrays, trees: Trees, reach: Floats, message: Floats) -> flo
         v = trees.nodes[place]
         at, size, a = arrays.first[v], arrays.sizes[v], trees.toward[place]
         if a < 0:
-            constant += reach[at : at + size].min()
+            constant += least_of(reach, at, at + size)
             continue
         u = arrays.other[a]
         to, width = arrays.first[u], arrays.sizes[u]
-        message[:width] = np.inf
+        fill(message, width, np.inf)
         for s in range(size):
             begin, here = arrays.rows[a] + s * width, reach[at + s]
             for r in range(width):
