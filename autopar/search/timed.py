@@ -169,6 +169,8 @@ class _Search:
     def _raise_bound(self) -> None:
         self.rounded = Best(self.arrays)
         for _ in range(_DUAL_STEPS):
+            if self.clock.up:
+                return
             self.dual.step()
             self.rounded.offer(self.dual.choice)
 
