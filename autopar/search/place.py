@@ -158,6 +158,7 @@ class Settings:
         reserve = least + sum(resident_bytes(built.structure, built.costs.microbatches) for built in place.builts)
         best: Found | None = None
         bound = price = 0.0
+        least_tried = False
         for attempt in range(_ROUNDS):
             limited = replace(problem, memory_limit_bytes=max(0.0, self.limit_bytes - reserve))
             solution = solve(limited, effort=self.effort, time_limit_s=self.seconds_left(), progress=self.progress)
@@ -166,14 +167,18 @@ class Settings:
             found = replace(self.found(place, solution, bound), price_s_per_byte=price)
             if best is None or self.rank(found) < self.rank(best):
                 best = found
-            if found.fits or not solution.feasible:
+            least_tried = not solution.feasible
+            if found.fits or least_tried:
                 break
             reserve = max(reserve, found.memory_bytes - solution.memory_bytes) + (0.01 * self.limit_bytes if attempt else 0.0)
         assert best is not None
         if not best.fits:
             # The least of what adds up may come with a huge workspace: also look where the whole limit is worth as much as the whole step.
-            other = self.found(place, solve_with(problem, {}, bound / self.limit_bytes), bound)
-            best = other if self.rank(other) < self.rank(best) else best
+            others = [solve_with(problem, {}, bound / self.limit_bytes)]
+            if not least_tried:
+                # What is said to be the least when nothing fits must be found again when just that much is given.
+                others.append(solve_with(problem, {}, math.inf))
+            best = min(best, *(self.found(place, other, bound) for other in others), key=self.rank)
         return best
 
     @staticmethod
