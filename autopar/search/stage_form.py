@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -162,15 +163,11 @@ class Form:
         """Whether stages that fit on their own fit together with the others of their group."""
         if self.count == self.groups:
             return True
-        alive = [0] * self.count
-        for group, order in enumerate(named(self.schedule).orders(self.groups, self.count // self.groups, self.microbatches)):
-            mine = [(stage, costs[stage]) for stage in range(self.count) if self.group_of[stage] == group]
-            base = sum(cost.fixed_bytes for _, cost in mine) + max(cost.workspace_bytes for _, cost in mine)
-            splits = self.facts[mine[0][0]].splits
-            for action in order:
-                alive[action.stage] += 1 if action.kind == "F" else -1 if action.kind == ("W" if splits else "B") else 0
-                if base + sum(alive[stage] * cost.live_bytes for stage, cost in mine) > self.pricing.limit_bytes:
-                    return False
+        for numbers, alive in _alive(self.schedule, self.groups, self.count // self.groups, self.microbatches):
+            mine = [costs[stage] for stage in numbers]
+            base = sum(cost.fixed_bytes for cost in mine) + max(cost.workspace_bytes for cost in mine)
+            if base + float((alive @ [cost.live_bytes for cost in mine]).max()) > self.pricing.limit_bytes:
+                return False
         return True
 
     def least_bytes(self) -> float:
@@ -186,3 +183,18 @@ class Form:
                     found[state, :-1] = np.minimum(found[state, :-1], np.maximum(need, behind[after]).min(axis=1))
             behind = found
         return float(behind[0, 0])
+
+
+@lru_cache(maxsize=256)
+def _alive(schedule: str, groups: int, each: int, microbatches: int) -> tuple[tuple[tuple[int, ...], Array], ...]:
+    """By group its stages, and how many microbatches of each are alive together: `(moments, stages)`, of moments at which no stage has
+    fewer than at another one."""
+    row = named(schedule)
+    found = []
+    for group, order in enumerate(row.orders(groups, each, microbatches)):
+        numbers = tuple(stage for stage in range(groups * each) if row.group_of(stage, groups) == group)
+        steps = np.array([[((act.kind == "F") - (act.kind in "BW")) * (act.stage == stage) for stage in numbers] for act in order])
+        moments = np.unique(np.cumsum(steps, 0), axis=0)
+        least = [bool((moments >= moment).all(1).sum() == 1) for moment in moments]
+        found.append((numbers, moments[least].astype(np.float64)))
+    return tuple(found)
