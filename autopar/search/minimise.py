@@ -8,6 +8,7 @@ those behind, make choices that lie between the two: "k of the 32 layers shard t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from autopar.search.reduce import domain_sizes
 Ints = NDArray[np.int64]
 
 _KEPT_PRICES = 6
+_DEAR_ENTRIES = 1e8  # about half a second
 _SEARCH_S = 10.0
 _SEARCH_GAP = 1e-9
 _SAME = 1e-9
@@ -84,6 +86,12 @@ class Minimiser:
         """Whether an order of elimination keeps all tables within the limit, so that minima are exact."""
         return self._largest(self._runs_whole()) <= self.limit_entries
 
+    @cached_property
+    def dear(self) -> bool:
+        """Whether elimination, though its tables fit, takes so long that a search is worth trying first."""
+        orders = self._outer_order(self._runs_whole())
+        return sum(order.total_entries for order in orders) > _DEAR_ENTRIES
+
     def _largest(self, spans: list[tuple[int, int, int]]) -> float:
         return max(order.largest_entries for order in self._outer_order(spans))
 
@@ -122,10 +130,16 @@ class Minimiser:
     def minimise(self, price: Price) -> Minimum:
         """The choice of least priced cost. Deterministic: ties go to the lowest strategies.
 
-        Where no table of elimination fits the problem is shrunk and searched; the minimum is `exact` where search and bound meet.
+        Where no table of elimination fits, or elimination is dear, the problem is shrunk and searched; the minimum is `exact` where search
+        and bound meet.
         """
         if self.searches and not self.fits:
             return self._searched(price)
+        if self.searches and self.dear:
+            found = self._searched(price)
+            if found.exact:
+                return found
+            self.dear = False
         spans = self._runs_whole() if price.until <= 0 else self._runs_split(price.until)
         chains = []
         for number, start, stop in spans:
