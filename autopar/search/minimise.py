@@ -61,6 +61,7 @@ class Minimiser:
         self.sizes = domain_sizes(problem)
         self.limit_entries = limit_entries
         self.searches = limit_entries == LIMIT_ENTRIES
+        self._searched_in_vain = False
         self.search_s = _SEARCH_S  # at most, for a minimum that elimination cannot hold
         self._tables: dict[float, list[Floats]] = {}
         self._bodies: dict[tuple[int, float], Body] = {}
@@ -135,11 +136,11 @@ class Minimiser:
         """
         if self.searches and not self.fits:
             return self._searched(price)
-        if self.searches and self.dear:
+        if self.searches and self.dear and not self._searched_in_vain:
             found = self._searched(price)
             if found.exact:
                 return found
-            self.dear = False
+            self._searched_in_vain = True
         spans = self._runs_whole() if price.until <= 0 else self._runs_split(price.until)
         chains = []
         for number, start, stop in spans:

@@ -15,7 +15,7 @@ from autopar.search.evaluate import add_prices, cost_of, cost_of_change, usage_o
 from autopar.search.forest import clear, grow, new_forest, solve
 from autopar.search.messages import find_core
 from autopar.search.moves import improve, new_walk
-from autopar.search.problem import Problem
+from autopar.search.problem import Ints, Problem
 from autopar.search.residual import residual
 from autopar.search.timed import search_timed
 from autopar.search.trees import choose_down, find_trees, pass_up
@@ -61,15 +61,19 @@ def test_prices_are_those_of_usage(problem: Problem, seed: int) -> None:
     assert priced[arrays.first[:-1] + choice].sum() == usage_of(arrays, choice) @ prices
 
 
+def a_possible_choice(problem: Problem, random: np.random.Generator) -> Ints | None:
+    """Any of finite cost, whatever the memory; None where there is none."""
+    possible = [c for c in choices(problem) if problem.evaluate(c)[0] < np.inf]
+    return np.array(possible[random.integers(len(possible))], np.int64) if possible else None
+
+
 @several
 @given(problems, st.integers(0, 10**6))
 def test_forests_have_no_cycle_and_are_solved_exactly(problem: Problem, seed: int) -> None:
-    arrays = lay_out(problem)._replace(room=np.full(1, np.inf))
-    random = np.random.default_rng(seed)
-    possible = [c for c in choices(problem) if problem.evaluate(c)[0] < np.inf]
-    if not possible:
+    arrays, random = lay_out(problem)._replace(room=np.full(1, np.inf)), np.random.default_rng(seed)
+    old = a_possible_choice(problem, random)
+    if old is None:
         return
-    old = np.array(possible[random.integers(len(possible))], np.int64)
     forest, new = new_forest(arrays), old.copy()
     count, touched = grow(arrays, forest, 4, 1 + int(random.integers(12)), generator(seed))
     inside = forest.nodes[:count].tolist()
@@ -91,12 +95,10 @@ def test_forests_have_no_cycle_and_are_solved_exactly(problem: Problem, seed: in
 @several
 @given(problems, st.integers(0, 10**6))
 def test_nodes_that_close_cycles_are_solved_with_the_forest(problem: Problem, seed: int) -> None:
-    arrays = lay_out(problem)._replace(room=np.full(1, np.inf))
-    random = np.random.default_rng(seed)
-    possible = [c for c in choices(problem) if problem.evaluate(c)[0] < np.inf]
-    if not possible:
+    arrays, random = lay_out(problem)._replace(room=np.full(1, np.inf)), np.random.default_rng(seed)
+    old = a_possible_choice(problem, random)
+    if old is None:
         return
-    old = np.array(possible[random.integers(len(possible))], np.int64)
     before, forest, new, state = old.copy(), new_forest(arrays), old.copy(), generator(seed)
     count, touched = grow(arrays, forest, 1, 12, state)
     cuts = add_cuts(arrays, forest, count, touched, 2, state)
