@@ -83,6 +83,12 @@ def _found_order(items: tuple[tuple[int, int], ...], scopes: tuple[tuple[int, ..
     return best
 
 
+def hopeless(sizes: dict[int, int], scopes: Sequence[Sequence[int]]) -> bool:
+    """Whether the order by table size, taken until one is far too large, says that none will do. `find_order` goes on to the end, which
+    takes long in just that case: near the end every variable of an entangled graph is joined to all others."""
+    return _greedy(sizes, scopes, frozenset(), _by_weight, most=_HOPELESS * LIMIT_ENTRIES).largest_entries > _HOPELESS * LIMIT_ENTRIES
+
+
 def _dearness(order: Order) -> float:
     return order.total_entries
 
@@ -112,8 +118,12 @@ def _greedy(
     kept: frozenset[int],
     score: Callable[[int, dict[int, set[int]], dict[int, int]], float],
     noise: dict[int, float] | None = None,
+    most: float = np.inf,
 ) -> Order:
-    """The order that always eliminates the variable of least `score` times `noise`, the lowest number among equals."""
+    """The order that always eliminates the variable of least `score` times `noise`, the lowest number among equals.
+
+    It ends where a table has over `most` entries.
+    """
     around: dict[int, set[int]] = {v: set() for v in sizes}
     for scope in scopes:
         for v in scope:
@@ -129,7 +139,7 @@ def _greedy(
     heapq.heapify(heap)
     order: list[int] = []
     largest = total = 0.0
-    while heap:
+    while heap and largest <= most:
         w, v = heapq.heappop(heap)
         if current.get(v) != w:
             continue

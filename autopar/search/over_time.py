@@ -11,6 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
+from autopar.search.eliminate import hopeless
 from autopar.search.incumbent import Progress
 from autopar.search.minimise import Minimiser, Price
 from autopar.search.problem import Problem, Solution
@@ -34,7 +35,7 @@ def solve_over_time(
     """
     start = perf_counter()
     shrunk = shrink(problem)
-    small = _eliminated(shrunk.problem)
+    small = _eliminated(shrunk.problem, patient=time_limit_s is None)
     if small is None:
         from autopar.search.timed import search_timed  # compiled code takes a while to load
 
@@ -60,16 +61,23 @@ def solve_over_time(
     return replace(small, choice=choice, cost_s=cost, memory_bytes=memory, lower_bound_s=bound, feasible=feasible)
 
 
-def _eliminated(problem: Problem) -> Solution | None:
-    """The optimum of a problem in which no memory can matter, by elimination; None for others and where tables do not fit."""
+def _eliminated(problem: Problem, patient: bool) -> Solution | None:
+    """The optimum of a problem in which no memory can matter, by elimination; None for others and where tables do not fit.
+
+    Once begun, an elimination goes on to its end: dear ones are for the `patient`.
+    """
     held = {t for t, live in zip(problem.nodes, problem.live or (), strict=True) if live[0] < live[1]}
     held |= {t for node, t, _, _ in problem.also if node < len(problem.nodes) - 1}
     if any(problem.tables[t].memory_bytes.any() for t in held):
         return None
     free = replace(problem, live=None, also=(), memory_limit_bytes=np.inf)
+    sizes = {node: len(problem.tables[t].cost_s) for node, t in enumerate(problem.nodes)}
+    if hopeless(sizes, [(i, j) for i, j, _ in problem.edges]):
+        return None
     reduced = reduce(free)
     minimiser = Minimiser(reduced.problem)
-    if not minimiser.fits:  # which would be searched, too
+    minimiser.searches = False  # a search is what this one is part of
+    if not minimiser.fits or (minimiser.dear and not patient):  # which would be searched, too
         return None
     minimum = minimiser.minimise(Price(0.0))
     choice = reduced.original(minimum.choice)

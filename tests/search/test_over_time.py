@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 
 from autopar.errors import InfeasibleError
+from autopar.search.eliminate import hopeless
 from autopar.search.minimise import Minimiser
 from autopar.search.problem import Problem, Segment, Table
 from autopar.search.reduce import reduce
@@ -105,6 +106,33 @@ def test_what_elimination_cannot_hold_is_searched_without_time_steps_too() -> No
     assert not Minimiser(reduce(problem).problem).fits
     solution = solve(problem, time_limit_s=1.5)
     assert solution.feasible and solution.memory_bytes <= 400.0 and solution.lower_bound_s <= solution.cost_s
+
+
+def cliques(parts: int, count: int, size: int) -> Problem:
+    """Parts in which every node has an edge to every other of its part."""
+    rng = np.random.default_rng(5)
+    tables = [Table(rng.integers(0, 50, size).astype(float), np.zeros(size))]
+    edges = []
+    for base in range(0, parts * count, count):
+        for i in range(count):
+            for j in range(i + 1, count):
+                edges.append((base + i, base + j, len(tables)))
+                tables.append(Table(rng.integers(0, 50, (size, size)).astype(float), np.zeros((size, size))))
+    return Problem((0,) * (parts * count), tuple(edges), tuple(tables), (Segment(0, parts * count, 1),))
+
+
+def test_a_dear_elimination_is_searched_once() -> None:
+    problem = cliques(3, 9, 7)
+    minimiser = Minimiser(reduce(problem).problem)
+    assert minimiser.fits and minimiser.dear
+    solution = solve(problem, time_limit_s=2.0)
+    assert solution.cost_s == solution.lower_bound_s
+
+
+def test_a_hopeless_elimination_is_found_out_early() -> None:
+    problem = cliques(1, 60, 4)
+    assert hopeless(dict.fromkeys(range(60), 4), [(i, j) for i, j, _ in problem.edges])
+    assert not hopeless(dict.fromkeys(range(60), 4), [(i, i + 1) for i in range(59)])
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
