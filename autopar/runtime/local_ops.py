@@ -10,54 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from autopar.ir.rules.local_context import AxisContext, LocalContext
-from autopar.runtime.collectives import resolve
+from autopar.runtime import local_classes
+from autopar.runtime.local_reduce import all_gather, all_reduce, refuse_outside, wide
 
 __all__ = ["LOCAL_OPS", "AxisContext", "LocalContext"]
 
 Kwargs = Mapping[str, Any]
-
-
-# ---- reductions over an axis, as an operator that `torch.compile` does not look into -------------------------------------------
-
-
-def _reduce(x: Tensor, op: str, group: str) -> Tensor:
-    out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=resolve(group))
-    return out
-
-
-_library = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("local_reduce(Tensor x, str op, str group) -> Tensor")  # type: ignore[no-untyped-call]
-for _key in ("CPU", "CUDA"):
-    _library.impl("local_reduce", _reduce, _key)  # type: ignore[no-untyped-call]
-
-
-@torch.library.register_fake("autopar::local_reduce", lib=_library)  # type: ignore[untyped-decorator]
-def _reduce_fake(x: Tensor, op: str, group: str) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _all_reduce(x: Tensor, op: str, axes: Sequence[AxisContext]) -> Tensor:
-    """The sum or maximum of `x` over the ranks of all `axes`. Carries no gradient."""
-    for axis in axes:
-        x = torch.ops.autopar.local_reduce.default(x, op, axis.group)
-    return x
-
-
-def _all_gather(x: Tensor, axis: AxisContext) -> Tensor:
-    """`(size, *x.shape)`: the `x` of every rank of `axis`. For small `x`: it is sent as a sum in which the others are zero."""
-    rows = x.new_zeros((axis.size, *x.shape))
-    rows[axis.index] = x
-    return _all_reduce(rows, "sum", (axis,))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """`x` in the dtype in which sums over it are kept."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # ---- views ----------------------------------------------------------------------------------------------------------------------
@@ -90,18 +51,13 @@ def mean_of_part(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> 
 # ---- vocabulary -----------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_outside(index: Tensor, size: int, message: str) -> None:
-    """Raise where one device would: no rank owns an index outside `[0, size)`, and all of them would quietly take zeros for it."""
-    torch.ops.aten._assert_async.msg(((index >= 0) & (index < size)).all(), message)
-
-
 def vocab_embedding(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> Tensor:
     """`embedding(weight (v_local, h), ids (...), padding_idx)`: rows of this rank's range, zero for all others (Megatron-LM, section 3)."""
     weight, ids = args[0], args[1]
     padding = args[2] if len(args) > 2 else kwargs.get("padding_idx", -1)
     start, length = context.part(context.operand_shapes[0][0])
     assert weight.shape[0] == length
-    _refuse_outside(ids, context.operand_shapes[0][0], "embedding: an id is outside the vocabulary")
+    refuse_outside(ids, context.operand_shapes[0][0], "embedding: an id is outside the vocabulary")
     if not length:  # fewer rows than ranks: nothing to look up, and a gradient of no elements
         nothing: Tensor = weight.sum().expand((*ids.shape, weight.shape[1]))
         return nothing
@@ -122,19 +78,19 @@ class _VocabCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, start: int, classes: int, ignore_index: int, smoothing: float, axes: Sequence[AxisContext]
     ) -> tuple[Tensor, Tensor]:
-        x = _wide(logits)
+        x = wide(logits)
         valid = target != ignore_index
-        _refuse_outside(target.masked_fill(~valid, 0), classes, "cross entropy: a target is outside the classes")
+        refuse_outside(target.masked_fill(~valid, 0), classes, "cross entropy: a target is outside the classes")
         local = target - start
         inside = (local >= 0) & (local < x.shape[1]) & valid
         local = local.masked_fill(~inside, 0).unsqueeze(1)
-        empty = x.shape[1] == 0  # fewer classes than ranks
-        largest = _all_reduce(x.new_full(x.shape[:1], -torch.inf) if empty else x.amax(1), "max", axes)
-        picked = x.new_zeros(x.shape[:1]) if empty else x.gather(1, local).squeeze(1).masked_fill(~inside, 0)
-        parts = [(x - largest.unsqueeze(1)).exp_().sum(1), picked]
+        own, picked = _of_part(x, local, inside)
+        # The normaliser of all classes from those of the parts, as if each part were one class.
+        largest = all_reduce(own, "max", axes)
+        parts = [(own - largest).exp_(), picked]
         if smoothing:
             parts.append(x.sum(1))
-        sums = _all_reduce(torch.stack(parts), "sum", axes)
+        sums = all_reduce(torch.stack(parts), "sum", axes)
         lse = sums[0].log() + largest
         loss = lse - sums[1]
         if smoothing:
@@ -148,14 +104,28 @@ class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor, weight_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, lse, local, inside, valid = ctx.saved_tensors
-        gradient = (_wide(logits) - lse.unsqueeze(1)).exp_()
+        gradient = (wide(logits) - lse.unsqueeze(1)).exp_()
         if ctx.smoothing:
-            gradient = gradient - ctx.smoothing / ctx.classes
+            gradient -= ctx.smoothing / ctx.classes
         if gradient.shape[1]:
             hit = inside.to(gradient.dtype).unsqueeze(1) * (1 - ctx.smoothing)
-            gradient = gradient.scatter_add(1, local, -hit)
-        gradient = gradient * (valid * loss_gradient.to(gradient.dtype)).unsqueeze(1)
+            gradient.scatter_add_(1, local, -hit)
+        gradient *= (valid * loss_gradient.to(gradient.dtype)).unsqueeze(1)
         return gradient.to(logits.dtype), None, None, None, None, None, None
+
+
+def _of_part(x: Tensor, local: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Of this rank's classes `x (m, v_local)`: the logarithm of each row's sum of exponentials `(m,)`, and the target's number, else 0.
+
+    One kernel makes the log-softmax of the part, and the number at the largest place says by how much it was shifted: a third of the
+    passes over `x` that maximum, difference, exponential and sum take one by one.
+    """
+    if x.shape[1] == 0:  # fewer classes than ranks
+        return x.new_full(x.shape[:1], -torch.inf), x.new_zeros(x.shape[:1])
+    largest, place = x.max(1, keepdim=True)
+    own = (largest - x.log_softmax(1).gather(1, place)).squeeze(1)
+    own = own.masked_fill(largest.squeeze(1).isneginf(), -torch.inf)
+    return own, x.gather(1, local).squeeze(1).masked_fill(~inside, 0)
 
 
 def vocab_cross_entropy(args: Sequence[Any], kwargs: Kwargs, context: LocalContext) -> tuple[Tensor, Tensor]:
@@ -179,19 +149,19 @@ class _SyncBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, axes: Sequence[AxisContext]
     ) -> tuple[Tensor, Tensor, Tensor, int]:
-        wide = _wide(x)
+        full = wide(x)
         over = [dim for dim in range(x.dim()) if dim != 1]
         count = x.numel() // x.shape[1]
-        mean = wide.mean(over)
-        squares = (wide - _channel(mean, x)).square_().sum(over)
+        mean = full.mean(over)
+        squares = (full - _channel(mean, x)).square_().sum(over)
         for axis in axes:
-            means, sums = _all_gather(torch.stack((mean, squares)), axis).unbind(1)
+            means, sums = all_gather(torch.stack((mean, squares)), axis).unbind(1)
             mean = means.mean(0)
             squares = sums.sum(0) + count * (means - mean).square().sum(0)
             count *= axis.size
         invstd = (squares / count + eps).rsqrt()
         scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-        y = (wide - _channel(mean, x)) * _channel(scale, x)
+        y = (full - _channel(mean, x)) * _channel(scale, x)
         if bias is not None:
             y = y + _channel(bias.to(y.dtype), x)
         ctx.save_for_backward(x, weight, mean, invstd)
@@ -204,11 +174,11 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
         over = [dim for dim in range(x.dim()) if dim != 1]
-        wide = _wide(gradient)
-        normal = (_wide(x) - _channel(mean, x)) * _channel(invstd, x)
-        sums = _all_reduce(torch.stack((wide.sum(over), (wide * normal).sum(over))), "sum", ctx.axes)
+        g = wide(gradient)
+        normal = (wide(x) - _channel(mean, x)) * _channel(invstd, x)
+        sums = all_reduce(torch.stack((g.sum(over), (g * normal).sum(over))), "sum", ctx.axes)
         scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-        inner = wide - _channel(sums[0] / ctx.count, x) - normal * _channel(sums[1] / ctx.count, x)
+        inner = g - _channel(sums[0] / ctx.count, x) - normal * _channel(sums[1] / ctx.count, x)
         weight_gradient = None if weight is None else sums[1].to(weight.dtype)
         bias_gradient = sums[0].to(weight.dtype if weight is not None else x.dtype) if ctx.has_bias else None
         return (inner * _channel(scale, x)).to(x.dtype), weight_gradient, bias_gradient, None, None
@@ -242,5 +212,13 @@ LOCAL_OPS: dict[str, Callable[[Sequence[Any], Kwargs, LocalContext], Any]] = {
     "vocab_embedding": vocab_embedding,
     "vocab_cross_entropy": vocab_cross_entropy,
     "sync_batch_norm": sync_batch_norm,
+    "split_softmax": local_classes.split_softmax,
+    "split_logsumexp": local_classes.split_logsumexp,
+    "split_amax": local_classes.split_amax,
+    "split_max": local_classes.split_max,
+    "split_argmax": local_classes.split_argmax,
+    "split_gather": local_classes.split_gather,
+    "split_nll": local_classes.split_nll,
+    "split_cross_entropy": local_classes.split_cross_entropy,
 }
 """Local implementations by the names that splits use."""

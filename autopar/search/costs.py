@@ -93,18 +93,28 @@ class Conversion:
 
 _IDENTITY = Conversion((0.0, 0.0), (), False, False, 0.0)
 
-# Collectives inside communicating implementations: (phase, kind, which operand's rows or channels, how many numbers for each).
-# Vocabulary cross-entropy: maximum, then sum of exponentials and the target's logit together, per row (Megatron-LM section 3).
+# All-reduces inside communicating implementations: (phase, how many numbers for each row, or for each channel of batch norm).
+# Vocabulary cross-entropy: maximum, then sum of exponentials and the target's logit together, per row (Megatron-LM section 3). The
+# softmax of a row and its normaliser alike; the gradient of a softmax needs the row's sum of gradients.
 # Synchronised batch norm: mean and mean of squares of each channel forward; the two sums of the backward formula backward.
 _INSIDE: Mapping[str, tuple[tuple[str, int], ...]] = {
     "vocab_cross_entropy": (("forward", 1), ("forward", 2)),
+    "split_cross_entropy": (("forward", 1), ("forward", 1), ("backward", 1)),
+    "split_softmax": (("forward", 1), ("forward", 1), ("backward", 1)),
+    "split_logsumexp": (("forward", 1), ("forward", 1)),
+    "split_amax": (("forward", 1), ("backward", 1)),
+    "split_max": (("forward", 1), ("forward", 2)),
+    "split_argmax": (("forward", 1), ("forward", 2)),
     "sync_batch_norm": (("forward", 2), ("backward", 2)),
 }
 
-# Passes over the first operand that such an implementation makes beside those that every operation is charged: forward maximum (1),
-# difference (2), exponential (2), sum (1), one of which is counted; backward difference, exponential, scatter and scaling (2 each), two
-# of which are counted (`autopar.runtime.local_ops`).
-_PASSES: Mapping[str, tuple[int, int]] = {"vocab_cross_entropy": (5, 6)}
+# Passes over the first operand that such an implementation makes beside those of the operator itself. Vocabulary cross-entropy: forward
+# the place of the maximum (1) beside the log-softmax that both make; backward difference, exponential and scaling (2 each) in place of
+# four (`autopar.runtime.local_ops`). The others make each step on its own (`autopar.runtime.local_classes`).
+_PASSES: Mapping[str, tuple[int, int]] = {
+    "vocab_cross_entropy": (1, 2), "split_cross_entropy": (6, 4), "split_softmax": (6, 3), "split_logsumexp": (1, 0), "split_amax": (0, 2),
+    "split_max": (4, 2), "split_argmax": (4, 0),
+}  # fmt: skip
 
 
 class Traffic(NamedTuple):
@@ -276,7 +286,7 @@ class Costs:
                 value = operands[0]
                 state = tuple(other.inputs[0] for other in choice)
                 local = local_shape(value.shape, state, self.mesh)
-                rows = local[0] if split.implementation == "vocab_cross_entropy" else local[1]
+                rows = local[1] if split.implementation == "sync_batch_norm" else prod(local) // max(1, local[split.inputs[0].dim])
                 size = rows * numbers * max(4, DTYPE_BYTES[value.dtype])
                 time_s = self.axes[axis].time_s("all_reduce", size)
                 moves.append(Move("all_reduce", axis, phase, size, time_s, time_s, self.microbatches))

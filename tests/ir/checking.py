@@ -12,7 +12,10 @@ from autopar.runtime.local_ops import LOCAL_OPS
 from tests.ir.conftest import CHECKED
 from tests.runtime.simulated import simulate
 
-TALKING = {"vocab_cross_entropy", "sync_batch_norm"}
+TALKING = {
+    "vocab_cross_entropy", "sync_batch_norm", "split_softmax", "split_logsumexp", "split_amax", "split_max", "split_argmax",
+    "split_cross_entropy",
+}  # fmt: skip
 
 
 def threads(mesh: tuple[int, ...], function: Callable[[tuple[int, ...], tuple[str, ...]], Any]) -> list[Any]:

@@ -101,7 +101,7 @@ def test_replicate_with_partial_gradient_is_right() -> None:
 
 
 def test_batch_coupled_operators_have_no_batch_split() -> None:
-    for given in [("aten.softmax.int", f(4, 6), 0), ("aten.sort.default", f(4, 6), 0), ("aten.std.correction", f(4, 6), (0,))]:
+    for given in [("aten.amin.default", f(4, 6), (0,)), ("aten.sort.default", f(4, 6), 0), ("aten.std.correction", f(4, 6), (0,))]:
         assert "d0" not in names(*call(*given))
     graph, op = call("autopar.batch_norm", f(4, 6, 5), f(6), f(6), f(6), f(6), 0.1, 1e-5)
     assert named(graph, op, "b").implementation == "sync_batch_norm"
@@ -128,6 +128,12 @@ def test_a_vocabulary_of_50257_splits_from_embedding_to_loss() -> None:
         (("aten.mul.Tensor", f(2, size), 0.5), "d1"),
         (("aten.tanh.default", f(2, size)), "d1"),
         (("autopar.cross_entropy", f(2, size), i(2), -100, 0.0), "v"),
+        (("aten.cross_entropy_loss.default", f(2, size), i(2), None, 0, -100, 0.1), "v"),
+        (("aten.log_softmax.int", f(2, size), -1), "d1"),
+        (("aten.nll_loss_nd.default", f(2, size), i(2), None, 0), "v"),
+        (("aten.logsumexp.default", f(2, size), (-1,)), "d1"),
+        (("aten.gather.default", f(2, size), 1, i(2, 1)), "v"),
+        (("aten.argmax.default", f(2, size), -1), "d1"),
         (("aten.embedding.default", f(size, 4), i(2)), "v"),
         (("aten.t.default", f(size, 4)), "d1"),
     ]:

@@ -174,9 +174,13 @@ family(reductions.total, "sum.default sum.dim_IntList")
 family(reductions.mean, "mean.default mean.dim")
 family(
     reductions.coupled(),
-    "amax.default amin.default max.dim min.dim prod.dim_int any.dim any.dims all.dim all.dims argmax.default argmin.default var.dim "
-    "var.correction std.dim std.correction var_mean.correction logsumexp.default median.dim std_mean.correction count_nonzero.dim_IntList",
+    "amin.default min.dim prod.dim_int any.dim any.dims all.dim all.dims argmin.default var.dim var.correction "
+    "std.dim std.correction var_mean.correction median.dim std_mean.correction count_nonzero.dim_IntList",
 )
+family(reductions.reduced_over_ranks("split_logsumexp"), "logsumexp.default")
+family(reductions.reduced_over_ranks("split_amax"), "amax.default")
+family(reductions.reduced_over_ranks("split_max"), "max.dim")
+family(reductions.reduced_over_ranks("split_argmax"), "argmax.default")
 family(reductions.coupled(2), "linalg_vector_norm.default norm.ScalarOpt_dim")
 family(reductions.coupled(2, default=-1), "kthvalue.default")
 family(reductions.everything, "max.default min.default any.default all.default prod.default var.default std.default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from autopar.ir.graph import Ref
 from autopar.ir.rules.families.common import Family, dims, names, positive
@@ -70,9 +71,8 @@ def slice_(call: Call) -> Nest | None:
     """`slice(x, dim, start, end, step)`: the dim is whole unless all of it is taken; an equal part of it can be cut from every block."""
     dim = positive(call.int(1, "dim"), len(call.operands[0].shape))
     before, after = call.operands[0].shape, call.outputs[0].shape
-    if before == after:
-        return aligned(call, (), ((0,),))
-    return aligned(call, (dim,), ((0,),))
+    nest = aligned(call, () if before == after else (dim,), ((0,),))
+    return replace(nest, uneven=frozenset(nest.loops))
 
 
 def equal_parts(call: Call) -> Nest | None:
@@ -109,7 +109,7 @@ def unbind(call: Call) -> Nest | None:
     dim = positive(call.int(1, "dim"), len(shape))
     result = names(len(shape) - 1)
     loops = {f"d{index}": size for index, size in enumerate((*shape[:dim], *shape[dim + 1 :]))}
-    return Nest(loops, ((*result[:dim], (), *result[dim:]),), tuple(result for _ in call.outputs), linear=((0,),))
+    return Nest(loops, ((*result[:dim], (), *result[dim:]),), tuple(result for _ in call.outputs), linear=((0,),), uneven=frozenset(loops))
 
 
 def cat(call: Call) -> Nest | None:

@@ -44,7 +44,7 @@ def batch_norm(call: Call) -> Nest | None:
 
 
 def gather(call: Call) -> Nest | None:
-    """`gather(x, dim, index)`: dim `dim` of x is needed whole; the index's own may be split."""
+    """`gather(x, dim, index)`: the index's dims may be split. Split `v`, dim `dim` of x: what a rank does not hold is a term of zero."""
     x, index = (value.shape for value in call.operands)
     if len(x) != len(index) or not x:
         return None
@@ -53,7 +53,9 @@ def gather(call: Call) -> Nest | None:
     whole = frozenset(f"d{d}" for d in range(len(x)) if d != dim and x[d] != index[d])
     loops = {f"d{d}": size for d, size in enumerate(index)}
     source = tuple(() if d == dim or x[d] != index[d] else (f"d{d}",) for d in range(len(x)))
-    return Nest(loops, (source, names(len(index))), (names(len(index)),), whole=whole, linear=((0,),))
+    picked = Split("v", inputs=(S(dim), R), outputs=(P,), size=x[dim], uneven=True, implementation="split_gather")
+    extra = (picked,) if x[dim] > 1 and call.operands[0].dtype != "bool" else ()
+    return Nest(loops, (source, names(len(index))), (names(len(index)),), whole=whole, linear=((0,),), extra=extra)
 
 
 def scatter(call: Call) -> Nest | None:

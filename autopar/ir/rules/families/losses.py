@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from autopar.ir.placement import R, S
+from autopar.ir.placement import P, R, S
 from autopar.ir.rules.families.common import broadcast, names, sizes
 from autopar.ir.rules.nest import Call, Nest, Term
 from autopar.ir.rules.split import Split
@@ -101,7 +101,8 @@ def cross_entropy(call: Call) -> Nest | None:
 
 def nll_loss(call: Call) -> Nest | None:
     """`cross_entropy_loss(x[n v ..], target[n ..], weight[v])`, `nll_loss` without reduction: row by row. Targets that are probabilities
-    have the shape of x."""
+    have the shape of x. Split `v`: a rank that has a row's class has its loss, the others terms of zero; the normaliser of the softmax is
+    reduced over the axis."""
     x, target = (value.shape for value in call.operands[:2])
     if call.op.arg(3, "reduction", 1) != NONE or len(x) < 2 or call.outputs[0].shape != (x[0], *x[2:]):
         return None
@@ -109,4 +110,8 @@ def nll_loss(call: Call) -> Nest | None:
     rows = names(len(loops))
     full: Term = (rows[0], (), *rows[1:])
     weight: tuple[Term, ...] = (((),),) * (len(call.operands) - 2)
-    return Nest(loops, (full, full if target == x else rows, *weight), (rows,))
+    implementation = "split_cross_entropy" if "cross_entropy" in call.op.target else "split_nll"
+    inputs = (S(1), S(1) if target == x else R, *(S(0) for _ in weight))
+    vocabulary = Split("v", inputs=inputs, outputs=(P,), size=x[1], uneven=True, implementation=implementation)
+    extra = (vocabulary,) if x[1] > 1 else ()
+    return Nest(loops, (full, full if target == x else rows, *weight), (rows,), extra=extra)

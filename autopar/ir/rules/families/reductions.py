@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from autopar.ir.placement import Placement, R, S
 from autopar.ir.rules.families.common import Family, dims, names, positive, sizes
 from autopar.ir.rules.nest import Call, Nest, Term
+from autopar.ir.rules.split import Split
 
 
 def _reduced(call: Call, over: frozenset[int], splittable: bool, linear: bool, implementation: str = "") -> Nest | None:
@@ -127,9 +131,33 @@ def batch_norm_eval(call: Call) -> Nest | None:
 
 
 def softmax(call: Call) -> Nest | None:
-    """`softmax(x, dim)` and its logarithm: the dim is needed whole."""
-    rank = len(call.operands[0].shape)
+    """`softmax(x, dim)` and its logarithm. Split `dim`: maximum and sum of each row are reduced over the axis, and the gradient's sum.
+    That is for classes; with four dims and more, `x` are the scores of attention, and a search over splits of their keys takes long."""
+    shape = call.operands[0].shape
+    rank = len(shape)
     dim = positive(call.int(1, "dim"), rank)
     term: Term = tuple(() if index == dim else (f"d{index}",) for index in range(rank))
-    loops = {f"d{index}": size for index, size in enumerate(call.operands[0].shape) if index != dim}
-    return Nest(loops, (term,), (term,))
+    loops = {f"d{index}": size for index, size in enumerate(shape) if index != dim}
+    talks = 0 < rank < 4 and "safe" not in call.op.target  # that one makes zeros of rows without a finite number
+    return Nest(loops, (term,), (term,), uneven=frozenset(loops), extra=_split(call, dim, S(dim), "split_softmax") if talks else ())
+
+
+def reduced_over_ranks(implementation: str) -> Family:
+    """`logsumexp(x, dim)`, `amax`, `max`, `argmax`: over one dim that is split, a few numbers of each row are reduced over the axis."""
+
+    def family(call: Call) -> Nest | None:
+        over = _over(call, 1, "dim")
+        nest = _reduced(call, over, False, linear=False)
+        if nest is None or len(over) != 1:
+            return nest
+        return replace(nest, extra=_split(call, min(over), R, implementation))
+
+    return family
+
+
+def _split(call: Call, dim: int, output: Placement, implementation: str) -> tuple[Split, ...]:
+    """The split of the reduced `dim` of the first operand by an implementation that talks."""
+    size = call.operands[0].shape[dim]
+    outputs = tuple(output for _ in call.outputs)
+    split = Split(f"d{dim}", inputs=(S(dim),), outputs=outputs, size=size, uneven=True, implementation=implementation)
+    return (split,) if size > 1 else ()
