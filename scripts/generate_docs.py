@@ -65,14 +65,16 @@ PROCESSING_ORDER = {
     "autopar/ir/rules": "split notation nest table neighbours local_args local_context operators samples pieces check discover",
     "autopar/ir/rules/families": "common pointwise views cuts reductions contractions indexing losses",
     "autopar/search": (
-        "planner flat choose meshes structure strategies pins baselines follow work liveness optimizers collectives costs build problem "
+        "planner flat choose meshes structure strategies pins baselines follow work liveness optimizers collectives sequence costs "
+        "build problem "
         "check problem_file judge solve over_time shrink shrinking interned contract tighten dominated series "
         "reduce eliminate chain minimise memory local incumbent exact account describe remedies "
         "alternatives propose guess stage_prices short profile stage_search stage_space stage_costs stage_form stage_bounds stage_improve "
         "stage_workload pipeline place recompute segments workload simulate flows timeline quick predict"
     ),
     "autopar/runtime": (
-        "build handshake process_mesh lower convert collectives local_ops dropout recompute module distributed one_device microbatches "
+        "build handshake process_mesh lower convert collectives local_ops attention_blocks zigzag ring_attention dropout recompute "
+        "module distributed one_device microbatches "
         "inputs parameters gather gradients pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied "
         "materialize initialise shards strided_shards deferred evaluation sampler clip checkpoint parts parts_checkpoint verify "
         "verify_runs verify_report one_dtype launch rank_process"

@@ -224,7 +224,8 @@ class CollectivePlan(_Data):
     """A collective that the rank program runs: `kind` on `axis`, `bytes` on one rank and `time_s` for one, run `count` times a step."""
 
     stage: Size = 0
-    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "shift"]
+    """`shift`: each rank to one other, around a ring or to the one it trades with."""
     axis: str
     phase: Literal["forward", "backward", "gradient"]
     value: str

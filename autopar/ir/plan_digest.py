@@ -15,7 +15,13 @@ from autopar.ir.plan import Axes, CollectivePlan, OpPlan, ParameterPlan, Plan, S
 from autopar.ir.plan_roles import Roles, is_heavy, operator_words
 
 WITHOUT_WORK = ("autopar.reshard", "autopar.receive", "autopar.send")
-KIND_WORDS = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all"}
+KIND_WORDS = {
+    "all_reduce": "all-reduce",
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+    "shift": "shift",
+}
 PHASES = ("forward", "backward", "gradient")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.runtime import local_classes
 from autopar.runtime.local_reduce import all_gather, all_reduce, refuse_outside, wide
+from autopar.runtime.ring_attention import causal_queries, ring_attention
 
 __all__ = ["LOCAL_OPS", "AxisContext", "LocalContext"]
 
@@ -220,5 +221,8 @@ LOCAL_OPS: dict[str, Callable[[Sequence[Any], Kwargs, LocalContext], Any]] = {
     "split_gather": local_classes.split_gather,
     "split_nll": local_classes.split_nll,
     "split_cross_entropy": local_classes.split_cross_entropy,
+    "causal_queries": causal_queries,
+    "ring_attention": ring_attention,
+    "causal_ring_attention": ring_attention,
 }
 """Local implementations by the names that splits use."""

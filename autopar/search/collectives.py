@@ -9,6 +9,10 @@ a kernel and the link's `start_s`:
 | all_gather     | ring      | `(n-1) a + g (n-1)/n m / b`       |
 | reduce_scatter | ring      | `(n-1) a + (n-1)/n m / b`         |
 | all_to_all     | pairwise  | `(n-1) a + (n-1)/n m_local / b`   |
+| shift          | direct    | `a + m_local / b`                 |
+
+Where the axis crosses machines, rings use every card of a machine, but what goes from one rank to another takes the sender's own card:
+all-to-all counts `(n-g)/n m_local` at the rate of one card for the `g` ranks inside a machine, and a shift all of it.
 
 Source: Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication Operations in MPICH"; NCCL's rings are the same.
 `g` is the link's `gather_factor`, 1 but for gloo. `m` is the gathered (or unreduced) size for the first three and what one rank holds
@@ -22,7 +26,7 @@ from math import prod
 
 from autopar.ir.cluster import Cluster, Link
 
-ALGORITHM = {"all_reduce": "ring", "all_gather": "ring", "reduce_scatter": "ring", "all_to_all": "pairwise"}
+ALGORITHM = {"all_reduce": "ring", "all_gather": "ring", "reduce_scatter": "ring", "all_to_all": "pairwise", "shift": "direct"}
 BUCKET_BYTES = 25 * 2**20
 """Parameter traffic goes in buckets of this size (DistributedDataParallel's default `bucket_cap_mb`)."""
 
@@ -39,8 +43,14 @@ class Axis:
     start_s: float
     """What every collective costs once: a launch and the link's `start_s`."""
     gather_factor: float
+    near: int
+    """So many ranks of a group are in one machine."""
+    card_bytes_per_s: float
+    """What one rank alone sends to another machine."""
 
     def hops(self, kind: str) -> int:
+        if kind == "shift":
+            return 1
         return (2 if kind == "all_reduce" else 1) * (self.size - 1)
 
     def time_s(self, kind: str, size_bytes: float) -> float:
@@ -57,6 +67,11 @@ class Axis:
         return fixed_s * min(1.0, size_bytes / BUCKET_BYTES) + self._bytes_s(kind, size_bytes)
 
     def _bytes_s(self, kind: str, size_bytes: float) -> float:
+        far = self.size - self.near
+        if kind == "shift":
+            return size_bytes / (self.card_bytes_per_s if far else self.bytes_per_s)
+        if kind == "all_to_all" and far:
+            return size_bytes / self.size * max((self.near - 1) / self.bytes_per_s, far / self.card_bytes_per_s)
         factor = self.gather_factor if kind == "all_gather" else 1.0
         return factor * self.hops(kind) * size_bytes / self.size / self.bytes_per_s
 
@@ -83,11 +98,14 @@ def axes(cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...], first_
         blocks = range(first_rank, first_rank + prod(mesh), block)
         apart = first_rank % per_node and any(at // per_node != (at + block - 1) // per_node for at in blocks)
         inside = (block <= per_node and not apart) or size == 1
+        near = size
         if inside:
             link, rate = cluster.intra, cluster.intra.bytes_per_s
         else:
+            near = min(size - 1, max(1, per_node // stride))
             cards = max(1, per_node // stride)
             link, rate = cluster.inter, min(cluster.intra.bytes_per_s, cards * cluster.inter.bytes_per_s)
-        found.append(Axis(name, size, link.name, link.latency_s, rate, cluster.device.launch_s + link.start_s, link.gather_factor))
+        start_s = cluster.device.launch_s + link.start_s
+        found.append(Axis(name, size, link.name, link.latency_s, rate, start_s, link.gather_factor, near, link.bytes_per_s))
         stride *= size
     return tuple(reversed(found))

@@ -35,6 +35,7 @@ from autopar.ir.placement import RP, R, local_shape
 from autopar.search.collectives import axes, between
 from autopar.search.optimizers import OPTIMIZER_STATES as OPTIMIZER_STATES  # known here too
 from autopar.search.problem import Floats
+from autopar.search.sequence import SequenceSplit, sequence_split
 from autopar.search.work import Work
 
 KEPT, LEAVES, WITHIN, ENTERS, ENTERS_TOO = WAYS = ("kept", "leaves", "within", "enters", "enters too")
@@ -192,6 +193,7 @@ class Costs:
             share /= size if split.work == "split" else 1
         ins = [self.of(value, tuple(split.inputs[slot] for split in choice)) for slot, value in enumerate(operands)]
         outs = [self.of(value, tuple(split.outputs[slot] for split in choice)) for slot, value in enumerate(outputs)]
+        talks = any(split.implementation for split in choice)
         rate = self._flops_per_s[outputs[0].dtype] if outputs else 1.0
         forward_s = backward_s = 0.0
         if not work.view:
@@ -203,6 +205,9 @@ class Costs:
         ]
         if passes:
             forward_s += passes[0][0] * ins[0] / self._bytes_per_s
+        blocks = sequence_split([split.implementation for split in choice], self.mesh, ins, outs, outputs[0].dtype) if talks else None
+        if blocks:
+            forward_s += blocks.merging_bytes()[0] / self._bytes_per_s + blocks.kernels()[0] * self._launch_s
         if work.trains:
             # Gradients of results and kept tensors are read, gradients of operands written.
             grads = sum(size for size, value in zip(ins, operands, strict=True) if value.requires_grad)
@@ -217,6 +222,8 @@ class Costs:
                 kernels = max(1, 2 * work.kernels if work.backward_flops else work.kernels)
                 backward_s = max(work.backward_flops * share / rate, moved / self._bytes_per_s) + kernels * self._launch_s
                 backward_s += passes[0][1] * ins[0] / self._bytes_per_s if passes else 0.0
+                if blocks:
+                    backward_s += blocks.merging_bytes()[1] / self._bytes_per_s + blocks.kernels()[1] * self._launch_s
         return forward_s, backward_s
 
     def op_term(
@@ -230,7 +237,8 @@ class Costs:
         """
         forward_s, backward_s = self.op_times(work, operands, outputs, choice)
         compute_s = forward_s * (2 if again else 1) + backward_s
-        moves = self._again(list(self._inside(work, operands, choice)), again)
+        moves = self._inside(work, operands, choice) + self._along(work, operands, outputs, choice, (forward_s, backward_s))
+        moves = self._again(moves, again)
         kept = 0.0
         for slot in kept_outputs:
             kept += self.of(outputs[slot], tuple(split.outputs[slot] for split in choice))
@@ -273,7 +281,44 @@ class Costs:
             # Backward through what is kept in an operand's stead (the log-softmax) makes its gradient first.
             slot = work.extra.slot
             backward += int(work.extra.bytes * ins[slot] / max(operands[slot].size_bytes, 1))
-        return float(max(forward, backward if work.trains else 0))
+        held = self.held_bytes(operands, outputs, choice)
+        return float(max(forward + held[0], backward + held[1] if work.trains else 0))
+
+    def held_bytes(self, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice) -> tuple[float, float]:
+        """What a local implementation holds for a moment beside operands, results and their gradients, forward and backward."""
+        if not any(split.implementation for split in choice):
+            return 0.0, 0.0
+        blocks = self._blocks(operands, outputs, choice)
+        return blocks.held_bytes() if blocks else (0.0, 0.0)
+
+    def _blocks(self, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice) -> SequenceSplit | None:
+        """Attention over a sequence that an axis splits; None for all else."""
+        names = [split.implementation for split in choice]
+        if not any(names):
+            return None
+        ins = [self.of(value, tuple(split.inputs[slot] for split in choice)) for slot, value in enumerate(operands)]
+        outs = [self.of(value, tuple(split.outputs[slot] for split in choice)) for slot, value in enumerate(outputs)]
+        return sequence_split(names, self.mesh, ins, outs, outputs[0].dtype)
+
+    def _along(
+        self, work: Work, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice, times_s: tuple[float, float]
+    ) -> list[Move]:
+        """What attention sends along a split sequence. What travels in a ring is exposed as far as it exceeds the computing beside it."""
+        blocks = self._blocks(operands, outputs, choice)
+        found: list[Move] = []
+        for wire in blocks.wires(work.trains) if blocks else ():
+            time_s = self.axes[wire.axis].time_s("shift", wire.bytes)
+            found.append(Move("shift", wire.axis, wire.phase, wire.bytes, time_s, time_s, wire.times * self.microbatches))
+        if blocks is None:
+            return found
+        for phase, computing_s in zip(("forward", "backward"), times_s, strict=True):
+            hidden = [number for number, wire in enumerate(blocks.wires(work.trains)) if wire.hidden and wire.phase == phase]
+            total_s = sum(found[number].time_s * found[number].times for number in hidden) / self.microbatches
+            if total_s:
+                share = float(self.exposed_s(total_s, computing_s * blocks.hidden_share)) / total_s
+                for number in hidden:
+                    found[number] = replace(found[number], exposed_s=found[number].time_s * share)
+        return found
 
     def _inside(self, work: Work, operands: tuple[Value, ...], choice: Choice) -> list[Move]:
         moves = []

@@ -269,7 +269,7 @@ class _Writer:
                 if having not in names:
                     names[having] = (_folded([self._value_name(run) for run in members]), _folded([self._op_name(run) for run in members]))
                 row = CollectivePlan(
-                    stage=self.stage, kind=cast(Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"], move.kind),
+                    stage=self.stage, kind=cast(Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "shift"], move.kind),
                     axis=self.assignment.axes[move.axis], phase=cast(Literal["forward", "backward", "gradient"], move.phase),
                     value=names[having][0], op=names[having][1], bytes=move.bytes,
                     count=sum(often[number] * kinds[number].count(move) for number in having) * move.times,

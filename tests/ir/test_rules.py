@@ -107,11 +107,20 @@ def test_batch_coupled_operators_have_no_batch_split() -> None:
     assert named(graph, op, "b").implementation == "sync_batch_norm"
 
 
-def test_causal_and_dropping_attention_keep_queries_whole() -> None:
-    q = f(2, 4, 6, 8)
-    assert "l" in names(*call("aten.scaled_dot_product_attention.default", q, q, q))
-    assert "l" not in names(*call("aten.scaled_dot_product_attention.default", q, q, q, None, 0.0, True))
-    assert "l" not in names(*call("aten.scaled_dot_product_attention.default", q, q, q, None, 0.1))
+def test_attention_is_split_over_the_sequence_where_that_is_exact() -> None:
+    def ways(*args: Any, **kwargs: Any) -> set[str]:
+        return {"l", "ring"} & set(names(*call("aten.scaled_dot_product_attention.default", *args, **kwargs)))
+
+    q, odd, short = f(2, 4, 8, 4), f(2, 4, 6, 4), f(2, 4, 4, 4)
+    assert ways(q, q, q) == {"l", "ring"}
+    assert ways(q, q, q, None, 0.0, True) == {"l", "ring"}
+    assert ways(q, short, short) == {"l", "ring"}
+    assert ways(q, q, q, b(8, 8)) == {"l", "ring"}
+    assert ways(q, q, q, f(8, 8)) == {"l"}  # numbers may have a gradient
+    assert ways(q, short, short, None, 0.0, True) == set()  # where the mask lies is another matter
+    assert ways(odd, odd, odd, None, 0.0, True) == set()  # two halves for each of two ranks
+    assert ways(q, q, q, None, 0.1) == {"l"}
+    assert ways(q, q, q, None, 0.1, True) == set()
 
 
 def test_scaling_gradients_by_frequency_couples_the_batch() -> None:

@@ -154,11 +154,20 @@ def test_pins_hold() -> None:
         ({"*.up_proj.weight": "S(0)@pp"}, "placement@axis"),
         ({"*.up_proj.weight": "Q@tp"}, "not a placement"),
         ({"*.up_proj.weight": "P(sum)@tp"}, "stored as"),
+        ({"*.up_proj.weight": "ring@tp"}, "no placement"),
+        ({"linear_0": "ring@tp"}, "has no split `ring`; it has replicate"),
     ],
 )
 def test_bad_pins_are_named(pins: dict[str, str], message: str) -> None:
     with pytest.raises(PinError, match=message):
         plan_graph(graph_of("llama"), CPU, mesh=(2, 2), pins=pins)
+
+
+def test_a_pin_on_an_operation_names_a_placement_or_a_split() -> None:
+    for wanted, name in [("ring@tp", "ring"), ("l@tp", "l"), ("S(0)@tp", "d0")]:
+        plan = plan_graph(graph_of("llama"), CPU, mesh=(1, 4), pins={"scaled_dot_product_attention_*": wanted})
+        attention = [row for segment in plan.segments for row in segment.ops if "scaled_dot" in row.target]
+        assert attention and all(row.split["tp"] == name for row in attention)
 
 
 # ---- plans that were edited or belong elsewhere ----------------------------------------------------------------------------------

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import gcd
+
+from autopar.ir.placement import R, S
 from autopar.ir.rules.families.common import broadcast
-from autopar.ir.rules.nest import Call, Group, Nest, Term
+from autopar.ir.rules.nest import Call, Group, Nest, Term, lacking
+from autopar.ir.rules.split import Split
 
 
 def matmul(call: Call) -> Nest | None:
@@ -110,8 +115,8 @@ def _convolved(call: Call, position: int, transposed: bool) -> Nest | None:
 def attention(call: Call) -> Nest | None:
     """`scaled_dot_product_attention(q[.. h l e], k[.. h s e], v[.. h s f], mask[.. l s], dropout_p, is_causal)`.
 
-    Batch dims and heads are loops; with grouped queries the query heads are `(h q)` for `h` key-value heads. Queries (`l`) are split
-    only where the position of a query does not matter to the operator (not causal, no dropout). Keys are needed whole.
+    Batch dims and heads are loops; with grouped queries the query heads are `(h q)` for `h` key-value heads. The sequence is split in two
+    ways: `l`, queries, with keys and values whole, and `ring`, keys and values too (`_over_the_sequence`).
     """
     if len(call.operands) < 3:
         return None
@@ -136,9 +141,7 @@ def attention(call: Call) -> Nest | None:
         for term, group in zip(lead, groups, strict=True):
             term.append(group)
     causal = bool(call.op.arg(5, "is_causal", False))
-    dropped = call.op.arg(4, "dropout_p", 0.0)
     loops["l"] = q[-2]
-    whole = frozenset({"l"}) if causal or dropped else frozenset()
     operands: list[Term] = [(*lead[0], ("l",), ()), (*lead[1], (), ()), (*lead[2], (), ())]
     output: Term = (*((name, "q") if name == "h" and "q" in loops else (name,) for name in loops if name not in "ql"), ("l",), ())
     if len(call.operands) > 3:
@@ -146,4 +149,36 @@ def attention(call: Call) -> Nest | None:
         start = rank - len(mask)
         own = tuple(output[start + dim] if size == result[start + dim] else () for dim, size in enumerate(mask[:-1]))
         operands.append((*own, ()))
-    return Nest(loops, tuple(operands), (output,), whole=whole)
+    nest = Nest(loops, tuple(operands), (output,))
+    return replace(nest, whole=frozenset({"l"}) if causal else frozenset(), extra=_over_the_sequence(call, causal))
+
+
+def _over_the_sequence(call: Call, causal: bool) -> tuple[Split, ...]:
+    """`l` where queries know their position (causal), and `ring`.
+
+    Causal work is shared evenly in halves of blocks, so that twice the ranks must divide the sequence. A causal mask over other numbers of
+    keys than of queries, one beside a mask, dropout, and masks of numbers (which may have gradients) have no such splits.
+    """
+    queries, keys = call.operands[0].shape[-2], call.operands[1].shape[-2]
+    place = len(call.outputs[0].shape) - 2
+    masked = len(call.operands) > 3
+    found: list[Split] = []
+    q, k, v = (value.shape[:-2] for value in call.operands[:3])
+    # Blocks are computed by kernels to which heads may be shared by queries, and nothing else is broadcast.
+    if call.op.arg(4, "dropout_p", 0.0) or k != v or q[:-1] != k[:-1] or q[-1] % k[-1]:
+        return ()
+    if causal:
+        if masked or queries != keys or queries % 4:
+            return ()
+        inputs = (S(place), *(lacking(value) for value in call.operands[1:3]))
+        found.append(Split("l", inputs, (S(place),), queries // 2, implementation="causal_queries"))
+    size = queries // 2 if causal else gcd(queries, keys)
+    inputs = (S(place),) * 3
+    if masked:
+        mask = call.operands[3]
+        if mask.dtype != "bool":
+            return tuple(found)
+        inputs += (S(len(mask.shape) - 2) if len(mask.shape) > 1 and mask.shape[-2] == queries else R,)
+    if size > 1:
+        found.append(Split("ring", inputs, (S(place),), size, implementation="causal_ring_attention" if causal else "ring_attention"))
+    return tuple(found)
