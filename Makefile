@@ -16,7 +16,10 @@ INSTALLED := .venv/.installed
 # One thread per process: ranks and test processes share the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test pytest lint docs serve bench clean
+# Rows of `make zoo`; empty: all, and docs/models.md is written.
+MODELS ?=
+
+.PHONY: help setup demo test pytest lint docs serve zoo bench clean
 
 help: ## this list
 	@awk -F ':[^#]*## ' '/^[a-z]+:.*##/ { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
@@ -43,6 +46,9 @@ docs: $(INSTALLED) ## build the documentation into site/; a warning is an error
 
 serve: $(INSTALLED) ## show the documentation on a local port
 	@$(BIN)/python -m mkdocs serve
+
+zoo: $(INSTALLED) ## run every model of docs/models.md and write the page; MODELS="llama t5" runs some and prints them
+	@$(BIN)/python -m zoo $(MODELS)
 
 bench: $(INSTALLED) ## planning time, step time beside PyTorch's own, memory, and the verify matrices: JSON, kept in build/
 	@mkdir -p build

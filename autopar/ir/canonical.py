@@ -8,6 +8,7 @@ A pass is a function from a graph to a graph; `EACH_ALONE`, then `ALL_TOGETHER` 
 - dropout, cross-entropy and training-mode batch norm are the operators `autopar.dropout`, `autopar.cross_entropy`, `autopar.batch_norm`,
   whose parts can be computed on several ranks (each one's docstring says exactly what it computes); other losses are computed row by row
   or element by element, and then summed or averaged (`canonical_losses`);
+- embedding bags are look-ups and sums (`canonical_bags`);
 - one element of every row, `x[arange(n), index]`, is gathered (`canonical_rows`);
 - what nobody reads is gone, and each module makes an equal constant tensor (`arange`, `full`, ...) once;
 - values and operations have names that depend on the graph alone, so that two traces of one model are equal texts.
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.ir import canonical_losses, canonical_rows
+from autopar.ir import canonical_bags, canonical_losses, canonical_rows
 from autopar.ir.graph import Arg, Buffer, Constant, Graph, Input, Op, Parameter, Ref, Symbol, Value
 from autopar.ir.rewriter import Rewriter
 
@@ -131,11 +132,20 @@ def _batch_norm_evaluated(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
     return True
 
 
+def _type_as(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
+    """`type_as(x, y)` is a copy in a dtype that is known; nothing of `y` is read, so `x` need not lie as `y` does."""
+    dtype = Symbol(f"torch.{rewriter.values[op.outputs[0]].dtype}")
+    rewriter.ops.append(replace(op, target="aten._to_copy.default", args=op.args[:1], kwargs=(("dtype", dtype),)))
+    return True
+
+
 _FORMS: dict[str, Callable[[Rewriter, Op, set[str]], bool]] = {
+    "aten.type_as.default": _type_as,
     "aten.native_dropout.default": _dropout,
     "aten.dropout.default": _dropout,
     "aten._native_batch_norm_legit_functional.default": _batch_norm,
     "aten._native_batch_norm_legit_no_training.default": _batch_norm_evaluated,
+    **canonical_bags.FORMS,
     **canonical_losses.FORMS,
     **canonical_rows.FORMS,
 }

@@ -18,7 +18,7 @@ DROPOUT = "autopar.dropout"
 CROSS_ENTROPY = "autopar.cross_entropy"
 MEAN, SQUEEZE = "mean_of_part", "squeeze_part"
 """Implementations of splits that talk to no other rank, so that a microbatch can do alike."""
-_DTYPE_ONLY = {f"aten.{name}.default": 0 for name in ("new_full", "new_zeros", "new_ones", "new_empty")} | {"aten.type_as.default": 1}
+_DTYPE_ONLY = {f"aten.{name}.default": 0 for name in ("new_full", "new_zeros", "new_ones", "new_empty")}
 """Operands of which an operator reads nothing but dtype and device: any part will do."""
 _ELEMENTWISE_RANDOM = frozenset(
     f"aten.{name}"

@@ -74,9 +74,12 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 # A compiler must not move the draw out of the seeded region, nor bake the seed in.
 @torch._dynamo.disable  # type: ignore[untyped-decorator]
-def drawing(function: Callable[..., Any], device: torch.device, part: int, counter: Tensor, /, *args: Any, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)`, which draws from the default generator: the same numbers on every rank, others in every step."""
-    with seeded(device, mix(*counter.tolist(), part)):
+def drawing(function: Callable[..., Any], device: torch.device, part: int, seed: int, counter: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, which draws from the default generator: the same numbers on every rank, others in every step, or from
+    `seed` where draws are to be `alike`."""
+    from autopar.runtime.alike import draws_alike
+
+    with seeded(device, seed if draws_alike() else mix(*counter.tolist(), part)):
         return function(*args, **kwargs)
 
 
@@ -107,11 +110,10 @@ def _composed_attention(
 
 
 class _NoDropout(TorchFunctionMode):
-    """Within, PyTorch's dropout functions return their input, and attention keeps all of its weights."""
+    """Within, dropout returns its input, and attention keeps all of its weights. Dropout of whole channels and the like, which a program of
+    a rank draws whole (see `alike`), stays."""
 
-    _NAMES = frozenset(
-        {"dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"}
-    )
+    _NAMES = frozenset({"dropout", "dropout_"})
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})

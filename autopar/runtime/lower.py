@@ -10,6 +10,7 @@ values of the buffers that are updated, then what a stage sends (in the order of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,6 +29,7 @@ from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.ir.rules.neighbours import RECEIVE, SEND
 from autopar.ir.rules.operators import operator
 from autopar.runtime import dropout
+from autopar.runtime.alike import draw_seed
 from autopar.runtime.convert import Place, convert, convert_value, local_steps
 from autopar.runtime.local_ops import LOCAL_OPS
 from autopar.runtime.recompute import Around, folded
@@ -128,6 +130,7 @@ class _Lowering:
         self.graph, self.assignment, self.place, self.borders = graph, assignment, place, borders
         self.device, self.mode, self.hooks = device, mode, hooks
         self.numbers = numbers or {}
+        self.drawn: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self.sent: list[fx.Node] = []
         self.fx = fx.Graph()
         self.nodes: dict[tuple[str, State], fx.Node] = {}
@@ -257,9 +260,15 @@ class _Lowering:
         if not op.operands and _takes_device(op.target):
             kwargs["device"] = self.device
         if _draws(op.target, args):
-            part = self.part(index, (R,) * len(self.place.mesh))  # such operators run whole on every rank
-            return self.call(dropout.drawing, operator(op.target), self.device, part, self.counter, *args, **kwargs)
+            part = self.part(index, wanted[0] if wanted else (R,) * len(self.place.mesh))  # recurrent layers draw for their rows alone
+            return self.call(dropout.drawing, operator(op.target), self.device, part, self.seed(op), self.counter, *args, **kwargs)
         return self.call(operator(op.target), *args, **kwargs)
+
+    def seed(self, op: Op) -> int:
+        """Of `op`, which draws random numbers, where it is to draw as one device does."""
+        key = (op.module, self.graph.values[op.outputs[0]].shape)
+        self.drawn[key] += 1
+        return draw_seed(*key, self.drawn[key] - 1)
 
     def special(self, op: Op) -> Callable[..., Any] | None:
         """The local implementation that the splits of `op` ask for, on the axes of more than one rank."""

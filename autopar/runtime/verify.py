@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from autopar.ir.assignment import Expanded, expand_stages
 from autopar.ir.graph import Graph
 from autopar.ir.microbatch import microbatched
 from autopar.ir.plan import Plan
+from autopar.ir.rules.table import RANDOM
 from autopar.ir.stages import cut
 from autopar.ir.trace import OutputSlot, TracedModel, split_example, trace
 from autopar.runtime.launch import RankPool
@@ -34,8 +35,6 @@ from autopar.runtime.verify_runs import Job, Optimizer, on_a_rank, on_one_device
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Largest relative error that is still the same model. Rounding is near 1e-15 and 1e-7, and grows with the length of sums."""
-
-_RANDOM = ("rand", "randn", "randint", "bernoulli", "multinomial", "normal", "uniform", "randperm", "rand_like", "randn_like")
 
 
 def verify(
@@ -61,43 +60,79 @@ def verify(
 
     Raises `PlanMismatchError` or `PlanError` where `plan` is not one for this model, and `VerifyError` where a side cannot run.
     """
+    subject = prepare(model, example_inputs, dtype)
+    return compare(subject, plan, steps=steps, optimizer=optimizer, tolerance=tolerance, ranks=ranks, timeout_s=timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model made ready to be compared with any number of its plans: `planned` is its trace as it is, for planning; `reference` a copy on
+    the CPU with all numbers in `dtype`, and `traced` that copy's trace. `args`, `kwargs`: the example, in `dtype`."""
+
+    planned: TracedModel
+    reference: nn.Module
+    traced: TracedModel
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+    training: bool
+    notes: tuple[str, ...]
+
+
+def prepare(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.float64) -> Subject:
+    """What `compare` needs of `model`, which is not changed. Raises `TraceError`, and `VerifyError` where the model cannot be copied."""
     if dtype not in TOLERANCE:
         raise VerifyError(f"verify compares in torch.float64 or torch.float32, not in {dtype}; leave `dtype` out for float64")
+    args, kwargs = split_example(example_inputs)
+    planned = trace(model, args, kwargs)
+    reference, notes = _one_device_copy(model, dtype)
+    args, kwargs = pytree.tree_map(lambda leaf: _cast(leaf, dtype), (args, kwargs))
+    traced = _traced_in(dtype, reference, planned, args, kwargs)
+    if drawn := sorted({op.target for op in traced.graph.ops if op.target in RANDOM}):
+        notes.append(f"both sides draw the same random numbers ({', '.join(drawn)}), the same in every step")
+    return Subject(planned, reference, traced, args, kwargs, dtype, model.training, tuple(notes))
+
+
+def compare(
+    subject: Subject,
+    plan: Plan,
+    *,
+    steps: int = 3,
+    optimizer: Literal["both", "sgd", "adamw"] = "both",
+    tolerance: float | None = None,
+    ranks: RankPool | None = None,
+    timeout_s: float = 600.0,
+) -> VerifyReport:
+    """`verify` of a model that is already prepared."""
     if optimizer not in ("both", "sgd", "adamw"):
         raise VerifyError(f'verify trains with "sgd", "adamw" or "both", not with {optimizer!r}')
     if steps < 1:
         raise VerifyError(f"verify needs at least one step to compare anything, not {steps}")
     started = time.monotonic()
-    args, kwargs = split_example(example_inputs)
-    traced = trace(model, args, kwargs)
-    expanded = expand_stages(plan, traced.graph)
-    reference, notes = _one_device_copy(model, dtype)
-    args, kwargs = pytree.tree_map(lambda leaf: _cast(leaf, dtype), (args, kwargs))
-    traced = _traced_in(dtype, reference, traced, args, kwargs)
+    traced, dtype, reference = subject.traced, subject.dtype, subject.reference
+    expanded = expand_stages(plan, subject.planned.graph)
     optimizers: tuple[Optimizer, ...] = ("sgd", "adamw") if optimizer == "both" else (optimizer,)
-    batches = _batches(traced, args, kwargs, steps)
+    batches = _batches(traced, subject.args, subject.kwargs, steps)
     named: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     state = {name: tensor.detach().clone() for name, tensor in named.items()}
-    job = Job(_flat(traced), plan, _again(expanded, traced.graph), state, batches, optimizers, dtype, model.training)
-    if drawn := sorted({op.target for op in traced.graph.ops if op.target.split(".")[1] in _RANDOM}):
-        notes.append(f"the model draws random numbers ({', '.join(drawn)}), which differ between one device and many")
+    draws = any(op.target in RANDOM for op in traced.graph.ops)
+    job = Job(_flat(traced), plan, _again(expanded, traced.graph), state, batches, optimizers, dtype, subject.training, draws)
     expected = on_one_device(job, reference, traced)
     try:
         with RankPool(plan.world_size, collective_timeout_s=timeout_s) if ranks is None else nullcontext(ranks) as pool:
             found = pool.run(on_a_rank, job, timeout_s=timeout_s)
     except RanksFailedError as error:
         raise VerifyError(f"the plan's ranks could not run {steps} steps of {traced.graph.name}:\n{error}") from error
-    limit = TOLERANCE[dtype] if tolerance is None else tolerance
     return judge(
         expected,
         found,
-        limit,
+        TOLERANCE[dtype] if tolerance is None else tolerance,
         plan=plan,
         holders=_holders(expanded),
         steps=steps,
         optimizers=optimizers,
         dtype=str(dtype).removeprefix("torch."),
-        notes=tuple(notes),
+        notes=subject.notes,
         seconds=time.monotonic() - started,
     )
 

@@ -22,6 +22,7 @@ from autopar.ir.conversion import State
 from autopar.ir.placement import R
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel, leaf_paths
+from autopar.runtime.alike import drawing_alike, eagerly_alike
 from autopar.runtime.checkpoint import whole_tensor
 from autopar.runtime.dropout import without_dropout
 from autopar.runtime.loss import NO_LOSS
@@ -40,7 +41,7 @@ class Job:
     """What both sides do: `steps` training steps with each of `optimizers`, the inputs of step `i` being `batches[i]` (in the order of
     `traced.graph.inputs`). `state`: values of all parameters and buffers by name, whole.
 
-    `expanded`: the decisions of `plan` for `traced`, in its dtype.
+    `expanded`: the decisions of `plan` for `traced`, in its dtype. `random`: whether the model draws random numbers other than dropout's.
     `traced` takes its tensors by position and returns its outputs as a tuple, so that no class of the user's goes to the ranks.
     """
 
@@ -52,6 +53,7 @@ class Job:
     optimizers: tuple[Optimizer, ...]
     dtype: torch.dtype
     training: bool
+    random: bool = False
 
     @property
     def stepping(self) -> bool:
@@ -70,7 +72,9 @@ def on_one_device(job: Job, model: nn.Module, traced: TracedModel) -> Facts:
         tensors = dict(zip((item.path for item in traced.graph.inputs), batch, strict=True))
         leaves = [literals[path] if path in literals else tensors[path] for path in traced.input_paths]
         args, kwargs = pytree.tree_unflatten(leaves, traced.in_spec)
-        results, spec = pytree.tree_flatten(model(*args, **kwargs))
+        with eagerly_alike(model) if job.random else nullcontext():
+            called = model(*args, **kwargs)
+        results, spec = pytree.tree_flatten(called)
         by_path = dict(zip(leaf_paths(spec), results, strict=True))
         missing = [item.path for item in traced.graph.outputs if not isinstance(by_path.get(item.path), Tensor)]
         if missing:
@@ -101,7 +105,7 @@ def on_a_rank(job: Job) -> tuple[Facts | None, dict[Key, float]]:
         for kind in job.optimizers:
             module = _module(job)
             module.train(job.training)
-            with without_dropout(module):
+            with without_dropout(module), drawing_alike():
                 found |= _train(job, kind, module, lambda module, batch: list(module(*batch)))
     distances = {}
     handles = [dist.new_group(list(ranks)) for ranks in groups] if len(groups) > 1 else [dist.group.WORLD]

@@ -88,6 +88,7 @@ FAMILIES: dict[str, Family] = {
     "cross_entropy_loss": Family((1,), kernels=2),
 }  # fmt: skip
 _DEFAULT = Family()
+_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 RECEIVE, SEND = "autopar.receive", "autopar.send"
 
 
@@ -183,6 +184,9 @@ def _flops(name: str, op: Op, operands: list[Value], outputs: list[Value]) -> tu
         flops = 2.0 * prod(operands[0].shape[:-1]) * operands[1].shape[-2] * (operands[0].shape[-1] + operands[2].shape[-1])
         flops *= 0.5 if causal else 1.0
         return flops, 2.5 * flops
+    elif name in _RECURRENT and len(outputs[0].shape) == 3:  # every step and row is multiplied with all weights
+        flops = 2.0 * prod(operands[0].shape[:2]) * sum(value.numel for value in operands if len(value.shape) == 2)
+        trained = 2
     else:
         return 0.0, 0.0
     return flops, flops * trained

@@ -18,7 +18,7 @@ _POSITIVE = {
 """Operators whose operands are drawn from (0.25, 0.9), where they and their gradients are finite."""
 
 
-_NO_DERIVATIVE = {"copy", "detach", "detach_copy", "floor_divide", "heaviside"}
+_NO_DERIVATIVE = {"bucketize", "copy", "detach", "detach_copy", "floor_divide", "heaviside", "searchsorted"}
 """Operators on floats for which torch has no derivative."""
 
 
@@ -130,6 +130,7 @@ _INDICES: dict[str, Callable[[Op, int, Sequence[Shape]], Range]] = {
     "scatter_add": _along,
     "scatter_reduce": _along,
     "index_select": _along,
+    "index_add": _along,
     "index": _indexed,
     "_unsafe_index": _indexed,
     "index_put": _indexed,

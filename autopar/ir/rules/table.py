@@ -7,7 +7,7 @@ ranks or arguments. Targets are operator names with their overload; `aten.` is l
 from __future__ import annotations
 
 from autopar.ir.rules import notation
-from autopar.ir.rules.families import contractions, cuts, indexing, losses, pointwise, reductions, views
+from autopar.ir.rules.families import contractions, cuts, indexing, losses, pointwise, recurrent, reductions, views
 from autopar.ir.rules.families.common import Family
 from autopar.ir.rules.nest import Call, Nest
 
@@ -74,6 +74,8 @@ family(
     "adaptive_avg_pool3d.default _adaptive_avg_pool2d.default _adaptive_avg_pool3d.default",
 )
 family(contractions.attention, "scaled_dot_product_attention.default")
+family(recurrent.layers, "lstm.input gru.input rnn_tanh.input rnn_relu.input")
+family(recurrent.cell, "lstm_cell.default gru_cell.default rnn_tanh_cell.default rnn_relu_cell.default")
 
 # Element by element.
 family(
@@ -203,6 +205,9 @@ family(indexing.embedding, "embedding.default")
 family(indexing.gather, "gather.default")
 family(indexing.scatter, "scatter.src scatter.value scatter_add.default scatter_reduce.two")
 family(indexing.index_select, "index_select.default")
+family(indexing.index_add, "index_add.default")
+rule("bucketize.Tensor", "..., [m] -> ...")
+rule("searchsorted.Tensor", "... [m], ... n -> ... n")
 family(indexing.index, "index.Tensor _unsafe_index.Tensor")
 family(indexing.index_put, "index_put.default _unsafe_index_put.default")
 family(indexing.one_hot, "one_hot.default")

@@ -59,7 +59,8 @@ def gather(call: Call) -> Nest | None:
 
 
 def scatter(call: Call) -> Nest | None:
-    """`scatter(x, dim, index, source)`, `scatter_add`: dim `dim` is needed whole, and others that index or source do not span."""
+    """`scatter(x, dim, index, source)`, `scatter_add`: dim `dim` is needed whole, and others that index or source do not span. Where
+    what lands in one place is added up, what is scattered may be split along `dim`: loop `n`, a sum over which is the result."""
     shapes = [value.shape for value in call.operands]
     rank = len(shapes[0])
     if any(len(shape) != rank for shape in shapes) or not rank:
@@ -70,7 +71,25 @@ def scatter(call: Call) -> Nest | None:
     floating = tuple(index for index in range(len(shapes)) if index != 1)
     added = call.op.arg(4, "reduce", "sum") == "sum"  # of `scatter_reduce`; the others have no such argument
     linear = (floating,) if len(shapes) == 3 and added else ()
-    return Nest({f"d{d}": shapes[0][d] for d in same}, tuple(term for _ in shapes), (term,), linear=linear)
+    loops = {f"d{d}": shapes[0][d] for d in same}
+    sums = linear and call.op.target.split(".")[1] in ("scatter_add", "scatter_reduce") and call.op.arg(5, "include_self", True)
+    if not sums or shapes[1][dim] != shapes[2][dim]:  # a source that is longer than the index is not read to its end
+        return Nest(loops, tuple(term for _ in shapes), (term,), linear=linear)
+    moved: Term = (*term[:dim], ("n",), *term[dim + 1 :])
+    return Nest(loops | {"n": shapes[1][dim]}, (term, moved, moved), (term,), added=frozenset({0}), linear=linear, uneven=frozenset({"n"}))
+
+
+def index_add(call: Call) -> Nest | None:
+    """`index_add(x, dim, index, source, alpha)`: dim `dim` of x is whole; the rows of the source that are added there may be split: loop
+    `n`."""
+    x, index, source = (value.shape for value in call.operands)
+    if not x or len(index) != 1 or len(source) != len(x):
+        return None
+    dim = positive(call.int(1, "dim"), len(x))
+    full = tuple(() if d == dim else group for d, group in enumerate(names(len(x))))
+    rows: Term = (*full[:dim], ("n",), *full[dim + 1 :])
+    loops = {f"d{d}": size for d, size in enumerate(x) if d != dim} | {"n": index[0]}
+    return Nest(loops, (full, (("n",),), rows), (full,), added=frozenset({0}), linear=((0, 2),), uneven=frozenset({"n"}))
 
 
 def index_select(call: Call) -> Nest | None:

@@ -1,0 +1,86 @@
+"""Random numbers that one device and many draw alike, so that models with random masks and samples can be compared.
+
+A draw is known by the module that makes it, by its shape, and by how many of that shape the module has made before in the same forward
+pass. Within `drawing_alike`, what a rank's program draws is seeded by that; within `eagerly_alike`, what an eager module draws is too.
+Both draw whole tensors, of which ranks take their parts afterwards. Outside, draws differ from step to step, as they should.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autopar.runtime.dropout import seeded
+
+_active = False
+
+
+def draws_alike() -> bool:
+    """Whether ranks' programs are to draw as `draw_seed` says."""
+    return _active
+
+
+@contextmanager
+def drawing_alike() -> Iterator[None]:
+    """Within, programs of ranks draw what `eagerly_alike` draws."""
+    global _active
+    before, _active = _active, True
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def draw_seed(module: str, shape: Sequence[int], occurrence: int) -> int:
+    """The seed of a draw of `shape` in `module`, the `occurrence`-th there of that shape."""
+    return zlib.crc32(repr((module, tuple(shape), occurrence)).encode())
+
+
+class _Seeding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Seeds every operator that draws; `modules`: the paths of the modules that are running, innermost last."""
+
+    def __init__(self, modules: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.modules = modules
+        self.seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        device = torch.device("cpu")
+        if func._schema.is_mutable:  # writes its first argument
+            shape = args[0].shape
+        else:
+            with seeded(device, 0):
+                result = func(*args, **kwargs)
+            if not isinstance(result, Tensor):  # recurrent layers and attention, which draw for dropout alone
+                return result
+            shape = result.shape
+        key = (self.modules[-1] if self.modules else "", tuple(shape))
+        self.seen[key] += 1
+        with seeded(device, draw_seed(*key, self.seen[key] - 1)):
+            return func(*args, **kwargs)
+
+
+@contextmanager
+def eagerly_alike(model: nn.Module) -> Iterator[None]:
+    """Within, one forward pass of `model`, on the CPU, draws as the ranks of its plan do within `drawing_alike`."""
+    running: list[str] = []
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: running.append(name)))
+        hooks.append(module.register_forward_hook(lambda module, args, output: (running.pop(), None)[1], always_call=True))
+    try:
+        with _Seeding(running):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
