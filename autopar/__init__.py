@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autopar.errors import AutoparError
     from autopar.ir.cluster import Cluster, Device, Link
     from autopar.ir.plan import Plan
+    from autopar.ir.rules.register import register_rule
     from autopar.runtime.checkpoint import full_state_dict, load_optimizer_state_dict, optimizer_state_dict
     from autopar.runtime.clip import clip_grad_norm_
     from autopar.runtime.module import ParallelModule
@@ -33,6 +34,7 @@ _HOME = {
     "Device": "autopar.ir.cluster",
     "Link": "autopar.ir.cluster",
     "Plan": "autopar.ir.plan",
+    "register_rule": "autopar.ir.rules.register",
     "ParallelModule": "autopar.runtime.module",
     "VerifyReport": "autopar.runtime.verify_report",
     "clip_grad_norm_": "autopar.runtime.clip",
@@ -56,6 +58,7 @@ __all__ = [
     "optimizer_state_dict",
     "parallelize",
     "plan",
+    "register_rule",
     "verify",
 ]
 

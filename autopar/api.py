@@ -20,6 +20,7 @@ from torch import nn
 from autopar.errors import AutoparError, InfeasibleError, PlanError, TraceError
 from autopar.ir.cluster import Cluster, resolve
 from autopar.ir.plan import Plan
+from autopar.ir.rules.complete import with_rules
 from autopar.ir.trace import TracedModel, split_example, trace
 from autopar.search.baselines import BASELINES
 from autopar.search.planner import plan_graph
@@ -232,7 +233,7 @@ _PLAN_OPTIONS = inspect.signature(plan).parameters.keys() - {"model", "example_i
 
 
 def _plan_traced(traced: TracedModel, cluster: Cluster, **options: Any) -> Plan:
-    return plan_graph(traced.graph, cluster, **options)
+    return plan_graph(with_rules(traced.graph), cluster, **options)
 
 
 def _running_cluster() -> Cluster:

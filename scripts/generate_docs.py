@@ -62,7 +62,10 @@ PROCESSING_ORDER = {
         "schedule_check conversion cluster plan plan_json plan_check plan_stages assignment folded_names plan_roles plan_digest plan_text "
         "units"
     ),
-    "autopar/ir/rules": "split notation nest table neighbours local_args local_context operators samples pieces check discover",
+    "autopar/ir/rules": (
+        "split notation nest table given register neighbours local_args local_context operators samples pieces check complete discover "
+        "trial remembered"
+    ),
     "autopar/ir/rules/families": "common pointwise views cuts reductions contractions recurrent indexing losses",
     "autopar/search": (
         "planner flat choose meshes structure strategies pins baselines follow work liveness optimizers collectives sequence costs "

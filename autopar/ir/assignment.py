@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from autopar.errors import PlanError, PlanMismatchError
@@ -91,6 +91,8 @@ def expand_stages(plan: Plan, graph: Graph) -> Expanded:
     operations of one microbatch or lie on other groups of ranks than the schedule puts them on, and where rows are for no stage.
     """
     _check_model(plan, graph)
+    if graph.rules != (rules := plan.given_rules):
+        graph = replace(graph, rules=rules)
     parts = microbatched(graph, plan.microbatches)
     body = parts.body
     meshes = [plan.mesh]

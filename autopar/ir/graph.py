@@ -13,8 +13,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from autopar.errors import GraphError
+
+if TYPE_CHECKING:
+    from autopar.ir.rules.given import GivenRule
 
 DTYPE_BYTES = {
     "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
@@ -161,7 +165,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Graph:
-    """A traced model. `training` says in which mode it was traced."""
+    """A traced model. `training` says in which mode it was traced; `rules` are sharding rules that came with it, beside the table's."""
 
     name: str
     values: dict[str, Value]
@@ -172,6 +176,7 @@ class Graph:
     ops: tuple[Op, ...]
     outputs: tuple[Output, ...]
     training: bool = True
+    rules: tuple[GivenRule, ...] = ()
 
     @cached_property
     def producers(self) -> dict[str, Op]:

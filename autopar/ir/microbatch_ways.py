@@ -9,7 +9,7 @@ from typing import NoReturn
 from autopar.errors import PlanError
 from autopar.ir.graph import Graph, Op, Output, Value
 from autopar.ir.placement import Kind, P, Placement, R, S
-from autopar.ir.rules import has_rule, splits, unruled
+from autopar.ir.rules import splits, unruled
 from autopar.ir.rules.nest import FLOATS
 from autopar.ir.rules.split import Split
 from autopar.ir.rules.table import RANDOM
@@ -279,7 +279,7 @@ class Choices:
         self._refuse_op(op)
 
     def _refuse_op(self, op: Op) -> NoReturn:
-        if not has_rule(op.target) or op.target in unruled(self.graph):
+        if op.target in unruled(self.graph):
             why = "autopar has no sharding rule for it and cannot tell whether it does"
         elif op.target == "autopar.batch_norm":
             why = "batch norm in training mode takes its statistics from all rows"

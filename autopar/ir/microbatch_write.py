@@ -201,6 +201,7 @@ class _Prologue:
             (*ordered, *added),
             tuple(self.outputs),
             whole.training,
+            whole.rules,
         )
 
 

@@ -20,13 +20,14 @@ import stat
 import tempfile
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autopar.errors import PlanFileError
 from autopar.ir import plan_json
 from autopar.ir.plan_check import check
+from autopar.ir.rules.given import GivenRule
 
 FORMAT: Literal["autopar-plan"] = "autopar-plan"
 VERSION: Literal[2] = 2
@@ -252,6 +253,44 @@ class Candidate(_Data):
     why: str = ""
 
 
+class RulePlan(_Data):
+    """A rule that autopar's own table does not have, by which operations of the plan are split: see `autopar.ir.rules.given.GivenRule`.
+
+    `linear`: sets of terms by number, such as `"0 2, 1"`. `origin`: `"found"` by trial or `"registered"` by the user, and numerically
+    checked `checks` times. One without `notation` and `splits` is for operators that run replicated; `why` says why.
+    """
+
+    target: str
+    form: str = ""
+    notation: str = ""
+    uneven: str = ""
+    linear: Annotated[str, Field(pattern=r"^(\d{1,3}( \d{1,3})*(, \d{1,3}( \d{1,3})*)*)?$")] = ""
+    splits: tuple[str, ...] = ()
+    origin: Literal["found", "registered"] = "found"
+    checks: Size = 0
+    why: str = ""
+
+    @classmethod
+    def of(cls, rule: GivenRule) -> RulePlan:
+        linear = ", ".join(" ".join(map(str, terms)) for terms in rule.linear)
+        return cls(
+            target=rule.target,
+            form=rule.form,
+            notation=rule.notation,
+            uneven=rule.uneven,
+            linear=linear,
+            splits=rule.splits,
+            origin=cast(Literal["found", "registered"], rule.origin),
+            checks=rule.checks,
+            why=rule.why,
+        )
+
+    def given(self) -> GivenRule:
+        """The rule as a graph carries it."""
+        linear = tuple(tuple(map(int, terms.split())) for terms in self.linear.split(",")) if self.linear else ()
+        return GivenRule(self.target, self.form, self.notation, self.uneven, linear, self.splits, self.origin, self.checks, self.why)
+
+
 class Predicted(_Data):
     """Predictions for one training step on the worst rank. `cost_s` is the objective of the search: with one microbatch and one stage the
     sum over operations that `lower_bound_s` bounds, else the simulated time. `step_s` is what the simulator says; `bubble`: the time that
@@ -293,11 +332,18 @@ class Plan(_Data):
     predicted: Predicted
     replicated: tuple[str, ...]
     """Operators without a sharding rule, which every rank runs whole."""
+    rules: tuple[RulePlan, ...] = ()
+    """Rules that were found by trial or registered: the plan can be read and run where neither is at hand."""
     notes: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     parameters: tuple[ParameterPlan, ...]
     segments: tuple[SegmentPlan, ...]
     collectives: tuple[CollectivePlan, ...]
+
+    @property
+    def given_rules(self) -> tuple[GivenRule, ...]:
+        """Its `rules`, as a graph carries them."""
+        return tuple(rule.given() for rule in self.rules)
 
     @property
     def groups(self) -> tuple[GroupPlan, ...]:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from autopar.errors import RuleError
 from autopar.ir import folded_names
 from autopar.ir.graph import DTYPE_BYTES
 from autopar.ir.placement import Placement, parse
+from autopar.ir.rules import notation
+from autopar.ir.rules.given import read_split
 from autopar.ir.schedules import MOST_ACTIONS, SCHEDULES
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ class Problem:
 
 def check(plan: Plan) -> list[Problem]:
     """Everything in `plan` that contradicts itself, in file order; empty for a sound plan."""
-    parts = (_mesh, _pipeline, _tensors, _predicted, _parameters, _segments, _collectives)
+    parts = (_mesh, _pipeline, _tensors, _predicted, _rules, _parameters, _segments, _collectives)
     return [problem for part in parts for problem in part(plan)]
 
 
@@ -292,6 +295,16 @@ def _collectives(plan: Plan) -> Iterator[Problem]:
         if mesh is not None and collective.axis not in mesh:
             wanted = ", ".join(mesh)
             yield Problem(("collectives", index, "axis"), f"`{collective.axis[:40]}` is not an axis of the mesh; it has {wanted[:80]}")
+
+
+def _rules(plan: Plan) -> Iterator[Problem]:
+    for index, rule in enumerate(plan.rules):
+        for field, texts, read in (("notation", (rule.notation,), notation.read), ("splits", rule.splits, read_split)):
+            for text in filter(None, texts):
+                try:
+                    read(text)
+                except RuleError as error:
+                    yield Problem(("rules", index, field), str(error))
 
 
 def _predicted(plan: Plan) -> Iterator[Problem]:

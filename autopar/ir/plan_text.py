@@ -35,6 +35,7 @@ from autopar.ir.plan_stages import (
     sizes_words,
     stage_rows,
 )
+from autopar.ir.rules.given import operator_name
 
 WIDTH = 120
 LEGEND = (
@@ -335,5 +336,6 @@ def _remarks(plan: Plan) -> str:
     lines = [_entry("pinned:      ", f"{pattern} to {text}") for pattern, text in plan.pins.items()]
     if plan.replicated:
         lines.append(_entry("replicated:  ", "no sharding rule, so every rank runs all of " + ", ".join(plan.replicated)))
+    lines += [_entry("rule:        ", f"{operator_name(rule.target)}: {rule.words()}") for rule in plan.given_rules]
     lines += [_entry("note:        ", note) for note in plan.notes]
     return "\n".join(lines)

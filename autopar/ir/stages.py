@@ -314,6 +314,7 @@ class _Cut:
             ops,
             tuple(body.outputs[position] for position in returned),
             body.training,
+            body.rules,
         )
 
     def _origin(self, name: str) -> tuple[str, str]:

@@ -8,10 +8,12 @@ r"""The text of a graph, and back.
     %linear_0: float32[4, 32] grad = aten.linear.default(%x, %up.weight) in "up" at "model.py:7"
     %split_0.0: float32[2, 32] grad, %split_0.1: float32[2, 32] grad = aten.split.Tensor(%linear_0, 2, dim=0) as split_0
     output %split_0.0 = "loss"
+    rule "mylib.scale.default" for "mylib.scale.default(float32[_, 16], 0.5)" = "m n -> m n" uneven "m n" linear [[0]] found 24
 
 One line a statement; `#` starts a comment line. `as` gives an operation's name where it is not that of its only result. `in` is the
 user's module, `at` the user's line. Arguments: `%value`, `torch.float32`, `None`, `True`, numbers (`inf`, `nan` too), `"text"` and
-`[lists]`. `parse(to_text(graph)) == graph` for every graph that verifies (but for `nan`, which equals nothing).
+`[lists]`. A `rule` came with the graph (`autopar.ir.rules.given`); it may say `splits [...]` or `because "..."`.
+`parse(to_text(graph)) == graph` for every graph that verifies (but for `nan`, which equals nothing).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Iterator
 
 from autopar.errors import GraphError
 from autopar.ir.graph import Arg, Buffer, Constant, Graph, Input, Op, Output, Parameter, Ref, Symbol, Value
+from autopar.ir.rules.given import FOUND, REGISTERED, GivenRule
 
 _WORD = r"[A-Za-z_][\w.]*"
 _NAME = r"[\w.]+"
@@ -79,6 +82,17 @@ def _lines(graph: Graph, origins: bool) -> Iterator[str]:
         yield line
     for output in graph.outputs:
         yield f"output %{_name(output.value)} = {_quote(output.path)}"
+    if origins:  # what is computed does not depend on them
+        yield from map(_rule, graph.rules)
+
+
+def _rule(rule: GivenRule) -> str:
+    words = [f"rule {_quote(rule.target)} for {_quote(rule.form)} = {_quote(rule.notation)}"]
+    words += [f"uneven {_quote(rule.uneven)}"] * bool(rule.uneven)
+    words += [f"linear {_arg(rule.linear)}"] * bool(rule.linear)
+    words += [f"splits {_arg(rule.splits)}"] * bool(rule.splits)
+    words += [f"because {_quote(rule.why)}"] * bool(rule.why)
+    return f"{' '.join(words)} {rule.origin} {rule.checks}"
 
 
 def _name(name: str) -> str:
@@ -129,6 +143,7 @@ class _Parser:
         constants: list[Constant] = []
         ops: list[Op] = []
         outputs: list[Output] = []
+        rules: list[GivenRule] = []
         self.start(*self.rows[0])
         self.word("graph")
         name = self.title()
@@ -138,6 +153,10 @@ class _Parser:
             self.start(number, row)
             kind = self.tokens[0][1] if self.tokens[0][0] == "word" and len(self.tokens) > 1 and self.tokens[1][0] == "ref" else ""
             self.at += bool(kind)
+            if not kind and self.accept("rule"):
+                rules.append(self.rule())
+                self.end()
+                continue
             if kind == "input":
                 inputs.append(Input(*self.named()))
             elif kind == "parameter":
@@ -162,7 +181,16 @@ class _Parser:
                 ops.append(self.operation())
             self.end()
         return Graph(
-            name, self.values, tuple(inputs), tuple(parameters), tuple(buffers), tuple(constants), tuple(ops), tuple(outputs), training
+            name,
+            self.values,
+            tuple(inputs),
+            tuple(parameters),
+            tuple(buffers),
+            tuple(constants),
+            tuple(ops),
+            tuple(outputs),
+            training,
+            tuple(rules),
         )
 
     def start(self, number: int, row: str) -> None:
@@ -247,6 +275,31 @@ class _Parser:
         name = self.typed()
         self.mark("=")
         return name, self.string()
+
+    def rule(self) -> GivenRule:
+        target = self.string()
+        self.word("for")
+        form = self.string()
+        self.mark("=")
+        notation = self.string()
+        uneven = self.string() if self.accept("uneven") else ""
+        linear = self.listed("linear")
+        splits = self.listed("splits")
+        why = self.string() if self.accept("because") else ""
+        if not all(isinstance(item, tuple) and all(type(term) is int for term in item) for item in linear):
+            raise self.error("`linear` is followed by lists of numbers, such as [[0, 2]]")
+        if not all(isinstance(item, str) for item in splits):
+            raise self.error('`splits` is followed by texts, such as ["S(0) R -> S(0)"]')
+        origin = self.word(FOUND, REGISTERED)
+        checks = self.number_of(self.take("number", "a number of checks"))
+        return GivenRule(target, form, notation, uneven, linear, splits, origin, int(checks), why)  # type: ignore[arg-type]
+
+    def listed(self, word: str) -> tuple[Arg, ...]:
+        """The list behind `word`; empty where that does not stand here."""
+        if not self.accept(word):
+            return ()
+        self.mark("[")
+        return self.items("]")
 
     def operation(self) -> Op:
         outputs: list[str] = []

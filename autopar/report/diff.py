@@ -51,6 +51,8 @@ def _settings(a: Plan, b: Plan) -> Iterator[Change]:
     for field in ("optimizer", "effort"):
         yield from _differ("model", field, getattr(a.predicted, field), getattr(b.predicted, field))
     yield from _differ("model", "replicated operators", ", ".join(a.replicated), ", ".join(b.replicated))
+    rules = [{f"{rule.target} {rule.form}".strip(): rule.words() for rule in plan.given_rules} for plan in (a, b)]
+    yield from _mappings("model", "rule", *rules)
     for word, ours, theirs in (("input", a.inputs, b.inputs), ("output", a.outputs, b.outputs)):
         kinds = [_by_path(items, lambda item: f"{units.shape(item.shape)} {item.dtype}") for items in (ours, theirs)]
         yield from _mappings("model", word, *kinds)
@@ -256,6 +258,8 @@ def _consequences(a: Plan, b: Plan) -> Iterator[Change]:
     if totals[0] != totals[1]:
         yield Change("consequences", "memory in all", *_distinct(*totals, units.size), _change(*totals))
     yield from _traffic(a, b)
+    rules = [{f"{rule.target} {rule.form}".strip(): rule.words() for rule in plan.given_rules} for plan in (a, b)]
+    yield from _mappings("model", "rule", *rules)
     for word, ours, theirs in (("input", a.inputs, b.inputs), ("output", a.outputs, b.outputs)):
         texts = [
             _by_path(items, lambda item, plan=plan: placements(item.placement, plan.stage_mesh(item.stage)))  # type: ignore[misc]

@@ -282,7 +282,9 @@ def _op(plan: Plan, segment: SegmentPlan, op: OpPlan, roles: Roles, console: Con
         rows.append(("recomputed", f"in the backward pass, in the first {segment.recompute} of the {segment.count} repeats"))
     value = op.name.removeprefix("send_").removeprefix("receive_")
     rows += [("crosses", crossing_words(item)) for item in crossings(plan) if item.value == value]
-    if op.target in plan.replicated:
+    rules = [rule for rule in plan.given_rules if rule.target == op.target]
+    rows += [("rule", Text(rule.words(), style="yellow" if rule.whole else "")) for rule in rules]
+    if op.target in plan.replicated and not rules:
         rows.append(("rule", Text("none for this operator, so that every rank runs all of it", style="yellow")))
     console.print(_facts(rows))
     _collectives(collectives_by_op(plan).get((segment.stage, op.name), []), console)

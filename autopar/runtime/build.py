@@ -16,6 +16,7 @@ import autopar
 from autopar.errors import AutoparError, PlanError, PlanMismatchError
 from autopar.ir.assignment import Assignment, Expanded, expand_stages
 from autopar.ir.plan import Plan
+from autopar.ir.rules.complete import confirm
 from autopar.ir.trace import TracedModel
 from autopar.runtime import handshake
 from autopar.runtime.checkpoint import accept_whole_tensors
@@ -56,6 +57,7 @@ def build(
         else:
             check_groups_fit([group.mesh for group in plan.groups], world_size)
         expanded = expand_stages(plan, traced.graph)
+        confirm(plan.given_rules, traced.graph)
         for assignment in expanded.assignments:
             _check_storage(assignment, traced)
         for group in range(len(plan.groups)):

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -184,9 +184,12 @@ class RankPool:
         self._calls = 0
         self._collect(0, self.start_timeout_s, "starting the ranks")
 
-    def run(self, function: Callable[..., _Result], *args: Any, timeout_s: float = 600.0, **kwargs: Any) -> list[_Result]:
+    def run(
+        self, function: Callable[..., _Result], *args: Any, timeout_s: float = 600.0, importing: Sequence[str] = (), **kwargs: Any
+    ) -> list[_Result]:
         """Run `function(*args, **kwargs)` on every rank (where the default process group is up) and return the results by rank.
 
+        `importing`: modules that the ranks import before, for the operators that they register.
         Raises `RanksFailedError` naming every failed rank with its traceback when a rank raises, dies, or has not answered after
         `timeout_s`, and `RuntimeSetupError` when the function or an argument cannot be pickled.
         """
@@ -205,7 +208,7 @@ class RankPool:
         answers = [Path(self._folder, f"answer-{self._calls}-{rank.number}.pickle") for rank in self._ranks]
         for rank, answer_path in zip(self._ranks, answers, strict=True):
             with contextlib.suppress(OSError):  # a rank that is gone shows below, with the way it went
-                rank.connection.send(Call(self._calls, str(request_path), str(answer_path)))
+                rank.connection.send(Call(self._calls, str(request_path), str(answer_path), tuple(importing)))
         self._collect(self._calls, timeout_s, f"running `{name}`")
         results = [pickle.loads(path.read_bytes()) for path in answers]
         for path in (request_path, *answers):

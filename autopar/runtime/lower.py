@@ -24,6 +24,7 @@ from autopar.ir.assignment import Assignment
 from autopar.ir.conversion import State
 from autopar.ir.graph import Arg, Graph, Op, Ref, Symbol
 from autopar.ir.placement import RP, Placement, R
+from autopar.ir.rules import given_rule, has_rule
 from autopar.ir.rules.local_args import local_args
 from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.ir.rules.neighbours import RECEIVE, SEND
@@ -259,10 +260,18 @@ class _Lowering:
             return self.call(special, *args, **kwargs)
         if not op.operands and _takes_device(op.target):
             kwargs["device"] = self.device
-        if _draws(op.target, args):
+        if _draws(op.target, args) or self.may_be_random(op):
             part = self.part(index, wanted[0] if wanted else (R,) * len(self.place.mesh))  # recurrent layers draw for their rows alone
             return self.call(dropout.drawing, operator(op.target), self.device, part, self.seed(op), self.counter, *args, **kwargs)
         return self.call(operator(op.target), *args, **kwargs)
+
+    def may_be_random(self, op: Op) -> bool:
+        """Whether `op` is the user's and nobody has found it to be a function of its operands: it runs whole, and where it draws random
+        numbers, every rank must draw the same."""
+        if op.target.startswith(("aten.", "autopar.")) or has_rule(op.target):
+            return False
+        rule = given_rule(self.graph, op)
+        return rule is None or rule.whole
 
     def seed(self, op: Op) -> int:
         """Of `op`, which draws random numbers, where it is to draw as one device does."""

@@ -6,6 +6,7 @@ rounding there hides, or looks like, an error of the plan.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,9 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from autopar.ir.graph import Arg, Symbol
+from autopar.ir.rules.given import GivenRule
 from autopar.ir.trace import TracedModel
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOAT = re.compile(r"\b(float16|bfloat16|float32|float64)\b")
 _CASTS = frozenset({"float", "half", "bfloat16", "double"})
 
 
@@ -71,5 +74,11 @@ def in_dtype(traced: TracedModel, dtype: torch.dtype) -> TracedModel:
         key: replace(value, dtype=name.removeprefix("torch.")) if f"torch.{value.dtype}" in floats else value
         for key, value in graph.values.items()
     }
+    rules = tuple(rule_in_dtype(rule, dtype) for rule in graph.rules)
     constants = {key: tensor.to(dtype) if tensor.dtype in FLOATS else tensor for key, tensor in traced.constants.items()}
-    return replace(traced, graph=replace(graph, ops=ops, values=values), constants=constants)
+    return replace(traced, graph=replace(graph, ops=ops, values=values, rules=rules), constants=constants)
+
+
+def rule_in_dtype(rule: GivenRule, dtype: torch.dtype) -> GivenRule:
+    """`rule` for the same calls in `dtype`."""
+    return replace(rule, form=_FLOAT.sub(str(dtype).removeprefix("torch."), rule.form))

@@ -6,6 +6,7 @@ Started as `python -m autopar.runtime.rank_process CONNECTION_FD LIFELINE_FD`; i
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import io
 import os
 import pickle
@@ -57,11 +58,13 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A function to run: the pickled `(function, args, kwargs)` lies in `request_path`, the answer goes to `answer_path`."""
+    """A function to run: the pickled `(function, args, kwargs)` lies in `request_path`, the answer goes to `answer_path`. Modules named in
+    `importing` are imported before, for what they register."""
 
     number: int
     request_path: str
     answer_path: str
+    importing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,11 @@ def _join(start: Start) -> None:
 
 def _answer(call: Call, main: Main) -> Answer:
     try:
+        for name in call.importing:
+            if name == "__main__":
+                main.load()
+            else:
+                importlib.import_module(name)
         function, args, kwargs = _load(call.request_path, main)
         result = function(*args, **kwargs)
         Path(call.answer_path).write_bytes(pickle.dumps(result))

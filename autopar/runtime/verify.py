@@ -29,7 +29,7 @@ from autopar.ir.stages import cut
 from autopar.ir.trace import OutputSlot, TracedModel, split_example, trace
 from autopar.runtime.launch import RankPool
 from autopar.runtime.materialize import materialize_whole
-from autopar.runtime.one_dtype import FLOATS, computing_in, in_dtype
+from autopar.runtime.one_dtype import FLOATS, computing_in, in_dtype, rule_in_dtype
 from autopar.runtime.verify_report import VerifyReport, judge
 from autopar.runtime.verify_runs import Job, Optimizer, on_a_rank, on_one_device
 
@@ -109,8 +109,10 @@ def compare(
     if steps < 1:
         raise VerifyError(f"verify needs at least one step to compare anything, not {steps}")
     started = time.monotonic()
-    traced, dtype, reference = subject.traced, subject.dtype, subject.reference
+    dtype, reference = subject.dtype, subject.reference
     expanded = expand_stages(plan, subject.planned.graph)
+    rules = tuple(rule_in_dtype(rule, dtype) for rule in plan.given_rules)
+    traced = replace(subject.traced, graph=replace(subject.traced.graph, rules=rules))
     optimizers: tuple[Optimizer, ...] = ("sgd", "adamw") if optimizer == "both" else (optimizer,)
     batches = _batches(traced, subject.args, subject.kwargs, steps)
     named: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
@@ -120,7 +122,7 @@ def compare(
     expected = on_one_device(job, reference, traced)
     try:
         with RankPool(plan.world_size, collective_timeout_s=timeout_s) if ranks is None else nullcontext(ranks) as pool:
-            found = pool.run(on_a_rank, job, timeout_s=timeout_s)
+            found = pool.run(on_a_rank, job, timeout_s=timeout_s, importing=_registering(reference, traced.graph))
     except RanksFailedError as error:
         raise VerifyError(f"the plan's ranks could not run {steps} steps of {traced.graph.name}:\n{error}") from error
     return judge(
@@ -135,6 +137,20 @@ def compare(
         notes=subject.notes,
         seconds=time.monotonic() - started,
     )
+
+
+def _registering(model: nn.Module, graph: Graph) -> tuple[str, ...]:
+    """The modules that make the operators of `graph` which are not PyTorch's or autopar's: those of the operators' own functions, where
+    torch tells, and those of the model's classes."""
+    foreign = {op.target.partition(".")[::2] for op in graph.ops if not op.target.startswith(("aten.", "autopar."))}
+    if not foreign:
+        return ()
+    # Private: torch's book of operators made by `custom_op`. Without it the modules of the model's classes are all there is to go by.
+    book = getattr(getattr(torch._library, "custom_ops", None), "OPDEFS", {})
+    made = [book.get(f"{space}::{name.rpartition('.')[0]}") for space, name in sorted(foreign)]
+    names = [getattr(getattr(item, "_init_fn", None), "__module__", None) for item in made]
+    names += [type(item).__module__ for item in model.modules()]
+    return tuple(dict.fromkeys(name for name in names if name and not name.startswith(("torch.", "autopar."))))
 
 
 def _again(expanded: Expanded, graph: Graph) -> Expanded:

@@ -27,6 +27,7 @@ from autopar.ir.plan import (
     ParameterPlan,
     Plan,
     Predicted,
+    RulePlan,
     SegmentCost,
     SegmentPlan,
 )
@@ -83,8 +84,9 @@ def describe(graph: Graph, cluster: Cluster, rows: Rows, predicted: Predicted, *
             name=cluster.name, device=device.name, devices_per_node=cluster.devices_per_node, nodes=cluster.nodes,
             memory_bytes=device.memory_bytes, felt_share=device.felt_share,
         ),
-        predicted=predicted, replicated=unruled(graph), inputs=rows.inputs, outputs=rows.outputs, parameters=rows.parameters,
-        segments=rows.segments, collectives=rows.collectives, **fields,
+        predicted=predicted, replicated=unruled(graph), rules=tuple(map(RulePlan.of, graph.rules)),
+        inputs=rows.inputs, outputs=rows.outputs, parameters=rows.parameters, segments=rows.segments, collectives=rows.collectives,
+        **fields,
     )  # fmt: skip
 
 

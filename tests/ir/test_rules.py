@@ -12,7 +12,6 @@ from autopar.ir.graph import Graph, Input, Op, Ref, Value
 from autopar.ir.placement import RP, P, R, S
 from autopar.ir.rules import REPLICATE, REPLICATE_PARTIAL_GRADIENT, has_rule, notation, splits, unruled
 from autopar.ir.rules.check import check_split
-from autopar.ir.rules.discover import discover_splits
 from autopar.ir.rules.split import Split
 from autopar.ir.rules.table import RANDOM, RULES
 from tests.ir.checking import check
@@ -195,18 +194,6 @@ def test_grouped_products_of_experts_split_their_columns_and_their_sum() -> None
     assert set(names(graph, op)) == {REPLICATE, "k", "n", "partial"}
     for split in splits(graph, op):
         check(graph, op, split, 2)  # offsets are drawn as in `samples.py`: increasing, the last the number of rows
-
-
-def test_discovery_finds_the_splits_of_an_operator_without_a_rule() -> None:
-    graph, op = call("aten.linalg_inv_ex.default", f(4, 3, 3))
-    found = {(split.inputs, split.outputs) for split in discover_splits(op, graph)}
-    assert found == {((S(0),), (S(0), S(0)))}
-
-
-def test_discovery_agrees_with_the_rule_of_mm() -> None:
-    graph, op = call("aten.mm.default", f(2, 3), f(3, 5))
-    found = {(split.inputs, split.outputs) for split in discover_splits(op, graph)}
-    assert found == {(split.inputs, split.outputs) for split in splits(graph, op) if split.size}
 
 
 @pytest.mark.parametrize("text", ["m k, k n", "m $ -> m", "(m k -> m"])

@@ -1,6 +1,7 @@
 """Sharding rules: for every operator, the ways to run it on the ranks of one mesh axis.
 
-`splits(graph, op)` is what search and runtime ask; `table.py` holds the rules, `nest.py` turns them into splits.
+`splits(graph, op)` is what search and runtime ask; `table.py` holds the rules, `nest.py` turns them into splits. Rules that came with the
+graph (`given.py`) stand above the table's.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from typing import Any
 
 from autopar.ir.graph import Arg, Graph, Op, Ref
 from autopar.ir.placement import RP, P, Placement, R
+from autopar.ir.rules.given import GivenRule
 from autopar.ir.rules.neighbours import RECEIVE, RESHARD, SEND, blocks_by_op
 from autopar.ir.rules.nest import FLOATS, Blocks, Call, Nest, nest_splits, replicate, replicate_partial_gradient
 from autopar.ir.rules.split import PARTIAL, REPLICATE, REPLICATE_PARTIAL_GRADIENT, Split
 from autopar.ir.rules.table import RULES
 
-__all__ = ["PARTIAL", "REPLICATE", "REPLICATE_PARTIAL_GRADIENT", "Split", "has_rule", "splits", "unruled"]
+__all__ = ["PARTIAL", "REPLICATE", "REPLICATE_PARTIAL_GRADIENT", "Split", "has_rule", "splits", "unruled", "unruled_kinds"]
 
 _HERE = object()
 _STRUCTURES: dict[tuple[Any, ...], int] = {}
@@ -30,9 +32,20 @@ def has_rule(target: str) -> bool:
 
 def unruled(graph: Graph) -> tuple[str, ...]:
     """Operators of `graph` that run replicated because nobody wrote a rule for them, or because their rule does not cover their form."""
-    kinds = {_structure(graph, op): op for op in graph.ops}
-    missing = {op.target for op in kinds.values() if op.target != RESHARD and _nest(graph, op) is None}
-    return tuple(sorted(missing))
+    return tuple(sorted({op.target for op in unruled_kinds(graph)}))
+
+
+def unruled_kinds(graph: Graph) -> tuple[Op, ...]:
+    """The first of every kind of operations (equal in all but names) that run replicated for want of a rule, in order."""
+    kinds: dict[int, Op] = {}
+    for op in graph.ops:
+        kinds.setdefault(_structure(graph, op), op)
+    return tuple(op for op in kinds.values() if op.target != RESHARD and _nest(graph, op) is None)
+
+
+def given_rule(graph: Graph, op: Op) -> GivenRule | None:
+    """The rule for `op` that came with the graph, if one did."""
+    return next((rule for rule in graph.rules if rule.fits(op, graph.values)), None) if graph.rules else None
 
 
 def splits(graph: Graph, op: Op) -> tuple[Split, ...]:
@@ -111,6 +124,7 @@ def _facts_of_structure(graph: Graph, op: Op) -> tuple[Any, ...]:
     operands = op.operands
     return (
         op.target,
+        given_rule(graph, op),
         # One value read twice must be read in one placement.
         tuple(map(operands.index, operands)) if len(set(operands)) < len(operands) else None,
         tuple(map(_masked, op.args)),
@@ -122,11 +136,12 @@ def _facts_of_structure(graph: Graph, op: Op) -> tuple[Any, ...]:
 
 def _nest(graph: Graph, op: Op) -> Nest | None:
     family = RULES.get(op.target)
-    if family is None:
+    if family is None and not graph.rules:
         return None
     key = _structure(graph, op)
     if key not in _NESTS:
-        _NESTS[key] = family(_call(graph, op))
+        given, call = given_rule(graph, op), _call(graph, op)
+        _NESTS[key] = given.nest(call) if given is not None else family(call) if family is not None else None
     return _NESTS[key]
 
 

@@ -31,6 +31,14 @@ Ranks = Callable[[Mesh, Callable[[Mesh, tuple[str, ...]], Any]], list[Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """Whole operands to check with, one tensor per operand slot, floats as float64; `smooth`: which have a gradient."""
+
+    operands: tuple[Tensor, ...]
+    smooth: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckResult:
     """`ok`, and where not, `why` in words; `error` is the largest relative difference seen."""
 
@@ -52,15 +60,16 @@ def check_split(
     seed: int = 0,
     implementations: Mapping[str, Implementation] | None = None,
     ranks: Ranks = one_after_the_other,
+    given: Given | None = None,
 ) -> CheckResult:
-    """Check `split` of `op` on one axis of `parts` ranks, or one split an axis of a mesh, with random values.
+    """Check `split` of `op` on one axis of `parts` ranks, or one split an axis of a mesh, with random values or with those `given`.
 
     `implementations` are the local implementations by name (the runtime's `LOCAL_OPS`); those that communicate need `ranks` that do.
     """
     chosen = (split,) if isinstance(split, Split) else split
     mesh = (parts,) if isinstance(parts, int) else parts
     try:
-        return CheckResult(True, _Check(op, graph, chosen, mesh, seed, implementations or {}).error(ranks))
+        return CheckResult(True, _Check(op, graph, chosen, mesh, seed, implementations or {}, given).error(ranks))
     except Refuted as refuted:
         names = ", ".join(f"{item.name} over {size}" for item, size in zip(chosen, mesh, strict=True))
         return CheckResult(False, why=f"{op.target} split {names}: {refuted}")
@@ -70,10 +79,16 @@ class _Check:
     """One operation, one choice of splits, one draw of values: the whole run, and what each rank is given."""
 
     def __init__(
-        self, op: Op, graph: Graph, chosen: tuple[Split, ...], mesh: Mesh, seed: int, implementations: Mapping[str, Implementation]
+        self,
+        op: Op,
+        graph: Graph,
+        chosen: tuple[Split, ...],
+        mesh: Mesh,
+        seed: int,
+        implementations: Mapping[str, Implementation],
+        given: Given | None,
     ) -> None:
         self.op, self.mesh = op, mesh
-        self.shapes = tuple(graph.values[name].shape for name in op.operands)
         self.inputs: list[State] = list(zip(*(split.inputs for split in chosen), strict=True))
         self.outputs: list[State] = list(zip(*(split.outputs for split in chosen), strict=True))
         self.talking = [axis for axis, split in enumerate(chosen) if split.implementation]
@@ -84,9 +99,13 @@ class _Check:
                 raise Refuted(f"there is no implementation `{name}`")
             self.implementation = implementations[name]
         generator = torch.Generator().manual_seed(seed + 1)
-        dtypes = [graph.values[name].dtype for name in op.operands]
-        operands = random_operands(op, self.shapes, dtypes, seed)
-        self.smooth = [wanted and x.is_floating_point() for wanted, x in zip(differentiable(op), operands, strict=True)]
+        if given is None:
+            shapes = tuple(graph.values[name].shape for name in op.operands)
+            dtypes = [graph.values[name].dtype for name in op.operands]
+            given = Given(tuple(random_operands(op, shapes, dtypes, seed)), tuple(differentiable(op)))
+        operands = given.operands
+        self.shapes = tuple(tuple(x.shape) for x in operands)
+        self.smooth = [wanted and x.is_floating_point() for wanted, x in zip(given.smooth, operands, strict=True)]
         leaves = [x.clone().requires_grad_(smooth) for x, smooth in zip(operands, self.smooth, strict=True)]
         self.wholes = run(op, leaves, op.args, op.kwargs)
         gradients = [torch.randn(y.shape, dtype=y.dtype, generator=generator) if y.requires_grad else None for y in self.wholes]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from autopar.errors import RuleError
-from autopar.ir.graph import Arg, Ref
+from autopar.ir.graph import Arg, Op, Ref, refs
 from autopar.ir.rules.nest import Call, Group, Nest, Term
 
 ELLIPSIS: Group = ("...",)
@@ -93,9 +93,23 @@ def _unfold(term: Term, rank: int, lead: int) -> Term:
     return (*term[:at], *((f"d{lead - count + i}",) for i in range(count)), *term[at + 1 :])
 
 
-def _tensor_arguments(args: tuple[Arg, ...]) -> list[bool]:
-    """For every argument that can be a tensor, whether it is one (False: `None`)."""
-    return [isinstance(arg, Ref) for arg in args if arg is None or isinstance(arg, Ref)]
+def tensor_arguments(args: tuple[Arg, ...]) -> list[bool]:
+    """For every argument that can be a tensor, whether it is one (False: `None`); one for each tensor of a list."""
+    found: list[bool] = []
+    for arg in args:
+        if arg is None or isinstance(arg, Ref):
+            found.append(arg is not None)
+        elif isinstance(arg, tuple):
+            found += [True for _ in refs(arg)]
+    return found
+
+
+def present_terms(pattern: Pattern, op: Op) -> tuple[int, ...] | None:
+    """Which terms of `pattern` stand for the operands of `op`, in their order; None where it has another number of tensor arguments."""
+    present = tensor_arguments((*op.args, *(arg for _, arg in op.kwargs)))
+    kept = tuple(index for index, there in enumerate(present) if there)
+    fits = len(kept) == len(op.operands) and all(index < len(pattern.operands) for index in kept)
+    return kept if fits else None
 
 
 def bind(pattern: Pattern, call: Call, uneven: frozenset[str] = frozenset(), linear: tuple[tuple[int, ...], ...] = ()) -> Nest | None:
@@ -103,9 +117,8 @@ def bind(pattern: Pattern, call: Call, uneven: frozenset[str] = frozenset(), lin
 
     `uneven` and `linear` (in numbers of the pattern's terms) go into the nest.
     """
-    present = _tensor_arguments((*call.op.args, *(arg for _, arg in call.op.kwargs)))
-    kept = [index for index, there in enumerate(present) if there]
-    if len(kept) != len(call.operands) or len(kept) > len(pattern.operands) or len(pattern.outputs) != len(call.outputs):
+    kept = present_terms(pattern, call.op)
+    if kept is None or len(pattern.outputs) != len(call.outputs):
         return None
     terms = [pattern.operands[index] for index in kept] + list(pattern.outputs)
     shapes = [value.shape for value in (*call.operands, *call.outputs)]
