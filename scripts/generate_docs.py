@@ -57,18 +57,21 @@ PROCESSING_ORDER = {
     "autopar": "api cli errors",
     "autopar/ir": (
         "graph placement text trace trace_export trace_repeats trace_lower trace_expand trace_assemble canonical canonical_losses "
-        "canonical_bags canonical_rows rewriter reshard_points trace_errors library_patches own_backward sources modes fold microbatch "
-        "microbatch_ways microbatch_write stages schedules schedule_zbv "
+        "canonical_bags canonical_rows canonical_experts experts "
+        "rewriter reshard_points trace_errors library_patches own_backward sources modes fold microbatch microbatch_ways "
+        "microbatch_write stages schedules schedule_zbv "
         "schedule_check conversion cluster plan plan_json plan_check plan_stages assignment folded_names plan_roles plan_digest plan_text "
         "units"
     ),
     "autopar/ir/rules": (
-        "split notation nest table given register neighbours local_args local_context operators samples pieces check complete discover "
+        "split notation nest table given register neighbours local_args local_context operators expert_operators "
+        "samples pieces check complete discover "
         "trial remembered"
     ),
-    "autopar/ir/rules/families": "common pointwise views cuts reductions contractions recurrent indexing losses",
+    "autopar/ir/rules/families": "common pointwise views cuts reductions contractions recurrent indexing losses experts",
     "autopar/search": (
-        "planner flat choose meshes structure strategies pins baselines follow work liveness optimizers collectives sequence costs "
+        "planner flat choose meshes structure strategies pins baselines follow work experts liveness optimizers collectives "
+        "sequence costs "
         "build problem "
         "check problem_file judge solve over_time shrink shrinking interned contract tighten dominated series "
         "reduce eliminate chain minimise memory local incumbent exact account describe remedies "
@@ -76,7 +79,8 @@ PROCESSING_ORDER = {
         "stage_workload pipeline place recompute segments workload simulate flows timeline quick predict"
     ),
     "autopar/runtime": (
-        "build handshake process_mesh lower convert collectives local_ops attention_blocks zigzag ring_attention dropout alike recompute "
+        "build handshake process_mesh lower convert collectives local_ops attention_blocks zigzag ring_attention experts "
+        "dropout alike recompute "
         "module distributed one_device microbatches "
         "inputs parameters gather gradients pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied "
         "materialize initialise shards strided_shards deferred evaluation sampler clip checkpoint parts parts_checkpoint verify "

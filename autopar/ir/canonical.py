@@ -10,6 +10,7 @@ A pass is a function from a graph to a graph; `EACH_ALONE`, then `ALL_TOGETHER` 
   or element by element, and then summed or averaged (`canonical_losses`);
 - embedding bags are look-ups and sums (`canonical_bags`);
 - one element of every row, `x[arange(n), index]`, is gathered (`canonical_rows`);
+- routed experts, from the sort of their ids to the sum over a token's rows, are `autopar.experts` (`canonical_experts`);
 - what nobody reads is gone, and each module makes an equal constant tensor (`arange`, `full`, ...) once;
 - values and operations have names that depend on the graph alone, so that two traces of one model are equal texts.
 """
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.ir import canonical_bags, canonical_losses, canonical_rows
+from autopar.ir import canonical_bags, canonical_experts, canonical_losses, canonical_rows
 from autopar.ir.graph import Arg, Buffer, Constant, Graph, Input, Op, Parameter, Ref, Symbol, Value
 from autopar.ir.rewriter import Rewriter
 
@@ -336,7 +337,7 @@ def without_call_numbers(graph: Graph) -> Graph:
     return replace(graph, ops=tuple(replace(op, module=re.sub(r"@\d+", "", op.module)) for op in graph.ops))
 
 
-EACH_ALONE: tuple[Pass, ...] = (whole_sizes, known_operators, no_identities, creators_once)
+EACH_ALONE: tuple[Pass, ...] = (whole_sizes, known_operators, no_identities, creators_once, canonical_experts.recognise)
 """Passes that look at one module at a time, so that they may run before repeated modules are copied."""
 
 ALL_TOGETHER: tuple[Pass, ...] = (mark_gradients, no_idle_detach, no_dead_code, plain_names)

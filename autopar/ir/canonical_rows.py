@@ -26,7 +26,7 @@ def pick(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
         return False
     shape, given = rewriter.values[x.name].shape, rewriter.values[index.name]
     count = shape[0]
-    if given.shape != (count,) or given.dtype not in _INTEGERS or not _counts(rewriter.graph, rows.name, count):
+    if given.shape != (count,) or given.dtype not in _INTEGERS or not counts_up(rewriter.graph, rows.name, count):
         return False
     (result,) = op.outputs
     dtype = rewriter.values[result].dtype
@@ -55,7 +55,7 @@ def pick(rewriter: Rewriter, op: Op, read: set[str]) -> bool:
     return True
 
 
-def _counts(graph: Graph, name: str, count: int) -> bool:
+def counts_up(graph: Graph, name: str, count: int) -> bool:
     """Whether the value is `0, 1, ..., count - 1`."""
     op = graph.producers.get(name)
     if op is None or graph.values[name].dtype not in _INTEGERS:

@@ -53,7 +53,9 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """`nodes` machines of `devices_per_node` devices: `intra` links inside a machine, `inter` links between machines."""
+    """`nodes` machines of `devices_per_node` devices: `intra` links inside a machine, `inter` links between machines.
+
+    `expert_imbalance`: where routed experts are split over ranks, the fullest has so many times the mean of their rows (at least 1)."""
 
     name: str
     device: Device
@@ -61,6 +63,9 @@ class Cluster:
     nodes: int
     intra: Link
     inter: Link
+    expert_imbalance: float = 1.25
+    """With a loss that balances experts, few tokens are dropped (under 1%) at a capacity of 1.25 times the mean: so much fuller is the
+    fullest (Fedus, Zoph and Shazeer 2021, "Switch Transformers", section 2.2)."""
 
     @property
     def world_size(self) -> int:
@@ -100,6 +105,7 @@ class Cluster:
         device = asdict(self.device)
         flops = dict(device.pop("flops_per_s"))
         top = {"name": self.name, "nodes": self.nodes, "devices_per_node": self.devices_per_node}
+        top |= {"expert_imbalance": self.expert_imbalance}
         tables = {"device": device, "device.flops_per_s": flops, "intra": asdict(self.intra), "inter": asdict(self.inter)}
         parts = ["".join(f"{key} = {_toml(value)}\n" for key, value in top.items())]
         parts += [f"[{head}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in rows.items()) for head, rows in tables.items()]
@@ -196,7 +202,8 @@ def _read(data: dict[str, Any], where: str) -> Cluster:
         raise ClusterError(
             f"{where}: unknown or wrong {sorted(unknown) or ['name']}; a cluster has {[field.name for field in fields(Cluster)]}"
         )
-    return _checked(Cluster(name, device, data.get("devices_per_node", 0), data.get("nodes", 1), intra, inter), where)
+    imbalance = data.get("expert_imbalance", Cluster.__dataclass_fields__["expert_imbalance"].default)
+    return _checked(Cluster(name, device, data.get("devices_per_node", 0), data.get("nodes", 1), intra, inter, imbalance), where)
 
 
 def _part(data: dict[str, Any], key: str, known: dict[str, Any], kind: type, where: str, default: Any = None) -> Any:
@@ -235,6 +242,9 @@ def _checked(cluster: Cluster, where: str) -> Cluster:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value < 0 or (key in rates and value == 0):
             raise ClusterError(f"{where}: `{key}` is {value!r}; it must be a finite number of {least}")
+    imbalance = cluster.expert_imbalance
+    if not isinstance(imbalance, int | float) or isinstance(imbalance, bool) or not 1.0 <= imbalance < math.inf:
+        raise ClusterError(f"{where}: `expert_imbalance` is {imbalance!r}; it must be a finite number of at least 1")
     if not device.flops_per_s:
         raise ClusterError(f"{where}: `device.flops_per_s` is empty; give at least float32")
     return cluster

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.runtime import local_classes
+from autopar.runtime.experts import experts
 from autopar.runtime.local_reduce import all_gather, all_reduce, refuse_outside, wide
 from autopar.runtime.ring_attention import causal_queries, ring_attention
 
@@ -224,5 +225,6 @@ LOCAL_OPS: dict[str, Callable[[Sequence[Any], Kwargs, LocalContext], Any]] = {
     "causal_queries": causal_queries,
     "ring_attention": ring_attention,
     "causal_ring_attention": ring_attention,
+    "experts": experts,
 }
 """Local implementations by the names that splits use."""

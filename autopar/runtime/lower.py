@@ -290,7 +290,9 @@ class _Lowering:
         name = names.pop()
         shapes = tuple(self.graph.values[operand].shape for operand in op.operands)
         context = LocalContext(
-            op.target, shapes, tuple(AxisContext(place.groups[axis], place.mesh[axis], place.coordinate[axis]) for axis in axes)
+            op.target,
+            shapes,
+            tuple(AxisContext(place.groups[axis], place.mesh[axis], place.coordinate[axis], choice[axis].name) for axis in axes),
         )
         function = LOCAL_OPS[name]
 

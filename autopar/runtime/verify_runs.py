@@ -27,7 +27,7 @@ from autopar.runtime.checkpoint import whole_tensor
 from autopar.runtime.dropout import without_dropout
 from autopar.runtime.loss import NO_LOSS
 from autopar.runtime.module import ParallelModule
-from autopar.runtime.one_dtype import computing_in
+from autopar.runtime.one_dtype import EveryDtype, computing_in
 from autopar.runtime.pipeline import PipelineModule, held_by, storage_of
 from autopar.runtime.process_mesh import group_mesh_for, mesh_for
 from autopar.runtime.shards import coordinate_of, local_part
@@ -105,7 +105,7 @@ def on_a_rank(job: Job) -> tuple[Facts | None, dict[Key, float]]:
         for kind in job.optimizers:
             module = _module(job)
             module.train(job.training)
-            with without_dropout(module), drawing_alike():
+            with without_dropout(module), drawing_alike(), EveryDtype() if _grouped(job) else nullcontext():
                 found |= _train(job, kind, module, lambda module, batch: list(module(*batch)))
     distances = {}
     handles = [dist.new_group(list(ranks)) for ranks in groups] if len(groups) > 1 else [dist.group.WORLD]
@@ -118,6 +118,11 @@ def on_a_rank(job: Job) -> tuple[Facts | None, dict[Key, float]]:
     if len(groups) > 1:
         dist.destroy_process_group(handle)
     return (found if dist.get_rank() == ranks[0] else None), distances
+
+
+def _grouped(job: Job) -> bool:
+    """Whether the program has products that PyTorch has no kernel for in float64."""
+    return any("grouped_mm" in op.target for op in job.traced.graph.ops)
 
 
 def _module(job: Job) -> ParallelModule | PipelineModule:

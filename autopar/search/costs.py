@@ -33,6 +33,7 @@ from autopar.ir.conversion import COLLECTIVES, Action, State, steps
 from autopar.ir.graph import DTYPE_BYTES, Value
 from autopar.ir.placement import RP, R, local_shape
 from autopar.search.collectives import axes, between
+from autopar.search.experts import INDEX_BYTES, Experts, Share, share
 from autopar.search.optimizers import OPTIMIZER_STATES as OPTIMIZER_STATES  # known here too
 from autopar.search.problem import Floats
 from autopar.search.sequence import SequenceSplit, sequence_split
@@ -156,6 +157,7 @@ class Costs:
         self._bytes_per_s = device.memory_bytes_per_s * device.bandwidth_efficiency
         self._launch_s = device.launch_s
         self.felt_share = device.felt_share
+        self.expert_imbalance = cluster.expert_imbalance
         self.conversion = cache(self._conversion)
         self.local_bytes = cache(self._local_bytes)
         # Of whoever builds problems (`autopar.search.build`): states by number, and what conversions between them cost.
@@ -172,7 +174,7 @@ class Costs:
     @property
     def prices(self) -> tuple[object, ...]:
         """Equal for costs that price everything alike but the memory of activations."""
-        return self.mesh, self.axes, self.states, self.microbatches, self.wire_bytes_per_s
+        return self.mesh, self.axes, self.states, self.microbatches, self.wire_bytes_per_s, self.expert_imbalance
 
     def _local_bytes(self, shape: tuple[int, ...], dtype: str, state: State) -> int:
         """Bytes of a value of global `shape` on the rank that holds most."""
@@ -188,6 +190,8 @@ class Costs:
 
     def op_times(self, work: Work, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice) -> tuple[float, float]:
         """Computing time forward and backward on the rank with most work."""
+        if work.experts is not None:
+            return self._expert_times(work, work.experts, operands, outputs, choice)
         share = 1.0
         for split, size in zip(choice, self.mesh, strict=True):
             share /= size if split.work == "split" else 1
@@ -242,6 +246,8 @@ class Costs:
         kept = 0.0
         for slot in kept_outputs:
             kept += self.of(outputs[slot], tuple(split.outputs[slot] for split in choice))
+        if work.experts is not None and work.trains:
+            kept += self._expert_share(work.experts, choice).kept_bytes(work.experts)
         if work.extra:
             value = (outputs if work.extra.output else operands)[work.extra.slot]
             state = tuple((split.outputs if work.extra.output else split.inputs)[work.extra.slot] for split in choice)
@@ -281,11 +287,15 @@ class Costs:
             # Backward through what is kept in an operand's stead (the log-softmax) makes its gradient first.
             slot = work.extra.slot
             backward += int(work.extra.bytes * ins[slot] / max(operands[slot].size_bytes, 1))
-        held = self.held_bytes(operands, outputs, choice)
+        held = self.held_bytes(work, operands, outputs, choice)
         return float(max(forward + held[0], backward + held[1] if work.trains else 0))
 
-    def held_bytes(self, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice) -> tuple[float, float]:
-        """What a local implementation holds for a moment beside operands, results and their gradients, forward and backward."""
+    def held_bytes(self, work: Work, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice) -> tuple[float, float]:
+        """What an operation holds for a moment beside operands, results and their gradients, forward and backward: local implementations,
+        and rows of experts."""
+        if work.experts is not None:
+            within = self._expert_share(work.experts, choice).moment_bytes(work.experts)
+            return within, within
         if not any(split.implementation for split in choice):
             return 0.0, 0.0
         blocks = self._blocks(operands, outputs, choice)
@@ -320,7 +330,50 @@ class Costs:
                     found[number] = replace(found[number], exposed_s=found[number].time_s * share)
         return found
 
+    def _expert_share(self, experts: Experts, choice: Choice) -> Share:
+        return share(experts, choice, self.mesh, self.expert_imbalance)
+
+    def _expert_times(
+        self, work: Work, experts: Experts, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice
+    ) -> tuple[float, float]:
+        """Of the fullest rank: products of its rows, or reading its tensors where that takes longer, and all that moves rows."""
+        own, rate = self._expert_share(experts, choice), self._flops_per_s[operands[experts.first_tensor].dtype]
+        tensors = sum(
+            self.of(value, tuple(split.inputs[slot] for split in choice))
+            for slot, value in enumerate(operands)
+            if slot >= experts.first_tensor
+        )
+        products_s = own.rows * own.inside / rate
+        forward_s = (
+            max(products_s * experts.flops, tensors / self._bytes_per_s) + own.rows * experts.moved.on(own.inside) / self._bytes_per_s
+        )
+        forward_s += experts.kernels * self._launch_s
+        # A token that travels is taken, put in a row, and what comes back put in place.
+        carried = sum(copies for _, copies in own.sent) * (experts.token_bytes + experts.result_bytes) * 2
+        forward_s += carried / self._bytes_per_s + len(own.sent) * experts.kernels * self._launch_s
+        backward_s = 0.0
+        if work.trains:
+            moved = own.rows * experts.moved_backward.on(own.inside) + carried
+            backward_s = max(products_s * experts.trained, 2 * tensors / self._bytes_per_s) + moved / self._bytes_per_s
+            backward_s += 2 * experts.kernels * self._launch_s
+        return forward_s, backward_s
+
+    def _expert_moves(self, work: Work, experts: Experts, choice: Choice) -> list[Move]:
+        """Tokens on their way to experts and back, and how many they are."""
+        moves = []
+        for axis, copies in self._expert_share(experts, choice).sent:
+            there, back = copies * experts.token_bytes, copies * experts.result_bytes
+            sizes = [("forward", self.mesh[axis] * INDEX_BYTES), ("forward", int(there)), ("forward", int(back))]
+            if work.trains:
+                sizes += [("backward", int(back)), ("backward", int(copies * experts.back_bytes))]
+            for phase, size in sizes:
+                time_s = self.axes[axis].time_s("all_to_all", size)
+                moves.append(Move("all_to_all", axis, phase, size, time_s, time_s, self.microbatches))
+        return moves
+
     def _inside(self, work: Work, operands: tuple[Value, ...], choice: Choice) -> list[Move]:
+        if work.experts is not None:
+            return self._expert_moves(work, work.experts, choice)
         moves = []
         for axis, split in enumerate(choice):
             if self.mesh[axis] == 1:

@@ -129,7 +129,7 @@ def alive(structure: Structure, costs: Costs, chosen: Sequence[Choice], choice: 
         for slot, value in enumerate(row.outputs):
             rows = place[members, slot]
             size[rows[rows >= 0]] = costs.of(value, tuple(split.outputs[slot] for split in splits))
-        held = costs.held_bytes(row.operands, row.outputs, splits)
+        held = costs.held_bytes(row.work, row.operands, row.outputs, splits)
         beside_forward[members] += held[0]
         beside_backward[members] += held[1]
         if row.work.extra and not row.work.extra.output and row.work.trains:

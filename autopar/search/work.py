@@ -10,8 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
+from autopar.ir import experts as routed
 from autopar.ir.graph import DTYPE_BYTES, Graph, Op, Value
+
+if TYPE_CHECKING:
+    from autopar.search.experts import Experts
 
 FLOATS = frozenset(("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128"))
 
@@ -33,7 +38,7 @@ class Work:
     `forward_flops`, `backward_flops`; `view`: moves no bytes forward and its result shares its first operand's storage;
     `keeps` and `keeps_outputs`: positions of the operands and results that the backward pass reads; `extra`: what else is kept;
     `trains`: whether it has a backward pass; `kernels`: launches forward (backward counts twice as many); `wire`: whether it receives a
-    value from another stage, or sends one there.
+    value from another stage, or sends one there; `experts`: what routed experts do (`autopar.search.experts`).
     """
 
     forward_flops: float
@@ -45,6 +50,7 @@ class Work:
     trains: bool
     kernels: int
     wire: bool = False
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,7 @@ FAMILIES: dict[str, Family] = {
         "expm1", "tan", "cumprod",
     ), _OUTPUT),
     **dict.fromkeys(("mul", "mm", "bmm", "matmul", "linear", "dot", "mv", "einsum", "convolution", "conv1d", "conv2d", "conv3d"), _FACTORS),
-    **dict.fromkeys(("addmm", "baddbmm"), _FACTORS),
+    **dict.fromkeys(("addmm", "baddbmm", "expert_linear"), _FACTORS), "expert_rows": _NONE,
     "layer_norm": Family((0, 1)), "native_layer_norm": Family((0, 1)), "rms_norm": Family((0, 1)), "group_norm": Family((0, 1)),
     "batch_norm": Family((0, 1), kernels=2), "embedding": Family((1,)), "where": Family((0,)), "masked_fill": Family((1,)),
     "gather": Family((1,)), "index_select": Family((1,)), "index": Family((1, 2, 3, 4)),
@@ -108,6 +114,8 @@ def work(graph: Graph, op: Op, fused_attention: bool = True) -> Work:
     family = FAMILIES.get(name, _DEFAULT)
     operands = [graph.values[item] for item in op.operands]
     outputs = [graph.values[item] for item in op.outputs]
+    if op.target == routed.EXPERTS:
+        return _experts(graph, op, operands, outputs)
     trains = graph.training and any(value.requires_grad for value in outputs)
     forward, backward = _flops(name, op, operands, outputs)
     keeps, keeps_outputs = _keeps(family, name, operands) if trains else (frozenset[int](), frozenset[int]())
@@ -118,6 +126,18 @@ def work(graph: Graph, op: Op, fused_attention: bool = True) -> Work:
             keeps, keeps_outputs, extra = _attention_keeps(op, operands, outputs, fused_attention)
     wire = op.target in (RECEIVE, SEND)
     return Work(forward, backward if trains else 0.0, family.view, keeps, keeps_outputs, extra, trains, family.kernels, wire)
+
+
+def _experts(graph: Graph, op: Op, operands: list[Value], outputs: list[Value]) -> Work:
+    """Routed experts: the tensors and the ids are kept as they are, of rows what `experts.kept` says."""
+    from autopar.search.experts import describe  # which asks here for the work of what is in a body
+
+    found = describe(op, operands, outputs)
+    rows = found.tokens * found.slots
+    trains = graph.training and outputs[0].requires_grad
+    keeps = frozenset(range(found.first_tensor, len(operands))) if trains else frozenset[int]()
+    backward = rows * found.trained if trains else 0.0
+    return Work(rows * found.flops, backward, False, keeps, frozenset(), None, trains, found.kernels, experts=found)
 
 
 def _keeps(family: Family, name: str, operands: list[Value]) -> tuple[frozenset[int], frozenset[int]]:

@@ -78,6 +78,41 @@ def _run(op: Op, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 DOUBLE = Symbol("torch.float64")
 
+GATED = """graph experts training
+input %x: float64[1, 8] grad = "x"
+input %weight: float64[1] grad = "weight"
+input %expert: int64[1] = "expert"
+input %tensor_0: float64[4, 12, 8] grad = "tensor_0"
+input %tensor_1: float64[4, 12] grad = "tensor_1"
+input %tensor_2: float64[4, 6, 10] grad = "tensor_2"
+input %tensor_3: float64[4, 10] grad = "tensor_3"
+%up: float64[1, 12] grad = autopar.expert_linear(%x, %tensor_0, %expert, True)
+%bias: float64[1, 12] grad = autopar.expert_rows(%tensor_1, %expert)
+%sum: float64[1, 12] grad = aten.add.Tensor(%up, %bias)
+%gate: float64[1, 6] grad, %value: float64[1, 6] grad = aten.chunk.default(%sum, 2, -1) as halves
+%open: float64[1, 6] grad = aten.silu.default(%gate)
+%inner: float64[1, 6] grad = aten.mul.Tensor(%open, %value)
+%down: float64[1, 10] grad = autopar.expert_linear(%inner, %tensor_2, %expert, False)
+%more: float64[1, 10] grad = autopar.expert_rows(%tensor_3, %expert)
+%out: float64[1, 10] grad = aten.add.Tensor(%down, %more)
+%column: float64[1, 1] grad = aten.unsqueeze.default(%weight, -1)
+%scaled: float64[1, 10] grad = aten.mul.Tensor(%out, %column)
+output %scaled = "0"
+"""
+"""The body of gated experts with biases, gate and value one after the other."""
+
+PLAIN = """graph experts training
+input %x: float64[1, 4] grad = "x"
+input %expert: int64[1] = "expert"
+input %tensor_0: float64[5, 4, 6] grad = "tensor_0"
+%up: float64[1, 6] grad = autopar.expert_linear(%x, %tensor_0, %expert, False)
+%even: float64[1, 3] grad = aten.slice.Tensor(%up, 1, 0, 9223372036854775807, 2)
+%odd: float64[1, 3] grad = aten.slice.Tensor(%up, 1, 1, 9223372036854775807, 2)
+%out: float64[1, 3] grad = aten.mul.Tensor(%even, %odd)
+output %out = "0"
+"""
+"""The body of one layer without weights, factors interleaved."""
+
 # Operator (without `aten.`) -> calls: tuples of arguments, a dict at the end holds keywords.
 SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "mm.default": [(f(6, 4), f(4, 12)), (f(5, 7), f(7, 3))],
@@ -262,6 +297,8 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "tile.default": [(f(4, 6), (2, 1))],
     "repeat_interleave.self_int": [(f(4, 6), 2, 1), (f(4, 1), 6, 1)],
     "slice.Tensor": [
+        (f(6, 12), 1, 1, 2**63 - 1, 3),
+        (f(6, 12), -1, 0, 12, 2),
         (f(4, 6), 1, 0, 3),
         (f(4, 6), 1, 3, 9223372036854775807),
         (f(4, 6), 0, 0, 9223372036854775807),
@@ -409,6 +446,12 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (f(4, 6), (i(2), i(2)), f(2), True),
     ],
     "_unsafe_index_put.default": [(f(4, 6), (i(2),), f(2, 6))],
+    "autopar.experts": [
+        (f(6, 8), i(6, 2), f(6, 2), (f(4, 12, 8), f(4, 12), f(4, 6, 10), f(4, 10)), GATED),
+        (f(7, 4), i(7, 3), None, (f(5, 4, 6),), PLAIN),
+    ],
+    "autopar.expert_linear": [(f(6, 8), f(4, 8, 6), i(6), False), (f(6, 8), f(4, 6, 8), i(6), True)],
+    "autopar.expert_rows": [(f(4, 8), i(6))],
     "one_hot.default": [(i(4, 6), 5)],
     "autopar.target_weight": [(i(6), -100, DOUBLE), (i(7), 2, DOUBLE)],
     "autopar.receive": [],

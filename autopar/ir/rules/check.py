@@ -91,6 +91,7 @@ class _Check:
         self.op, self.mesh = op, mesh
         self.inputs: list[State] = list(zip(*(split.inputs for split in chosen), strict=True))
         self.outputs: list[State] = list(zip(*(split.outputs for split in chosen), strict=True))
+        self.names = [split.name for split in chosen]
         self.talking = [axis for axis, split in enumerate(chosen) if split.implementation]
         self.implementation = None
         if self.talking:
@@ -125,7 +126,7 @@ class _Check:
             local_shape(tuple(y.shape), state, self.mesh, coordinate) for y, state in zip(self.wholes, self.outputs, strict=True)
         )
         args, kwargs = local_args(self.op, tuple(tuple(x.shape) for x in own), shapes)
-        axes = tuple(AxisContext(groups[axis], self.mesh[axis], coordinate[axis]) for axis in self.talking)
+        axes = tuple(AxisContext(groups[axis], self.mesh[axis], coordinate[axis], self.names[axis]) for axis in self.talking)
         results = run(self.op, own, args, kwargs, self.implementation, LocalContext(self.op.target, self.shapes, axes))
         for position, (result, shape) in enumerate(zip(results, shapes, strict=True)):
             if tuple(result.shape) != shape:

@@ -9,11 +9,13 @@ from autopar.ir.placement import chunk
 
 @dataclass(frozen=True, slots=True)
 class AxisContext:
-    """A mesh axis that runs the implementation: the name of its process `group`, its `size` and this rank's `index` on it."""
+    """A mesh axis that runs the implementation: the name of its process `group`, its `size`, this rank's `index` on it, and the name of
+    the `split` that it runs."""
 
     group: str
     size: int
     index: int
+    split: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ class Nest:
     split (every rank needs all of them). `added` are the operands that are added to the result. `linear` lists sets of operands in
     which the operator is jointly linear. Loops in `uneven` may be split into parts of unequal size. `implementations` names, for a
     loop, the local implementation its split needs. `extra` are splits that are no loop of the nest. `inner` are loops that a view
-    cuts out of the innermost end of a merged last dim: other operators are not asked to split along them.
+    cuts out of the innermost end of a merged last dim: other operators are not asked to split along them. `joint` are pairs of loops
+    that one axis can split together, because an implementation exchanges what then lies on another rank: split `n+e`.
     """
 
     loops: Mapping[str, int]
@@ -48,6 +49,7 @@ class Nest:
     implementations: Mapping[str, str] = field(default_factory=dict)
     extra: tuple[Split, ...] = ()
     inner: frozenset[str] = frozenset()
+    joint: tuple[tuple[str, str], ...] = ()
 
     def place(self, term: Term, loop: str) -> tuple[int, int] | None:
         """Dim of `term` that holds `loop` and the number of blocks outside it; None where the term lacks it."""
@@ -128,6 +130,26 @@ def _split(nest: Nest, call: Call, loop: str, blocks: int) -> Split:
     )
 
 
+def _joint(nest: Nest, call: Call, pair: tuple[str, str], blocks: int) -> Split:
+    """Both loops of `pair` on one axis, the first in `blocks`: a tensor is split along the one that it has."""
+    first, second = pair
+
+    def placement(term: Term) -> Placement | None:
+        if found := nest.place(term, first):
+            return S(found[0], found[1] * blocks)
+        found = nest.place(term, second)
+        return None if found is None else S(*found)
+
+    return Split(
+        name="+".join(pair) if blocks == 1 else f"{'+'.join(pair)}:{blocks}",
+        inputs=tuple(placement(term) or lacking(call.operands[index]) for index, term in enumerate(nest.operands)),
+        outputs=tuple(placement(term) or P for term in nest.outputs),
+        size=min(nest.loops[first] // blocks, nest.loops[second]),
+        uneven=blocks == 1 and {first, second} <= nest.uneven,
+        implementation=nest.implementations[second],
+    )
+
+
 def _partials(nest: Nest, call: Call) -> Iterable[Split]:
     if any(value.dtype == "bool" for value in call.outputs):
         return
@@ -154,6 +176,10 @@ def nest_splits(nest: Nest, call: Call, blocks: Blocks = ()) -> tuple[Split, ...
         if loop not in nest.whole and size > 1:
             found.append(_split(nest, call, loop, 1))
             found.extend(_split(nest, call, loop, k) for name, k in blocks if name == loop and size // k > 1)
+    for pair in nest.joint:
+        if min(nest.loops[loop] for loop in pair) > 1:
+            found.append(_joint(nest, call, pair, 1))
+            found.extend(_joint(nest, call, pair, k) for name, k in blocks if name == pair[0] and nest.loops[name] // k > 1)
     found.extend(nest.extra)
     found.extend(_partials(nest, call))
     return tuple(found)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from autopar.ir.rules.expert_operators import experts_of
 
 
 def reshard(x: Tensor) -> Tensor:
@@ -50,12 +52,31 @@ def batch_norm(
     return y, new_mean, new_var
 
 
+def experts(x: Tensor, ids: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], body: str) -> Tensor:
+    """`x` `(n, h)`, `ids` and `weights` `(n, k)`; see `autopar.ir.experts`. Returns `(n, o)`."""
+    return experts_of(x, ids, weights, tensors, body, operator)
+
+
+def expert_linear(rows: Tensor, matrix: Tensor, expert: Tensor, transposed: bool) -> Tensor:
+    """`rows` `(r, i)`, `matrix` `(e, i, o)` or `(e, o, i)`, `expert` `(r,)`; see `autopar.ir.experts`. For checking rules: it copies
+    matrices."""
+    return torch.einsum("ri,roi->ro" if transposed else "ri,rio->ro", rows, matrix[expert])
+
+
+def expert_rows(rows: Tensor, expert: Tensor) -> Tensor:
+    """`rows` `(e, c)`, `expert` `(r,)`; see `autopar.ir.experts`."""
+    return rows[expert]
+
+
 _OWN: dict[str, Callable[..., Any]] = {
     "autopar.reshard": reshard,
     "autopar.dropout": dropout,
     "autopar.cross_entropy": cross_entropy,
     "autopar.batch_norm": batch_norm,
     "autopar.target_weight": target_weight,
+    "autopar.experts": experts,
+    "autopar.expert_linear": expert_linear,
+    "autopar.expert_rows": expert_rows,
     "autopar.receive": receive,
     "autopar.send": send,
 }

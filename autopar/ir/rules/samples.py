@@ -136,5 +136,8 @@ _INDICES: dict[str, Callable[[Op, int, Sequence[Shape]], Range]] = {
     "index_put": _indexed,
     "_unsafe_index_put": _indexed,
     "one_hot": _hot,
+    "experts": lambda op, slot, shapes: (0, shapes[-1][0], None),
+    "expert_linear": lambda op, slot, shapes: (0, shapes[1][0], None),
+    "expert_rows": lambda op, slot, shapes: (0, shapes[0][0], None),
 }
 """Lowest and one above the highest integer of an operand, and a value to strew in, by operator."""

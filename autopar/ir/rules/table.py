@@ -7,7 +7,7 @@ ranks or arguments. Targets are operator names with their overload; `aten.` is l
 from __future__ import annotations
 
 from autopar.ir.rules import notation
-from autopar.ir.rules.families import contractions, cuts, indexing, losses, pointwise, recurrent, reductions, views
+from autopar.ir.rules.families import contractions, cuts, experts, indexing, losses, pointwise, recurrent, reductions, views
 from autopar.ir.rules.families.common import Family
 from autopar.ir.rules.nest import Call, Nest
 
@@ -211,6 +211,11 @@ rule("searchsorted.Tensor", "... [m], ... n -> ... n")
 family(indexing.index, "index.Tensor _unsafe_index.Tensor")
 family(indexing.index_put, "index_put.default _unsafe_index_put.default")
 family(indexing.one_hot, "one_hot.default")
+
+# Routed experts, and what stands in their bodies.
+family(experts.experts, "autopar.experts")
+family(experts.linear, "autopar.expert_linear")
+rule("autopar.expert_rows", "[e] c, r -> r c", linear=((0,),))
 
 # Losses.
 family(losses.cross_entropy, "autopar.cross_entropy")

@@ -68,11 +68,24 @@ def pad(call: Call) -> Nest | None:
 
 
 def slice_(call: Call) -> Nest | None:
-    """`slice(x, dim, start, end, step)`: the dim is whole unless all of it is taken; an equal part of it can be cut from every block."""
+    """`slice(x, dim, start, end, step)`: the dim is whole unless all of it is taken, or one element of every `step`."""
     dim = positive(call.int(1, "dim"), len(call.operands[0].shape))
     before, after = call.operands[0].shape, call.outputs[0].shape
     nest = aligned(call, () if before == after else (dim,), ((0,),))
-    return replace(nest, uneven=frozenset(nest.loops))
+    nest = replace(nest, uneven=frozenset(nest.loops))
+    start, end, step = call.op.arg(2, "start"), call.op.arg(3, "end"), call.int(4, "step", 1)
+    start = start if isinstance(start, int) else 0
+    to_the_end = end is None or (isinstance(end, int) and end >= before[dim])
+    if before == after or step == 1 or not 0 <= start < step or before[dim] % step or not to_the_end:
+        return nest
+    own = f"d{dim}"
+    return replace(
+        nest,
+        loops={**nest.loops, own: after[dim], "step": step},
+        operands=(_with(nest.operands[0], dim, (own, "step")),),
+        outputs=(_with(nest.outputs[0], dim, (own,)),),
+        whole=frozenset({"step"}),
+    )
 
 
 def equal_parts(call: Call) -> Nest | None:
