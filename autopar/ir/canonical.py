@@ -11,6 +11,7 @@ A pass is a function from a graph to a graph; `EACH_ALONE`, then `ALL_TOGETHER` 
 - embedding bags are look-ups and sums (`canonical_bags`);
 - one element of every row, `x[arange(n), index]`, is gathered (`canonical_rows`);
 - routed experts, from the sort of their ids to the sum over a token's rows, are `autopar.experts` (`canonical_experts`);
+- masks of attention that are causal, or hide nothing, are gone (`canonical_masks`);
 - what nobody reads is gone, and each module makes an equal constant tensor (`arange`, `full`, ...) once;
 - values and operations have names that depend on the graph alone, so that two traces of one model are equal texts.
 """
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from autopar.ir import canonical_bags, canonical_experts, canonical_losses, canonical_rows
+from autopar.ir import canonical_bags, canonical_experts, canonical_losses, canonical_masks, canonical_rows
 from autopar.ir.graph import Arg, Buffer, Constant, Graph, Input, Op, Parameter, Ref, Symbol, Value
 from autopar.ir.rewriter import Rewriter
 
@@ -340,5 +341,5 @@ def without_call_numbers(graph: Graph) -> Graph:
 EACH_ALONE: tuple[Pass, ...] = (whole_sizes, known_operators, no_identities, creators_once, canonical_experts.recognise)
 """Passes that look at one module at a time, so that they may run before repeated modules are copied."""
 
-ALL_TOGETHER: tuple[Pass, ...] = (mark_gradients, no_idle_detach, no_dead_code, plain_names)
+ALL_TOGETHER: tuple[Pass, ...] = (canonical_masks.causal_masks, mark_gradients, no_idle_detach, no_dead_code, plain_names)
 """Passes that need the whole graph."""
