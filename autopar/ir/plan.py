@@ -3,7 +3,7 @@
 A plan is data. Reading one imports nothing of the user's and runs nothing. It is folded: repeated layers are written once, so that
 a plan for 128 layers is as long as one for 2, and two plans diff well. Order is stable everywhere.
 
-What decides is `mesh`, the `split` of every operation and the `stored` and `gather` of every parameter; under a pipeline also
+What decides is `mesh`, `precision`, the `split` of every operation and the `stored` and `gather` of every parameter; under a pipeline also
 `microbatches`, `pipeline` and which `stage` a row is for; and the repeats that `recompute`. All other fields say what follows from these
 (placements, collectives, time, memory), for the reader. `autopar validate` checks that they agree.
 
@@ -28,6 +28,7 @@ from autopar.errors import PlanFileError
 from autopar.ir import plan_json
 from autopar.ir.plan_check import check
 from autopar.ir.rules.given import GivenRule
+from autopar.ir.precision import Precision
 
 FORMAT: Literal["autopar-plan"] = "autopar-plan"
 VERSION: Literal[2] = 2
@@ -100,6 +101,7 @@ class Alternative(_Data):
 class ParameterPlan(_Data):
     """Where a parameter, its gradient and its optimizer state live, and when it is gathered for use.
 
+    `dtype`: in which operations read it; with a `precision`, `stored` there says in which it lives where that is another.
     `name`: fully-qualified name; for a repeated layer the numbers that vary are written as a range, `model.layers.{0-31}.mlp.w`.
     `stored`: placement of the parameter, of its gradient and of its optimizer state, per axis (`S(..)` or `R`).
     `gather`: `"never"` (used as stored), `"step"` (gathered once a step and kept until its gradient is done: ZeRO-1/2) or `"use"`
@@ -325,6 +327,8 @@ class Plan(_Data):
     mesh: dict[str, Count]
     """The axes of all ranks, outer first. Under a pipeline the first is `pp`, and where its groups have different meshes the only one."""
     microbatches: Count = 1
+    precision: Precision | None = None
+    """In which dtypes the model computes and its parameters are stored; by default each in its own."""
     pipeline: PipelinePlan | None = None
     inputs: tuple[InputPlan, ...]
     outputs: tuple[OutputPlan, ...]

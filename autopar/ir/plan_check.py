@@ -14,6 +14,7 @@ from autopar.ir.graph import DTYPE_BYTES
 from autopar.ir.placement import Placement, parse
 from autopar.ir.rules import notation
 from autopar.ir.rules.given import read_split
+from autopar.ir.precision import problems
 from autopar.ir.schedules import MOST_ACTIONS, SCHEDULES
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Problem:
 
 def check(plan: Plan) -> list[Problem]:
     """Everything in `plan` that contradicts itself, in file order; empty for a sound plan."""
-    parts = (_mesh, _pipeline, _tensors, _predicted, _rules, _parameters, _segments, _collectives)
+    parts = (_mesh, _precision, _pipeline, _tensors, _predicted, _rules, _parameters, _segments, _collectives)
     return [problem for part in parts for problem in part(plan)]
 
 
@@ -45,6 +46,11 @@ def _mesh(plan: Plan) -> Iterator[Problem]:
         yield Problem(("mesh",), f"has {plan.world_size} ranks; at most {MAX_RANKS}")
     if plan.microbatches > MAX_MICROBATCHES:
         yield Problem(("microbatches",), f"is {plan.microbatches}; at most {MAX_MICROBATCHES}")
+
+
+def _precision(plan: Plan) -> Iterator[Problem]:
+    for field, why in problems(plan.precision) if plan.precision else ():
+        yield Problem(("precision", field), why)
 
 
 def _axis_sizes(mesh: dict[str, int], *path: str | int) -> Iterator[Problem]:

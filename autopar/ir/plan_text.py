@@ -36,6 +36,7 @@ from autopar.ir.plan_stages import (
     stage_rows,
 )
 from autopar.ir.rules.given import operator_name
+from autopar.ir.precision import Precision
 
 WIDTH = 120
 LEGEND = (
@@ -103,6 +104,14 @@ def pipeline_rows(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
+def precision_words(precision: Precision) -> str:
+    """`bfloat16, by autocast; parameters stored in float32, gradients reduced in float32`."""
+    return (
+        f"{precision.compute}, by {precision.by}; what is read so is stored in {precision.stored}, and its gradients reduced in "
+        f"{precision.reduce}"
+    )
+
+
 def _header(plan: Plan, roles: Roles) -> str:
     rows = [
         ("plan", f"{plan.name} (effort {plan.predicted.effort}, optimizer {plan.predicted.optimizer})"),
@@ -111,6 +120,7 @@ def _header(plan: Plan, roles: Roles) -> str:
         ("mesh", mesh_words(plan)),
         *axis_rows(plan, roles),
         *pipeline_rows(plan),
+        *([("precision", precision_words(plan.precision))] if plan.precision else []),
         ("time", time_words(plan)),
         ("proof", gap_words(plan)),
         ("memory", memory_words(plan)),

@@ -26,11 +26,13 @@ from autopar.errors import TraceError
 from autopar.ir import trace_repeats as repeats
 from autopar.ir.canonical import ALL_TOGETHER, EACH_ALONE, run_passes, without_call_numbers
 from autopar.ir.graph import Graph
+from autopar.ir.precision import Precision
 from autopar.ir.reshard_points import add_reshard_points
 from autopar.ir.trace_assemble import Assembled, OutputSlot, State, assemble, leaf_paths, state_of
 from autopar.ir.trace_errors import as_trace_error, chain_of
 from autopar.ir.trace_expand import expand, refuse_unsafe
 from autopar.ir.trace_export import export_program
+from autopar.ir.trace_precision import as_read, computing_as
 
 __all__ = ["OutputSlot", "TracedModel", "leaf_paths", "split_example", "trace"]
 
@@ -44,7 +46,8 @@ class TracedModel:
 
     `in_spec` is the tree of `(args, kwargs)`; `input_paths` names its leaves in order, and `literals` holds those that are not tensors
     (they are baked into the graph: a call must bring equal ones); the other leaves are `graph.inputs`, in the same order.
-    `out_spec` is the tree of the result, `output_slots` its leaves. `constants` holds the data of `graph.constants`.
+    `out_spec` is the tree of the result, `output_slots` its leaves. `constants` holds the data of `graph.constants`. `precision`: as which
+    it was traced.
     """
 
     graph: Graph
@@ -54,6 +57,7 @@ class TracedModel:
     constants: dict[str, Tensor]
     input_paths: tuple[str, ...]
     literals: dict[str, Any]
+    precision: Precision | None = None
 
 
 def split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -69,19 +73,30 @@ def split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, *, once_per_repeat: bool = True
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    once_per_repeat: bool = True,
+    precision: Precision | None = None,
 ) -> TracedModel:
     """Trace `model(*args, **kwargs)`, in training or evaluation mode as `model.training` says, with the shapes of these inputs.
 
-    With `once_per_repeat`, repeated child modules are exported once and copied; the result is the same graph.
+    With `once_per_repeat`, repeated child modules are exported once and copied; the result is the same graph. `precision`: as the model is
+    to compute; by default in its own dtypes, without a surrounding `torch.autocast`.
     Raises `TraceError` for what cannot be traced, naming the user's line.
     """
+
+    def once() -> TracedModel:
+        return _trace(model, args, dict(kwargs or {}), once_per_repeat, precision)
+
     with _garbage_collection_paused():
         changed: dict[tuple[str, str], tuple[float, float]] = {}
-        with _watched(model, changed):
-            found = _trace(model, args, dict(kwargs or {}), once_per_repeat)
-        if changed:
-            _refuse_counting(model, changed, lambda: _trace(model, args, dict(kwargs or {}), once_per_repeat).graph, found.graph)
+        with computing_as(model, precision):
+            with _watched(model, changed):
+                found = once()
+            if changed:
+                _refuse_counting(model, changed, lambda: once().graph, found.graph)
         return found
 
 
@@ -137,7 +152,9 @@ def _refuse_counting(
     )
 
 
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], once_per_repeat: bool) -> TracedModel:
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], once_per_repeat: bool, precision: Precision | None
+) -> TracedModel:
     with _garbage_collection_paused():
         call = _Call(model, args, kwargs, state_of(model), once_per_repeat)
         try:
@@ -146,9 +163,10 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], once
             raise
         except Exception as error:
             raise as_trace_error(error, model) from error
-        graph = without_call_numbers(add_reshard_points(run_passes(found.graph, ALL_TOGETHER))).verify()
+        graph = as_read(run_passes(found.graph, ALL_TOGETHER), precision)
+        graph = without_call_numbers(add_reshard_points(graph)).verify()
     constants = {item.value: found.constants[item.value] for item in graph.constants}
-    return TracedModel(graph, call.in_spec, found.out_spec, found.slots, constants, call.input_paths, call.literals)
+    return TracedModel(graph, call.in_spec, found.out_spec, found.slots, constants, call.input_paths, call.literals, precision)
 
 
 class _Call:
