@@ -20,8 +20,10 @@ from torch import nn
 from autopar.errors import AutoparError, InfeasibleError, PlanError, TraceError
 from autopar.ir.cluster import Cluster, resolve
 from autopar.ir.plan import Plan
+from autopar.ir.precision import Precision
 from autopar.ir.rules.complete import with_rules
 from autopar.ir.trace import TracedModel, split_example, trace
+from autopar.ir.trace_precision import precision_of
 from autopar.search.baselines import BASELINES
 from autopar.search.planner import plan_graph
 
@@ -53,6 +55,7 @@ def plan(
     memory_limit_bytes: int | None = None,
     time_limit_s: float | None = None,
     alternatives: bool = False,
+    precision: Precision | Mapping[str, str] | str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
     """Search the best way to run `model` on `cluster`. Needs no GPU and no process group; computes nothing of the model.
@@ -73,13 +76,15 @@ def plan(
     `optimizer`: whose state is counted: `"adamw"`, `"sgd-momentum"` or `"sgd"`.
     `memory_limit_bytes`: per device; by default what the device has, less a reserve.
     `alternatives`: also price every other storage of every parameter, for `autopar explain`.
+    `precision`: `"bfloat16"` to compute in it with parameters, gradients and optimizer in float32, or a dict (`autopar.ir.precision`);
+    by default as the model's dtypes say, or under the `torch.autocast` that is on around the call.
 
     Where nothing fits, the plan of least memory comes with `predicted.fits` false; its notes say what is missing and what would fit.
 
     Raises `TraceError` (the model cannot be read), `ClusterError`, `PinError`, `InfeasibleError` (no way to run it under these pins).
     """
     return _plan_traced(
-        _trace(model, example_inputs),
+        _trace(model, example_inputs, precision),
         resolve(cluster),
         mesh=mesh,
         schedule=schedule,
@@ -103,7 +108,7 @@ def compare(model: nn.Module, example_inputs: Any, cluster: Cluster | str | Path
 
     `options` are those of `plan`, but for `baseline`. A baseline that does not fit the memory is a plan whose `predicted.fits` is false.
     """
-    traced, cluster = _trace(model, example_inputs), resolve(cluster)
+    traced, cluster = _trace(model, example_inputs, options.pop("precision", None)), resolve(cluster)
     found: dict[str, Plan | PlanError] = {}
     for name in (None, *BASELINES):
         try:
@@ -133,6 +138,8 @@ def parallelize(
     Without `example_inputs`, the first call's inputs serve, and parameters become sharded at that call, in place: an optimizer made
     before it stays valid. With one rank the model itself is returned, with a `step` unless it has one.
     `inputs`: `"global"` when every rank passes the whole batch, `"per-rank"` when each passes its own part (see `Plan.sampler`).
+    Under a plan with a `precision` parameters are stored, updated and saved in its `stored` dtype. Inside of `torch.autocast` the module
+    may be called where it was planned so, and computes as planned outside of it, too; elsewhere that is an error.
     A model on `meta` is materialised shard by shard with its own initialisation. `sync_module_states`: start from rank 0's values.
     `timeout_s`: limit of every collective; a rank that dies or disagrees ends the others with an error instead of a hang.
 
@@ -152,13 +159,14 @@ def parallelize(
     if unknown := plan_options.keys() - _PLAN_OPTIONS:
         raise PlanError(f"parallelize has no option `{min(unknown)}`; options for planning are {', '.join(sorted(_PLAN_OPTIONS))}")
     world_size = ensure_process_group(device, timeout_s)
-    if world_size == 1 and (plan is None or plan.world_size == 1) and not _in_parts(plan, plan_options):
+    wanted = plan.precision if plan is not None else precision_of(model, plan_options.pop("precision", None))
+    if world_size == 1 and (plan is None or plan.world_size == 1) and wanted is None and not _in_parts(plan, plan_options):
         return _on_one_device(model, device)
 
     def build_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule | PipelineModule:
         traced, problem = None, None
         try:
-            traced = trace(model, args, kwargs)
+            traced = trace(model, args, kwargs, precision=wanted)
         except AutoparError as error:
             problem = error
         compare_ranks({}, problem, timeout_s)  # what one rank cannot trace, no rank runs
@@ -223,17 +231,17 @@ def _check_types(model: Any, plan: Any = None) -> None:
         raise PlanError(f"the plan is a {type(plan).__name__}; give a `Plan`, such as `autopar.Plan.load(path)` reads from a file")
 
 
-def _trace(model: nn.Module, example_inputs: Any) -> TracedModel:
+def _trace(model: nn.Module, example_inputs: Any, precision: Precision | Mapping[str, str] | str | None) -> TracedModel:
     _check_types(model)
     args, kwargs = split_example(example_inputs)
-    return trace(model, args, kwargs)
+    return trace(model, args, kwargs, precision=precision_of(model, precision))
 
 
 _PLAN_OPTIONS = inspect.signature(plan).parameters.keys() - {"model", "example_inputs", "cluster"}
 
 
 def _plan_traced(traced: TracedModel, cluster: Cluster, **options: Any) -> Plan:
-    return plan_graph(with_rules(traced.graph), cluster, **options)
+    return plan_graph(with_rules(traced.graph), cluster, precision=traced.precision, **options)
 
 
 def _running_cluster() -> Cluster:

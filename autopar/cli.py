@@ -107,6 +107,14 @@ def plan(
     batch: Batch = None,
     seq: Seq = None,
     dtype: Dtype = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            metavar="DTYPE",
+            help="Compute in bf16 with float32 parameters; or in full: compute=bf16,stored=fp32,reduce=bf16,by=autocast.",
+        ),
+    ] = None,
     pin: Annotated[
         list[str] | None,
         typer.Option("--pin", metavar="GLOB=PLACEMENT", help="Force a storage: '*.up_proj.weight=S(0)@tp'. May be repeated."),
@@ -144,6 +152,8 @@ def plan(
         "recompute": None if recompute is None else recompute.value,
     }
     options |= {name: value for name, value in staged.items() if value is not None}
+    if precision is not None:
+        options["precision"] = _precision(precision)
     _check_writable(output)
 
     from autopar.report.progress import live_line
@@ -278,7 +288,7 @@ def validate(
             from autopar.ir.trace import split_example, trace
 
             args, kwargs = split_example(inputs)
-            problems = contradictions_with(found, trace(model, args, kwargs).graph)
+            problems = contradictions_with(found, trace(model, args, kwargs, precision=found.precision).graph)
     for problem in problems:
         print(f"{plan}: {problem}")
     if problems:
@@ -348,7 +358,8 @@ def _sizes(plan: Plan, source: str, batch: int | None, seq: int | None, dtype: s
     if not source.startswith("hf:") or not plan.inputs or not plan.parameters:
         return batch, seq, dtype
     shape = plan.inputs[0].shape
-    return batch or (shape[0] if shape else None), seq or (shape[1] if len(shape) == 2 else None), dtype or plan.parameters[0].dtype
+    stored = plan.precision.stored if plan.precision is not None else plan.parameters[0].dtype
+    return batch or (shape[0] if shape else None), seq or (shape[1] if len(shape) == 2 else None), dtype or stored
 
 
 def _what_ran(plan: Plan) -> str:
@@ -386,6 +397,14 @@ def _schedule(name: str) -> str:
         hint = f"did you mean {' or '.join(f'`{word}`' for word in near)}? " if near else ""
         raise PlanError(f"--schedule {name}: no schedule has that name; {hint}There are {', '.join(SCHEDULES)}")
     return name
+
+
+def _precision(text: str) -> str | dict[str, str]:
+    """`bf16`, or fields such as `compute=bf16,reduce=bf16,by=autocast`."""
+    if "=" not in text:
+        return _DTYPES.get(text, text)
+    fields = dict(item.partition("=")[::2] for item in text.split(","))
+    return {name.strip(): _DTYPES.get(dtype.strip(), dtype.strip()) for name, dtype in fields.items()}
 
 
 def _cuts(text: str) -> tuple[int, ...]:

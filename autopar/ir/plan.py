@@ -27,8 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from autopar.errors import PlanFileError
 from autopar.ir import plan_json
 from autopar.ir.plan_check import check
-from autopar.ir.rules.given import GivenRule
 from autopar.ir.precision import Precision
+from autopar.ir.rules.given import GivenRule
 
 FORMAT: Literal["autopar-plan"] = "autopar-plan"
 VERSION: Literal[2] = 2

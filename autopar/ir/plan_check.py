@@ -12,9 +12,9 @@ from autopar.errors import RuleError
 from autopar.ir import folded_names
 from autopar.ir.graph import DTYPE_BYTES
 from autopar.ir.placement import Placement, parse
+from autopar.ir.precision import problems
 from autopar.ir.rules import notation
 from autopar.ir.rules.given import read_split
-from autopar.ir.precision import problems
 from autopar.ir.schedules import MOST_ACTIONS, SCHEDULES
 
 if TYPE_CHECKING:

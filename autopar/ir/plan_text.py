@@ -35,8 +35,8 @@ from autopar.ir.plan_stages import (
     sizes_words,
     stage_rows,
 )
-from autopar.ir.rules.given import operator_name
 from autopar.ir.precision import Precision
+from autopar.ir.rules.given import operator_name
 
 WIDTH = 120
 LEGEND = (

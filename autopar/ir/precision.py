@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from autopar.errors import PlanError
-from autopar.ir.graph import DTYPE_BYTES
+from autopar.ir.graph import DTYPE_BYTES, Value
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 BY = ("parameters", "autocast")
@@ -60,6 +60,12 @@ def problems(precision: Precision) -> list[tuple[str, str]]:
     if not found and DTYPE_BYTES[precision.stored] < DTYPE_BYTES[precision.compute]:
         found.append(("stored", f"is {precision.stored}, narrower than {precision.compute}, in which they are read; store them as wide"))
     return found
+
+
+def stored_bytes(value: Value, precision: Precision | None) -> int:
+    """Bytes of a parameter as it is stored, whole."""
+    cast = precision is not None and value.dtype == precision.compute
+    return value.numel * DTYPE_BYTES[precision.stored] if precision is not None and cast else value.size_bytes
 
 
 def read_precision(option: Precision | Mapping[str, str] | str | None) -> Precision | None:

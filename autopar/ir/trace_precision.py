@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import wraps
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopar.errors import TraceError
+from autopar.errors import PlanError, TraceError
 from autopar.ir.canonical import plain_names
 from autopar.ir.graph import Graph, Symbol
-from autopar.ir.precision import Precision
+from autopar.ir.precision import Precision, read_precision
 from autopar.ir.rewriter import Rewriter
 
 _CAST = "aten._to_copy.default"
@@ -25,6 +25,32 @@ def device_type_of(model: nn.Module) -> str:
     """Where the model is traced: on the device of its values, or the CPU where it is on `meta`."""
     tensors = (*model.parameters(), *model.buffers())
     return next((tensor.device.type for tensor in tensors if not tensor.is_meta), "cpu")
+
+
+def precision_of(model: nn.Module, option: Precision | Mapping[str, str] | str | None) -> Precision | None:
+    """The precision that `option` asks for, or where it asks for none that of the `torch.autocast` around the call.
+
+    Raises `PlanError` where the option says no precision, and where an autocast is on that is not for it or not for the model's device.
+    """
+    precision = read_precision(option)
+    kind = device_type_of(model)
+    surrounding = [other for other in dict.fromkeys((kind, "cuda", "cpu")) if torch.is_autocast_enabled(other)]
+    if not surrounding:
+        return precision
+    here = surrounding[0]
+    dtype = str(torch.get_autocast_dtype(here)).removeprefix("torch.")
+    if precision is None and here == kind:
+        return read_precision({"compute": dtype, "by": "autocast"})
+    if precision is None:
+        raise PlanError(
+            f"`torch.autocast` is on for {here}, and the model is on {kind}, where it would cast other operators: move the model there "
+            f'first, or plan outside of it with precision="{dtype}"'
+        )
+    if (precision.by, precision.compute) != ("autocast", dtype):
+        raise PlanError(
+            f"the precision is {precision.compute} by {precision.by}, and a `torch.autocast` for {dtype} is on around it: leave one away"
+        )
+    return precision
 
 
 @contextmanager

@@ -81,6 +81,7 @@ def _mesh_and_pins(a: Plan, b: Plan) -> Iterator[Change]:
     meshes = [mesh_words(plan).split(" = ")[0] for plan in (a, b)]
     yield from _differ("decisions", "mesh", *meshes)
     yield from _differ("decisions", "plan", a.name, b.name)
+    yield from _mappings("decisions", "precision", *(plan.precision.model_dump() if plan.precision else {} for plan in (a, b)))
     yield from _mappings("decisions", "pin", a.pins, b.pins)
 
 

@@ -72,6 +72,8 @@ def _header(plan: Plan, roles: Roles, width: int) -> RenderableType:
     grid.add_row("mesh", Text(plan_text.mesh_words(plan), style="bold"))
     for name, words in [*plan_text.axis_rows(plan, roles), *plan_text.pipeline_rows(plan)]:
         grid.add_row(name, words)
+    if plan.precision is not None:
+        grid.add_row("precision", plan_text.precision_words(plan.precision))
     step, rest = plan_text.time_words(plan).split(" a step", 1)
     grid.add_row("time", Text.assemble((step, "bold"), f" a step{rest}"))
     grid.add_row("proof", Text(gap_words(plan), style="green" if plan.predicted.fits and plan.gap < 0.01 else "yellow"))

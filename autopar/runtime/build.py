@@ -26,6 +26,7 @@ from autopar.runtime.inputs import Mode, given_states
 from autopar.runtime.materialize import local_state
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.pipeline import PipelineModule, held_by, storage_of
+from autopar.runtime.precision import stored_dtypes
 from autopar.runtime.process_mesh import check_fits, check_groups_fit, ensure_process_group, group_mesh_for, mesh_for
 
 
@@ -98,7 +99,10 @@ def _module(
     """This rank's module, with its part of the model's values."""
     device, timeout_s = options["device"], options["timeout_s"]
     assert device is not None
-    held = partial(local_state, model, traced.graph, device=device, sync_module_states=sync_module_states, timeout_s=timeout_s)
+    dtypes = stored_dtypes(plan.precision, traced.graph)
+    held = partial(
+        local_state, model, traced.graph, device=device, dtypes=dtypes, sync_module_states=sync_module_states, timeout_s=timeout_s
+    )
     if plan.pipeline is None:
         mesh = mesh_for(plan.mesh, device, timeout_s)
         [assignment] = expanded.assignments
@@ -145,9 +149,11 @@ def _check_tensors(model: nn.Module, traced: TracedModel) -> None:
     graph = traced.graph
     tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     named = [(item.fqn, item.value) for item in graph.parameters] + [(item.fqn, item.value) for item in graph.buffers]
+    cast = stored_dtypes(traced.precision, graph)  # whatever floating-point dtype these have in the model
     for fqn, name in named:
         value, tensor = graph.values[name], tensors.get(fqn)
-        if tensor is None or tuple(tensor.shape) != value.shape or str(tensor.dtype) != f"torch.{value.dtype}":
+        same = tensor is not None and (str(tensor.dtype) == f"torch.{value.dtype}" or (fqn in cast and tensor.is_floating_point()))
+        if tensor is None or tuple(tensor.shape) != value.shape or not same:
             found = "missing" if tensor is None else f"{list(tensor.shape)} of {tensor.dtype}"
             raise PlanMismatchError(
                 f"`{fqn}` was traced as {list(value.shape)} of torch.{value.dtype} and is now {found}; trace and plan this model again"

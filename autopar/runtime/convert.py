@@ -138,6 +138,29 @@ def convert(x: Tensor, *arguments: Any) -> Tensor:
     return result
 
 
+class _ReadAs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, reduced: torch.dtype | None, steps: tuple[LocalStep, ...]) -> Tensor:
+        ctx.stored, ctx.reduced, ctx.steps = x.dtype, reduced, steps
+        y = x.to(dtype)
+        for step in steps:
+            y = step.run(y)
+        return y.view_as(y) if y is x else y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0] if ctx.reduced is None else gradients[0].to(ctx.reduced)
+        for step in reversed(ctx.steps):
+            gradient = step.run_backward(gradient)
+        return gradient.to(ctx.stored), None, None, None
+
+
+def read_as(x: Tensor, dtype: torch.dtype, reduced: torch.dtype | None, steps: tuple[LocalStep, ...]) -> Tensor:
+    """All `steps` of a parameter on its stored part `x`, in `dtype`; its gradient goes back in `reduced` and ends in the dtype of `x`."""
+    result: Tensor = _ReadAs.apply(x, dtype, reduced, steps)  # type: ignore[no-untyped-call]
+    return result
+
+
 def convert_value(x: Tensor, *arguments: Any) -> Tensor:
     """One `LocalStep` (its `arguments()`) on `x`, without gradient."""
     forward, _, dim, blocks, size, to_dim, to_blocks, to_size, parts, index, group = arguments

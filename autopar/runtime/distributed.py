@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Self, TypedDict
 
 import torch
@@ -18,6 +19,7 @@ from autopar.runtime.convert import Place
 from autopar.runtime.evaluation import EvaluationCheck
 from autopar.runtime.handshake import agree
 from autopar.runtime.lower import Mode
+from autopar.runtime.precision import Dtypes, dtypes_of, without_autocast
 
 
 class Options(TypedDict, total=False):
@@ -28,6 +30,7 @@ class Options(TypedDict, total=False):
     `device`: where this rank computes; by default where its parameters are.
     `evaluation`: asked once, before the first call in evaluation mode.
     `timeout_s`: for what ranks tell each other through the store.
+    `dtypes`: of parameters and gradients; by default as the plan's precision says.
     """
 
     inputs: inputs.Mode
@@ -35,6 +38,7 @@ class Options(TypedDict, total=False):
     device: torch.device | None
     evaluation: EvaluationCheck | None
     timeout_s: float
+    dtypes: Dtypes | None
 
 
 class DistributedModule(nn.Module):
@@ -50,6 +54,7 @@ class DistributedModule(nn.Module):
         super().__init__()
         self._traced, self._plan, self._options = traced, plan, options
         self._evaluation = options.get("evaluation")
+        self._dtypes = options.get("dtypes") or dtypes_of(plan.precision, traced.graph)
         self._timeout_s = options.get("timeout_s", 600.0)
         self._inputs = options.get("inputs", "global")
         self._device = options.get("device") or next((tensor.device for tensor in local_state.values()), torch.device("cpu"))
@@ -91,6 +96,10 @@ class DistributedModule(nn.Module):
             self._left_words = False
             last_words.take_back()
         return found
+
+    def _as_planned(self) -> AbstractContextManager[None]:
+        """Around all that computes: nothing casts but the program. Raises `RuntimeSetupError` under an autocast that is not the plan's."""
+        return without_autocast(self._device, self._plan.precision)
 
     def _check_mode(self) -> None:
         """Raise `RuntimeSetupError` where this plan is not one for the mode, training or evaluation, that the module is in."""

@@ -47,7 +47,7 @@ class EvaluationCheck:
         args, kwargs = pytree.tree_unflatten(leaves, self._traced.in_spec)
         modes = {module: module.training for module in model.modules()}
         try:
-            return evaluation_differs(graph, trace(model.eval(), args, kwargs).graph)
+            return evaluation_differs(graph, trace(model.eval(), args, kwargs, precision=self._traced.precision).graph)
         except AutoparError as error:
             return f"it cannot be traced: {error}"
         finally:

@@ -72,6 +72,19 @@ class _Flat:
         self.work = None
 
 
+class _Copied:
+    """One leaf that is a copy of its stored part in another dtype: nothing travels."""
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.leaf = leaf
+
+    def issue(self) -> None:
+        self.leaf.data.copy_(self.leaf.local)
+
+    def arrive(self) -> None:
+        pass
+
+
 def _gathering(leaf: Leaf) -> LocalStep:
     """The last step that gathers; what comes before it is gathered ahead."""
     return [step for step in leaf.use.steps if step.forward == "all_gather"][-1]
@@ -97,9 +110,11 @@ class Bucket:
         self.trainable = sum(leaf.tensor.requires_grad for leaf in self.leaves)
         self.waiting = self.trainable
         flat: dict[tuple[str, torch.dtype], list[Leaf]] = {}
-        self._lanes: list[_Direct | _Flat] = []
+        self._lanes: list[_Direct | _Flat | _Copied] = []
         for leaf in self.leaves:
-            if _is_direct(leaf):
+            if not leaf.use.gathered:
+                self._lanes.append(_Copied(leaf))
+            elif _is_direct(leaf):
                 self._lanes.append(_Direct(leaf))
             else:
                 flat.setdefault((_gathering(leaf).group, leaf.data.dtype), []).append(leaf)
@@ -117,9 +132,11 @@ class Bucket:
             return
         self.flying = True
         for lane in self._lanes:
-            for leaf in (lane.leaf,) if isinstance(lane, _Direct) else lane.leaves:
+            for leaf in lane.leaves if isinstance(lane, _Flat) else (lane.leaf,):
                 leaf.data.untyped_storage().resize_(leaf.data.numel() * leaf.data.element_size())
-            if isinstance(lane, _Direct):
+            if isinstance(lane, _Copied):
+                lane.issue()
+            elif isinstance(lane, _Direct):
                 lane.issue(_all_but_last(lane.leaf))
             else:
                 lane.issue([_all_but_last(leaf) for leaf in lane.leaves])
@@ -147,7 +164,7 @@ class Bucket:
 
 def _all_but_last(leaf: Leaf) -> Tensor:
     """The leaf's stored part, gathered along all axes that come before the last gathering."""
-    x = leaf.local.detach()
+    x = leaf.source()
     steps = [step for step in leaf.use.steps if step.forward == "all_gather"]
     for step in steps[:-1]:
         x = step.run(x)
@@ -245,7 +262,7 @@ def buckets_of(leaves: Sequence[Leaf], segments: Sequence[SegmentPlan]) -> list[
 
     A leaf that is used in several places (a tied embedding) stays longer than its neighbours and so has a bucket to itself.
     """
-    gathered = sorted((leaf for leaf in leaves if leaf.use.gathered and leaf.use.readers), key=lambda leaf: leaf.use.readers[0])
+    gathered = sorted((leaf for leaf in leaves if leaf.use.own and leaf.use.readers), key=lambda leaf: leaf.use.readers[0])
     groups: list[list[Leaf]] = []
     last: object = None
     filled_bytes = 0

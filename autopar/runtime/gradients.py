@@ -88,7 +88,7 @@ class Message:
         assert id(leaf) not in self.gradients and not self.sent
         for step in reductions(leaf)[: self.first]:
             gradient = step.run_backward(gradient)
-        self.gradients[id(leaf)] = gradient
+        self.gradients[id(leaf)] = gradient.to(leaf.reduced)
 
     def send(self) -> None:
         # In the leaves' own order, which all ranks share, not in that of arrival.
@@ -154,8 +154,8 @@ def messages(leaves: Sequence[Leaf]) -> list[Message]:
     open_: dict[tuple[object, ...], list[Leaf]] = {}
     passed: dict[tuple[object, ...], int] = {}
     for leaf in leaves:
-        size_bytes = leaf.data.shape.numel() * leaf.data.element_size()
-        key = (leaf.data.dtype, *((step.backward, step.group) for step in reductions(leaf)))
+        size_bytes = leaf.data.shape.numel() * leaf.reduced.itemsize
+        key = (leaf.reduced, *((step.backward, step.group) for step in reductions(leaf)))
         for other in list(open_):
             passed[other] += size_bytes
             if passed[other] > MESSAGE_BYTES:
@@ -218,11 +218,11 @@ class Reducer:
     def _arrived(self, leaf: Leaf) -> None:
         self.begin()
         if not self.enabled:
+            leaf.hold()
             self.on_gradient(leaf)
             return
-        gradient = leaf.tensor.grad
+        gradient = leaf.take()
         assert gradient is not None
-        leaf.tensor.grad = None
         self._take(leaf, gradient)
         self.on_gradient(leaf)
 
@@ -266,8 +266,7 @@ class Reducer:
     def _send_rest(self) -> None:
         """Send what the leaves still hold, from backward passes under `no_sync` that reached others than the last did, and what is left."""
         for leaf in self.leaves:
-            if leaf.tensor.grad is not None:
-                gradient, leaf.tensor.grad = leaf.tensor.grad, None
+            if (gradient := leaf.take()) is not None:
                 self._take(leaf, gradient)
         while self._next < len(self.messages):
             self._send_next()
@@ -282,7 +281,7 @@ class Reducer:
 
     @staticmethod
     def _deliver(leaf: Leaf, gradient: Tensor) -> None:
-        add_gradient(leaf.parameter, gradient)
+        add_gradient(leaf.parameter, gradient.to(leaf.local.dtype))
 
 
 def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -30,13 +30,14 @@ def local_state(
     device: torch.device,
     *,
     keep: Collection[str] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     sync_module_states: bool = True,
     timeout_s: float = 600.0,
 ) -> dict[str, Tensor]:
     """This rank's part of every parameter and buffer of `graph`, by fully-qualified name, contiguous and on `device`.
 
     `stored[fqn]`: the state a parameter is stored in; buffers are whole. The tensors share no memory with `model`.
-    `keep`: names of those that this rank holds, by default all.
+    `keep`: names of those that this rank holds, by default all. `dtypes[fqn]`: that it is stored in, by default the model's own.
     With `sync_module_states` all values come from rank 0, whose model decides what is initialised; without, each rank takes its own.
     A collective call. Raises `RuntimeSetupError` where a module on `meta` cannot be initialised.
     """
@@ -50,8 +51,8 @@ def local_state(
     coordinate = coordinate_of(mesh)
 
     def cut(name: str, tensor: Tensor) -> Tensor:
-        part = local_part(tensor, stored.get(name, whole), mesh.shape, coordinate)
-        return part.detach().clone(memory_format=torch.contiguous_format)
+        part = local_part(tensor, stored.get(name, whole), mesh.shape, coordinate).detach()
+        return part.to((dtypes or {}).get(name, tensor.dtype), copy=True, memory_format=torch.contiguous_format)
 
     held = set(names if keep is None else keep)
     found: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ from autopar.ir.placement import R, parse
 from autopar.ir.plan import Plan
 from autopar.ir.trace import TracedModel
 from autopar.runtime import last_words
-from autopar.runtime.convert import Place, convert
+from autopar.runtime.convert import Place, convert, read_as
 from autopar.runtime.distributed import DistributedModule, Options
 from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
 from autopar.runtime.gradients import Reducer
@@ -96,7 +96,7 @@ class ParallelModule(DistributedModule):
 
     def _register(self, local_state: Mapping[str, Tensor]) -> None:
         graph = self._graph
-        self._uses = uses(graph, self._assignment, self._place)
+        self._uses = uses(graph, self._assignment, self._place, self._dtypes)
         by_fqn = {parameter.fqn: (parameter, use) for parameter, use in zip(graph.parameters, self._uses, strict=True)}
         buffers = {buffer.fqn: buffer for buffer in graph.buffers}
         stored: dict[str, nn.Parameter] = {}
@@ -143,10 +143,9 @@ class ParallelModule(DistributedModule):
                 "and `loss.backward()`, then the optimizer's step as ever; to evaluate, call the module after `.eval()` or under "
                 "`torch.no_grad()`"
             )
-        if self._microbatches.count == 1:
-            results = self._run(self._bind(args, kwargs)[0])
-        else:
-            results = self._microbatches.join([self._run(part) for part in self._bind(args, kwargs)])
+        with self._as_planned():
+            parts = self._bind(args, kwargs)
+            results = self._run(parts[0]) if len(parts) == 1 else self._microbatches.join([self._run(part) for part in parts])
         return self._as_model_returns(results)
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -161,7 +160,11 @@ class ParallelModule(DistributedModule):
             raise RuntimeSetupError(NO_LOSS)
         if not torch.is_grad_enabled():
             raise RuntimeSetupError(NO_GRADIENTS)
-        over_time = self._microbatches.batched.outputs[self._loss]
+        with self._as_planned():
+            return self._step(args, kwargs, self._loss)
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> Tensor:
+        over_time = self._microbatches.batched.outputs[position]
         parts = self._bind(args, kwargs)
         reducing = self._reducer.enabled
         losses: list[Tensor] = []
@@ -188,7 +191,7 @@ class ParallelModule(DistributedModule):
         """After a step that raised: nothing of it may reach the next."""
         self._reducer.reset()
         for leaf in self._leaves:
-            leaf.tensor.grad = None
+            leaf.drop()
 
     def _run(self, part: _Part, loss_only: bool = False) -> Sequence[Tensor]:
         """The program's outputs for one microbatch, or the loss alone; buffers are updated."""
@@ -230,6 +233,8 @@ class ParallelModule(DistributedModule):
         """The leaf as a function of the parameter, for compilers: gathers and reductions stand in the graph."""
         use, parameter = self._uses[index], self._stored[index]
         x: Tensor = parameter.to_local(grad_placements=parameter.placements) if isinstance(parameter, DTensor) else parameter
+        if use.wide:
+            return read_as(x, use.dtype, use.reduced, use.steps)
         for step in use.steps:
             x = convert(x, *step.arguments())
         return x
@@ -287,7 +292,7 @@ class ParallelModule(DistributedModule):
         """As `nn.Module.zero_grad`; also drops terms kept under `no_sync`."""
         super().zero_grad(set_to_none)
         for leaf in self._leaves:
-            leaf.tensor.grad = None
+            leaf.drop()
 
 
 def owner_of(root: nn.Module, fqn: str) -> tuple[nn.Module, str]:

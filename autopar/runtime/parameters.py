@@ -2,7 +2,8 @@
 
 A parameter is stored as its plan says, as a DTensor. The program reads a *leaf*: a local tensor in the state that most readers want
 and that gathering alone can reach (`leaf_state`). Where nothing needs gathering the leaf is the DTensor's own local tensor under
-another name; else it is a tensor of its own whose memory `autopar.runtime.gather` fills and frees. Gradients arrive at leaves and
+another name; else, and where it is read in another dtype than it is stored in, it is a tensor of its own whose memory
+`autopar.runtime.gather` fills and frees. Gradients arrive at leaves and
 go from there to the parameter (`autopar.runtime.gradients`).
 """
 
@@ -19,6 +20,7 @@ from autopar.ir.conversion import State
 from autopar.ir.graph import Graph
 from autopar.ir.placement import RP, Placement, R
 from autopar.runtime.convert import LocalStep, Place, local_steps
+from autopar.runtime.precision import Dtypes
 
 MAY_SHARE_MEMORY = frozenset(
     {
@@ -42,6 +44,8 @@ class Use:
 
     `stored`: where it lives; `leaf`: the state the program reads, `steps` away; `gather`: `"never"`, `"step"` or `"use"`.
     `readers`: positions in the graph of all operations that read its memory, in order; empty if none does.
+    `dtype`: in which the program reads it; `copied`: whether that is a copy of what is stored, in general of another dtype; `reduced`: the
+    dtype in which its gradient travels, where that is not the one in which it arrives.
     """
 
     fqn: str
@@ -52,6 +56,19 @@ class Use:
     steps: tuple[LocalStep, ...]
     gather: str
     readers: tuple[int, ...]
+    dtype: torch.dtype
+    copied: bool = False
+    reduced: torch.dtype | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether the leaf has memory of its own, which is filled when it is needed."""
+        return self.copied or self.gathered
+
+    @property
+    def wide(self) -> bool:
+        """Whether its gradients add up in another dtype than they arrive in."""
+        return self.copied or self.reduced is not None
 
     @property
     def gathered(self) -> bool:
@@ -59,7 +76,7 @@ class Use:
         return any(step.forward == "all_gather" for step in self.steps)
 
 
-def uses(graph: Graph, assignment: Assignment, place: Place) -> tuple[Use, ...]:
+def uses(graph: Graph, assignment: Assignment, place: Place, dtypes: Dtypes) -> tuple[Use, ...]:
     """How the rank at `place` reads each of `graph.parameters`, in their order."""
     wants: dict[str, set[State]] = {}
     for op in graph.ops:
@@ -75,8 +92,11 @@ def uses(graph: Graph, assignment: Assignment, place: Place) -> tuple[Use, ...]:
         leaf = leaf_state(storage.stored, wants.get(value.name, set()), value.shape, place, value.requires_grad)
         steps = local_steps(storage.stored, leaf, value.shape, place)
         gathered = any(step.forward == "all_gather" for step in steps)
-        gather = ("step" if storage.gather == "never" else storage.gather) if gathered else "never"
-        found.append(Use(parameter.fqn, value.name, value.shape, storage.stored, leaf, steps, gather, readers.get(value.name, ())))
+        copied, reduced = parameter.fqn in dtypes.stored, dtypes.reduced.get(parameter.fqn)
+        gather = ("step" if storage.gather == "never" else storage.gather) if gathered or copied else "never"
+        dtype = getattr(torch, value.dtype)
+        read = readers.get(value.name, ())
+        found.append(Use(parameter.fqn, value.name, value.shape, storage.stored, leaf, steps, gather, read, dtype, copied, reduced))
     return tuple(found)
 
 
@@ -129,6 +149,8 @@ class Leaf:
         self.shape = place.local_shape(use.shape, use.leaf)
         self.tensor = self._make()
         self.data = self.tensor.data
+        self.terms: Tensor | None = None
+        """Gradients that have been taken and wait to be reduced with later ones, added up as `Use.wide` says."""
 
     @property
     def local(self) -> Tensor:
@@ -136,9 +158,40 @@ class Leaf:
         parameter: Tensor = self.parameter
         return parameter._local_tensor if isinstance(parameter, DTensor) else parameter.data
 
+    @property
+    def reduced(self) -> torch.dtype:
+        """The dtype in which its gradient travels."""
+        return self.use.reduced or self.tensor.dtype
+
+    def source(self) -> Tensor:
+        """This rank's stored part in the dtype in which it is read; a copy where that is another."""
+        return self.local.detach().to(self.tensor.dtype)
+
+    def hold(self) -> None:
+        """Take the gradient that has arrived and add it to the terms, where these are wider than it is."""
+        gradient = self.tensor.grad
+        if gradient is None or not self.use.wide:
+            return
+        self.tensor.grad = None
+        wide = self.local.dtype if self.use.copied else self.reduced
+        self.terms = gradient.to(wide) if self.terms is None else self.terms.add_(gradient)
+
+    def take(self) -> Tensor | None:
+        """All that has arrived and not been reduced; the leaf has none of it any more."""
+        if self.terms is not None:
+            self.hold()
+        gradient, self.tensor.grad = self.tensor.grad, None
+        terms, self.terms = self.terms, None
+        return gradient if terms is None else terms
+
+    def drop(self) -> None:
+        """Forget what has arrived."""
+        self.tensor.grad = self.terms = None
+
     def _make(self) -> Tensor:
-        if self.use.gathered:
-            tensor = torch.empty(self.shape, dtype=self.local.dtype, device=self.local.device)
+        if self.use.own:
+            dtype = self.use.dtype if self.use.copied else self.local.dtype
+            tensor = torch.empty(self.shape, dtype=dtype, device=self.local.device)
             tensor.untyped_storage().resize_(0)
         else:
             tensor = self.local.detach()
@@ -147,7 +200,7 @@ class Leaf:
     def refresh(self) -> bool:
         """Make the leaf anew if the parameter was given other memory or was (un)frozen; True if so."""
         local = self.local
-        moved = not self.use.gathered and (local.data_ptr() != self.tensor.data_ptr() or local.dtype != self.tensor.dtype)
+        moved = not self.use.own and (local.data_ptr() != self.tensor.data_ptr() or local.dtype != self.tensor.dtype)
         if not moved and self.parameter.requires_grad == self.tensor.requires_grad:
             return False
         self.tensor = self._make()

@@ -148,6 +148,7 @@ class PipelineModule(DistributedModule):
                 loss_terms=self._expanded.microbatched.outputs[self._loss].is_partial,
                 microbatches=count,
                 splits_backward=schedule.splits_backward,
+                dtypes=self._dtypes,
             )
             before = self._wires(index - 1, self._group.everyone) if index else []
             after = self._wires(index, self._group.everyone) if index + 1 < len(self._stage_groups) else []
@@ -204,7 +205,7 @@ class PipelineModule(DistributedModule):
         for item, holders in self._tied_layouts():
             if self._group.index in holders:
                 value, parameter, group = self._traced.graph.values[item.value], self._parameters_of[item.fqn], self._group
-                dtype, trained = getattr(torch, value.dtype), item.value in self._reached
+                dtype, trained = parameter.dtype, item.value in self._reached
                 found.append(
                     TiedWeight(item.fqn, value.shape, dtype, trained, holders, group.index, parameter, group.everyone, self._device)
                 )
@@ -249,6 +250,10 @@ class PipelineModule(DistributedModule):
         """
         if not torch.is_grad_enabled():
             raise RuntimeSetupError(NO_GRADIENTS)
+        with self._as_planned():
+            return self._step(args, kwargs)
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         batch = self._batch(args, kwargs, train=True)
         tied = [weight for weight in self._tied if weight.differentiable and weight.parameter.requires_grad]
         with self._running("a training step"):
@@ -279,8 +284,12 @@ class PipelineModule(DistributedModule):
                 "`loss.backward()`, then the optimizer's step as ever; to evaluate, call the module after `.eval()` or under "
                 "`torch.no_grad()`"
             )
+        with self._as_planned(), torch.no_grad():
+            return self._evaluated(args, kwargs)
+
+    def _evaluated(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = self._batch(args, kwargs, train=False)
-        with self._running("an evaluation"), torch.no_grad():
+        with self._running("an evaluation"):
             self._begin()
             self._evaluation_run.run(batch)
             for stage in self._stages:

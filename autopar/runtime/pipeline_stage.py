@@ -35,6 +35,7 @@ from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
 from autopar.runtime.gradients import Message, Reducer
 from autopar.runtime.lower import Borders, Mode, lower
 from autopar.runtime.parameters import Leaf, uses
+from autopar.runtime.precision import Dtypes
 from autopar.runtime.recompute import regions_of
 
 
@@ -91,6 +92,7 @@ class LiveStage:
         loss_terms: bool,
         microbatches: int,
         splits_backward: bool,
+        dtypes: Dtypes,
     ) -> None:
         graph = stage.graph
         self.stage, self.graph, self.assignment, self.place = stage, graph, assignment, place
@@ -104,7 +106,7 @@ class LiveStage:
         self.differentiable_receives = tuple(op.outputs[0] in reached for op in self.receives)
         self.differentiable_sends = tuple(op.operands[0] in reached for op in self.sends)
         self.regions = regions_of(segments, stage.index)
-        self._uses = uses(graph, assignment, place)
+        self._uses = uses(graph, assignment, place, dtypes)
         self.leaves = [Leaf(use, sources.parameters[use.fqn], place) for use in self._uses]
         self._buckets = buckets_of(self.leaves, [segment for segment in segments if segment.stage == stage.index])
         if splits_backward:
@@ -222,6 +224,7 @@ class LiveStage:
         apart = [weight for index, weight in enumerate(self._weights()) if index not in self._at_once]
         _, groups = stage_backward_input(roots, given, [*inputs, *at_once], iter(apart))  # type: ignore[arg-type]  # any leaf will do
         self._owed[microbatch] = _Owed([], [], groups)
+        self._hold()
         return self._of_received(alive, gradients)
 
     def backward_weight(self, microbatch: int) -> None:
@@ -233,6 +236,12 @@ class LiveStage:
             torch.autograd.backward(owed.roots, owed.gradients)
         if owed.groups:
             stage_backward_weight(iter(self._weights()), owed.groups)  # type: ignore[arg-type]
+        self._hold()
+
+    def _hold(self) -> None:
+        """Torch's passes for inputs and for weights alone leave gradients where no hook of the reducer sees them."""
+        for leaf in self.leaves:
+            leaf.hold()
 
     def reduce(self) -> None:
         """Start reducing the gradients that are left, in the background."""
@@ -256,7 +265,7 @@ class LiveStage:
     def drop_terms(self) -> None:
         """Forget gradients that no reduction has taken."""
         for leaf in self.leaves:
-            leaf.tensor.grad = None
+            leaf.drop()
 
     # ---- inside ----------------------------------------------------------------------------------------------------------------------
 

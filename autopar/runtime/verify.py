@@ -3,7 +3,8 @@
     report = verify(model, example_inputs, plan)
     assert report.ok, report
 
-Both sides compute in float64, where a wrong plan is off by far more than rounding, and without dropout, whose masks are random. One
+Both sides compute in float64, where a wrong plan is off by far more than rounding, and without dropout, whose masks are random. Under a
+plan with a precision every number is in float64 too, and goes the same ways: parameters are copied before they are read. One
 side is the user's own eager model, not the traced graph, so that tracing is checked as well as splitting.
 """
 
@@ -24,12 +25,14 @@ from autopar.ir.assignment import Expanded, expand_stages
 from autopar.ir.graph import Graph
 from autopar.ir.microbatch import microbatched
 from autopar.ir.plan import Plan
+from autopar.ir.precision import Precision
 from autopar.ir.rules.table import RANDOM
 from autopar.ir.stages import cut
 from autopar.ir.trace import OutputSlot, TracedModel, split_example, trace
 from autopar.runtime.launch import RankPool
 from autopar.runtime.materialize import materialize_whole
 from autopar.runtime.one_dtype import FLOATS, computing_in, in_dtype, rule_in_dtype
+from autopar.runtime.precision import dtypes_of
 from autopar.runtime.verify_report import VerifyReport, judge
 from autopar.runtime.verify_runs import Job, Optimizer, on_a_rank, on_one_device
 
@@ -60,7 +63,7 @@ def verify(
 
     Raises `PlanMismatchError` or `PlanError` where `plan` is not one for this model, and `VerifyError` where a side cannot run.
     """
-    subject = prepare(model, example_inputs, dtype)
+    subject = prepare(model, example_inputs, dtype, plan.precision)
     return compare(subject, plan, steps=steps, optimizer=optimizer, tolerance=tolerance, ranks=ranks, timeout_s=timeout_s)
 
 
@@ -79,12 +82,12 @@ class Subject:
     notes: tuple[str, ...]
 
 
-def prepare(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.float64) -> Subject:
-    """What `compare` needs of `model`, which is not changed. Raises `TraceError`, and `VerifyError` where the model cannot be copied."""
+def prepare(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.float64, precision: Precision | None = None) -> Subject:
+    """What `compare` needs of `model`, which is not changed, for plans with this `precision`. Raises `TraceError`, and `VerifyError` where the model cannot be copied."""
     if dtype not in TOLERANCE:
         raise VerifyError(f"verify compares in torch.float64 or torch.float32, not in {dtype}; leave `dtype` out for float64")
     args, kwargs = split_example(example_inputs)
-    planned = trace(model, args, kwargs)
+    planned = trace(model, args, kwargs, precision=precision)
     reference, notes = _one_device_copy(model, dtype)
     args, kwargs = pytree.tree_map(lambda leaf: _cast(leaf, dtype), (args, kwargs))
     traced = _traced_in(dtype, reference, planned, args, kwargs)
@@ -113,12 +116,13 @@ def compare(
     expanded = expand_stages(plan, subject.planned.graph)
     rules = tuple(rule_in_dtype(rule, dtype) for rule in plan.given_rules)
     traced = replace(subject.traced, graph=replace(subject.traced.graph, rules=rules))
+    dtypes = dtypes_of(plan.precision, subject.planned.graph).all_in(dtype)
     optimizers: tuple[Optimizer, ...] = ("sgd", "adamw") if optimizer == "both" else (optimizer,)
     batches = _batches(traced, subject.args, subject.kwargs, steps)
     named: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     state = {name: tensor.detach().clone() for name, tensor in named.items()}
     draws = any(op.target in RANDOM for op in traced.graph.ops)
-    job = Job(_flat(traced), plan, _again(expanded, traced.graph), state, batches, optimizers, dtype, subject.training, draws)
+    job = Job(_flat(traced), plan, _again(expanded, traced.graph), state, batches, optimizers, dtype, subject.training, dtypes, draws)
     expected = on_one_device(job, reference, traced)
     try:
         with RankPool(plan.world_size, collective_timeout_s=timeout_s) if ranks is None else nullcontext(ranks) as pool:

@@ -29,6 +29,7 @@ from autopar.runtime.loss import NO_LOSS
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.one_dtype import EveryDtype, computing_in
 from autopar.runtime.pipeline import PipelineModule, held_by, storage_of
+from autopar.runtime.precision import Dtypes
 from autopar.runtime.process_mesh import group_mesh_for, mesh_for
 from autopar.runtime.shards import coordinate_of, local_part
 from autopar.runtime.verify_report import Facts, Key, distance
@@ -41,7 +42,8 @@ class Job:
     """What both sides do: `steps` training steps with each of `optimizers`, the inputs of step `i` being `batches[i]` (in the order of
     `traced.graph.inputs`). `state`: values of all parameters and buffers by name, whole.
 
-    `expanded`: the decisions of `plan` for `traced`, in its dtype. `random`: whether the model draws random numbers other than dropout's.
+    `expanded`: the decisions of `plan` for `traced`, in its dtype. `dtypes`: of parameters that are copied before they are read.
+    `random`: whether the model draws random numbers other than dropout's.
     `traced` takes its tensors by position and returns its outputs as a tuple, so that no class of the user's goes to the ranks.
     """
 
@@ -53,6 +55,7 @@ class Job:
     optimizers: tuple[Optimizer, ...]
     dtype: torch.dtype
     training: bool
+    dtypes: Dtypes
     random: bool = False
 
     @property
@@ -132,11 +135,12 @@ def _module(job: Job) -> ParallelModule | PipelineModule:
         mesh = mesh_for(plan.mesh, "cpu")
         stored = {name: item.stored for name, item in expanded.assignments[0].storage.items()}
         local = _parts(job, mesh, stored, job.state)
-        return ParallelModule(job.traced, plan, mesh, local, assignment=expanded.assignments[0], batched=expanded.microbatched)
+        assignment, batched = expanded.assignments[0], expanded.microbatched
+        return ParallelModule(job.traced, plan, mesh, local, assignment=assignment, batched=batched, dtypes=job.dtypes)
     group = group_mesh_for([item.mesh for item in plan.groups], "cpu")
     mine = [index for index, stage in enumerate(plan.pipeline.stages) if stage.group == group.index]
     local = _parts(job, group.mesh, storage_of(expanded, mine), held_by(expanded, mine))
-    return PipelineModule(job.traced, plan, group, local, expanded=expanded)
+    return PipelineModule(job.traced, plan, group, local, expanded=expanded, dtypes=job.dtypes)
 
 
 def _parts(job: Job, mesh: DeviceMesh, stored: Mapping[str, State], held: Container[str]) -> dict[str, Tensor]:

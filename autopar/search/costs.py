@@ -32,6 +32,7 @@ from autopar.ir.cluster import Cluster
 from autopar.ir.conversion import COLLECTIVES, Action, State, steps
 from autopar.ir.graph import DTYPE_BYTES, Value
 from autopar.ir.placement import RP, R, local_shape
+from autopar.ir.precision import Precision
 from autopar.search.collectives import axes, between
 from autopar.search.experts import INDEX_BYTES, Experts, Share, share
 from autopar.search.optimizers import OPTIMIZER_STATES as OPTIMIZER_STATES  # known here too
@@ -135,17 +136,19 @@ class Traffic(NamedTuple):
 class Costs:
     """Prices on one mesh (`mesh`: axis sizes, outer first) of a cluster, whose first rank is `first_rank`.
 
-    `microbatches` a step; `live`: of how many at once a rank keeps activations; `wire_bytes_per_s`: of the link to other stages."""
+    `precision`: in which dtypes parameters are stored and gradients reduced. `microbatches` a
+    step; `live`: of how many at once a rank keeps activations; `wire_bytes_per_s`: of the link to other stages."""
 
     def __init__(
         self, cluster: Cluster, mesh: tuple[int, ...], names: tuple[str, ...], optimizer: str = "adamw", training: bool = True, *,
-        microbatches: int = 1, live: int = 1, first_rank: int = 0,
+        microbatches: int = 1, live: int = 1, first_rank: int = 0, precision: Precision | None = None,
     ) -> None:  # fmt: skip
         assert 1 <= live <= microbatches
         if optimizer not in OPTIMIZER_STATES:
             raise PlanError(f"optimizer `{optimizer}` is not known; one of {', '.join(OPTIMIZER_STATES)}")
         self.mesh, self.names, self.training = mesh, names, training
         self.microbatches, self.live = microbatches, live
+        self.precision = precision
         self.axes = axes(cluster, mesh, names, first_rank)
         ranks = prod(mesh)
         self.wire_bytes_per_s = between(cluster, (max(0, first_rank - ranks), ranks), (first_rank, ranks)).bytes_per_s
@@ -174,7 +177,7 @@ class Costs:
     @property
     def prices(self) -> tuple[object, ...]:
         """Equal for costs that price everything alike but the memory of activations."""
-        return self.mesh, self.axes, self.states, self.microbatches, self.wire_bytes_per_s, self.expert_imbalance
+        return self.mesh, self.axes, self.states, self.microbatches, self.wire_bytes_per_s, self.expert_imbalance, self.precision
 
     def _local_bytes(self, shape: tuple[int, ...], dtype: str, state: State) -> int:
         """Bytes of a value of global `shape` on the rank that holds most."""
@@ -457,12 +460,21 @@ class Costs:
 
     def parameter_term(self, value: Value, storage: Storage) -> Term:
         """Memory of a parameter, its gradient and its optimizer state, and the optimizer's step on them."""
-        size = self.of(value, storage.stored)
+        size = self.stored_bytes(value, storage.stored)
         if not (value.requires_grad and self.training):
             return Term(memory=(("parameters", size),))
         # One pass: parameter, gradient and states are read, parameter and states written.
         step_s = size * (3 + 2 * self.states) / self._bytes_per_s + self._launch_s * min(1.0, size / 2**20)
         return Term(step_s, 0.0, (("parameters", size), ("gradients", size), ("optimizer", self.states * size)))
+
+    def is_cast(self, value: Value) -> bool:
+        """Whether the plan's precision says of a parameter in which dtype it is stored and its gradient reduced."""
+        return self.precision is not None and value.dtype == self.precision.compute
+
+    def stored_bytes(self, value: Value, state: State) -> int:
+        """Bytes of a parameter, of its gradient, or of one of its optimizer's states, on the rank that holds most."""
+        dtype = self.precision.stored if self.precision is not None and self.is_cast(value) else value.dtype
+        return self.local_bytes(value.shape, dtype, state)
 
     def traffic(self, value: Value, storage: Storage, targets: tuple[State, ...], regather: bool) -> Traffic:
         """A parameter on its way from storage to use in states `targets`, and its gradient back. `regather`: the backward pass reads it."""
@@ -473,14 +485,21 @@ class Costs:
         )
         held = gradients = 0
         trains = value.requires_grad and self.training
+        copied = self.precision is not None and self.precision.copies and self.is_cast(value)
         for target in targets:
             whole = self.of(value, target)
-            if storage.gather == "step" and self.conversion(*_kind(value), storage.stored, target).gathers:
+            if (storage.gather == "step" and self.conversion(*_kind(value), storage.stored, target).gathers) or (
+                copied and storage.gather != "use"
+            ):
                 held += whole
-            if self.microbatches > 1 and trains:
-                gradients += max(0, whole - self.of(value, storage.stored))
+            if self.microbatches > 1 and trains:  # they add up in the dtype of what is stored
+                gradients += max(0, self.stored_bytes(value, target) - self.stored_bytes(value, storage.stored))
         again = storage.gather == "use" and gather_s > 0.0
-        copy_s = copies_s[0] * (self.microbatches if again else 1) + copies_s[1]
+        casts_s = (0.0, 0.0)
+        if copied:  # one way the stored part is read and written narrower, the other way its gradient is written wider
+            one_s = (self.of(value, storage.stored) + self.stored_bytes(value, storage.stored)) / self._bytes_per_s + self._launch_s
+            casts_s = one_s * (2 if again and regather else 1), one_s if trains else 0.0
+        copy_s = (copies_s[0] + casts_s[0]) * (self.microbatches if again else 1) + copies_s[1] + casts_s[1]
         return Traffic(copy_s, gather_s, gather_s if again and regather else 0.0, reduce_s, held, gradients)
 
     def _conversions(
@@ -494,6 +513,9 @@ class Costs:
             copy_s[0] += conversion.copy_s[0]
             copy_s[1] += conversion.copy_s[1]
             found += conversion.moves
+        if self.precision is not None and self.is_cast(value):
+            wide, narrow = DTYPE_BYTES[self.precision.reduce], DTYPE_BYTES[value.dtype]
+            found = [(kind, axis, phase, size * wide // narrow if phase == "backward" else size) for kind, axis, phase, size in found]
         return found, (copy_s[0], copy_s[1])
 
     def shares(self, value: Value, storage: Storage, targets: tuple[State, ...]) -> tuple[Floats, Floats]:

@@ -35,7 +35,10 @@ class Search:
 
     def costs(self, mesh: Mesh, cluster: Cluster | None = None) -> Costs:
         settings, graph = self.settings, self.structure.graph
-        return Costs(cluster or settings.cluster, mesh, AXES, settings.optimizer, graph.training, microbatches=self.microbatches)
+        return Costs(
+            cluster or settings.cluster, mesh, AXES, settings.optimizer, graph.training, microbatches=self.microbatches,
+            precision=settings.precision,
+        )  # fmt: skip
 
 
 def best_of(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pins: Pins, what: str) -> tuple[Found, float]:

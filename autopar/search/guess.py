@@ -20,6 +20,7 @@ from functools import cache
 import numpy as np
 
 from autopar.errors import PlanError
+from autopar.ir.precision import stored_bytes
 from autopar.search.collectives import axes
 from autopar.search.meshes import AXES
 from autopar.search.optimizers import OPTIMIZER_STATES
@@ -64,7 +65,7 @@ class Guesses:
     def __init__(self, prices: StagePrices, settings: Settings, schedule: str, microbatches: int | None) -> None:
         self.prices, self.settings, self.schedule, self.forced = prices, settings, schedule, microbatches
         graph = prices.graph
-        self.parameter_bytes = sum(graph.values[item.value].size_bytes for item in graph.parameters)
+        self.parameter_bytes = sum(stored_bytes(graph.values[item.value], settings.precision) for item in graph.parameters)
         self._line = cache(self._make_line)
         self._counts = cache(self._make_counts)
 

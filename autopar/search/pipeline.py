@@ -220,7 +220,7 @@ class Pipelined:
         group = pipeline.group_of(stage)
         fresh = Costs(
             settings.cluster, pipeline.meshes[group], AXES, settings.optimizer, self.graph.training, microbatches=pipeline.microbatches,
-            live=pipeline.live[stage], first_rank=pipeline.first_ranks[group],
+            live=pipeline.live[stage], first_rank=pipeline.first_ranks[group], precision=settings.precision,
         )  # fmt: skip
         return self._priced.setdefault(fresh.prices, fresh).living(pipeline.live[stage])
 

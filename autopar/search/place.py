@@ -14,6 +14,7 @@ from typing import Literal
 
 from autopar.ir.cluster import Cluster
 from autopar.ir.plan import SegmentCost
+from autopar.ir.precision import Precision
 from autopar.ir.schedules import Order, named
 from autopar.search import timeline
 from autopar.search.account import account, least_workspace_bytes, resident_bytes
@@ -136,6 +137,7 @@ class Settings:
     deadline_s: float | None = None
     progress: Callable[[Progress], None] | None = None
     recompute: Recompute = "auto"
+    precision: Precision | None = None
 
     def seconds_left(self) -> float | None:
         return None if self.deadline_s is None else max(0.1, self.deadline_s - perf_counter())

@@ -15,6 +15,7 @@ from autopar.ir.cluster import Cluster
 from autopar.ir.graph import Graph
 from autopar.ir.microbatch import microbatched
 from autopar.ir.plan import Plan
+from autopar.ir.precision import Precision
 from autopar.search.alternatives import price_alternatives
 from autopar.search.baselines import baseline as baseline_of
 from autopar.search.build import FREE
@@ -48,9 +49,10 @@ def plan_graph(
     memory_limit_bytes: int | None = None,
     time_limit_s: float | None = None,
     alternatives: bool = False,
+    precision: Precision | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
-    """Search the best plan for `graph` on `cluster`; the options are those of `autopar.plan`.
+    """Search the best plan for `graph` on `cluster`; the options are those of `autopar.plan`. `precision`: as which `graph` was traced.
 
     Where nothing fits, the plan of least memory is returned with `predicted.fits` false, and its notes say what is missing and what would
     fit. Raises `PinError`, `InfeasibleError` (no way to run it at all under these pins), `PlanError` for options that do not go together.
@@ -64,7 +66,9 @@ def plan_graph(
             raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1")
     wanted = read_mesh(mesh, cluster)
     deadline_s = None if time_limit_s is None else perf_counter() + time_limit_s
-    settings = Settings(cluster, memory_limit_bytes or cluster.device.memory_bytes, optimizer, effort, deadline_s, progress, recompute)
+    settings = Settings(
+        cluster, memory_limit_bytes or cluster.device.memory_bytes, optimizer, effort, deadline_s, progress, recompute, precision
+    )
     with _collector_paused():
         read = read_pins(pins, graph)
         forced = wanted.groups is not None or cuts is not None or stages is not None

@@ -28,7 +28,7 @@ def predicted_plan(
         memory_bytes={}, memory_limit_bytes=settings.limit_bytes, fits=True, optimizer=settings.optimizer, effort=settings.effort,
         resident_bytes=tuple(sum(part.account.resident_bytes for part in found.parts) for found in groups),
     )  # fmt: skip
-    plan = describe(graph, settings.cluster, rows_of(graph, stages), predicted, **fields)
+    plan = describe(graph, settings.cluster, rows_of(graph, stages), predicted, precision=settings.precision, **fields)
     return _with(plan, simulate(plan), bound_s)
 
 

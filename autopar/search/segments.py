@@ -148,7 +148,7 @@ class OpCosts:
                 if value.requires_grad and costs.training:
                     self.graded[ends] += whole
                     if costs.microbatches == 1:
-                        self.unreduced[ends] += max(0, whole - costs.of(value, storage.stored))
+                        self.unreduced[ends] += max(0, whole - costs.stored_bytes(value, storage.stored))
                     results = structure.classes[structure.class_of[int(ends[0])]].outputs
                     states = [tuple(split.outputs[slot] for split in choice) for slot in range(len(results))]
                     sizes = [costs.of(result, state) for result, state in zip(results, states, strict=True)]

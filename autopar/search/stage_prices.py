@@ -19,6 +19,7 @@ from autopar.errors import InfeasibleError, PlanError
 from autopar.ir.fold import fold
 from autopar.ir.graph import Graph
 from autopar.ir.microbatch import microbatched
+from autopar.ir.precision import stored_bytes
 from autopar.ir.stages import candidates, crossing
 from autopar.search.build import FREE, Built, Restriction, build
 from autopar.search.collectives import between
@@ -262,7 +263,7 @@ class StagePrices:
         found = np.zeros(len(start))
         for name, units in self._shared:
             reads = np.any([(start <= unit) & (unit < stop) for unit in units], axis=0)
-            found += np.where((units[0] < start) & reads, states * self.graph.values[name].size_bytes, 0.0)
+            found += np.where((units[0] < start) & reads, states * stored_bytes(self.graph.values[name], self.settings.precision), 0.0)
         return found
 
     def transfer(self, cut: int, sender: Group, receiver: Group, microbatches: int) -> tuple[float, float]:
@@ -299,7 +300,8 @@ class StagePrices:
         structure, settings = self._structure(microbatches), self.settings
         body = structure.graph
         costs = Costs(
-            settings.cluster, mesh, AXES, settings.optimizer, body.training, microbatches=microbatches, live=min(live, microbatches)
+            settings.cluster, mesh, AXES, settings.optimizer, body.training, microbatches=microbatches, live=min(live, microbatches),
+            precision=settings.precision,
         )  # fmt: skip
         pins = pins_for(self.pins, self.graph, body)
         return build(structure, costs, apply_pins(pins, body, self.restriction))

@@ -182,11 +182,15 @@ def _held_once(plan: Plan) -> dict[int, float]:
     for row in plan.parameters:
         group = plan.pipeline.stages[row.stage].group
         stored = tuple(parse(text) for text in row.stored.values())
-        size = prod(local_shape(row.shape, stored, tuple(plan.groups[group].mesh.values()))) * DTYPE_BYTES[row.dtype]
+        size = prod(local_shape(row.shape, stored, tuple(plan.groups[group].mesh.values()))) * DTYPE_BYTES[_stored_dtype(plan, row.dtype)]
         for name in folded_names.expand(row.name):
             if (known := first.setdefault((group, name), stored)) is not stored:
                 found[group] = found.get(group, 0.0) + size * ((known == stored) + (states if row.trainable else 0))
     return found
+
+
+def _stored_dtype(plan: Plan, dtype: str) -> str:
+    return plan.precision.stored if plan.precision is not None and dtype == plan.precision.compute else dtype
 
 
 def sizes_of(cost: SegmentCost) -> dict[str, Any]:
