@@ -213,7 +213,8 @@ def split_cross_entropy(args: Sequence[Any], kwargs: Kwargs, context: LocalConte
     logs: Tensor = _Softmax.apply(x, 1, True, context.axes)  # type: ignore[no-untyped-call]
     weighted = logs if weight is None else logs * weight.view(-1, *(1,) * (x.dim() - 2))
     if target.is_floating_point():
-        return -(weighted * (target * (1 - smoothing) + smoothing / classes)).sum(1)
+        spread: Tensor = target * (1 - smoothing) + smoothing / classes
+        return -(weighted * spread).sum(1)
     picked, valid = _of_classes(logs, target, weight, given["ignore_index"], context)
     if smoothing:
         picked = (1 - smoothing) * picked + smoothing / classes * weighted.sum(1).masked_fill(~valid, 0)

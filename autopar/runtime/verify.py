@@ -83,7 +83,8 @@ class Subject:
 
 
 def prepare(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.float64, precision: Precision | None = None) -> Subject:
-    """What `compare` needs of `model`, which is not changed, for plans with this `precision`. Raises `TraceError`, and `VerifyError` where the model cannot be copied."""
+    """What `compare` needs of `model`, which is not changed, for plans with this `precision`. Raises `TraceError`, and `VerifyError`
+    where the model cannot be copied."""
     if dtype not in TOLERANCE:
         raise VerifyError(f"verify compares in torch.float64 or torch.float32, not in {dtype}; leave `dtype` out for float64")
     args, kwargs = split_example(example_inputs)
