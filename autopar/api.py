@@ -71,7 +71,8 @@ def plan(
     `stages`: of the pipeline, in all; `cuts`: at which operations of one microbatch's graph they begin, see `autopar.ir.stages`.
     `recompute`: of repeated layers, instead of keeping their activations: `"none"`, `"all"`, or as many as memory asks for.
     `baseline`: a well-known plan instead of the best: `"ddp"`, `"zero1"`, `"fsdp"`, `"tp"` or `"tp-sp"`.
-    `pins`: glob over parameter names -> placement, `{"model.layers.*.up_proj.weight": "S(0)@tp"}`.
+    `pins`: glob over parameter names -> placement, `{"model.layers.*.up_proj.weight": "S(0)@tp"}`; over operations ->
+    placement or split, `{"linear_0": "n@tp"}`.
     `effort`: `"fast"` (Lagrange multipliers under a memory limit; the gap is reported) or `"exact"` (proven by HiGHS).
     `optimizer`: whose state is counted: `"adamw"`, `"sgd-momentum"` or `"sgd"`.
     `memory_limit_bytes`: per device; by default what the device has, less a reserve.

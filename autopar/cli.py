@@ -117,7 +117,11 @@ def plan(
     ] = None,
     pin: Annotated[
         list[str] | None,
-        typer.Option("--pin", metavar="GLOB=PLACEMENT", help="Force a storage: '*.up_proj.weight=S(0)@tp'. May be repeated."),
+        typer.Option(
+            "--pin",
+            metavar="GLOB=PLACEMENT",
+            help="Force a storage, '*.up_proj.weight=S(0)@tp', or a split, 'scaled_dot_product_attention_*=ring@tp'. Repeatable.",
+        ),
     ] = None,
     baseline: Annotated[Baseline | None, typer.Option("--baseline", help="A well-known plan instead of the best.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the well-known plans beside the searched one.")] = False,

@@ -13,8 +13,8 @@ from autopar.ir.plan import OpPlan, ParameterPlan, Plan
 
 GATHER_WORDS = {"never": "", "step": "per step", "use": "per use"}
 _ROLE_ORDER = (
-    "batch", "sequence", "tokens", "attention heads", "queries", "out features", "in features", "channels", "kernel", "image rows",
-    "image columns", "hidden", "vocabulary",
+    "batch", "sequence", "tokens", "attention heads", "queries", "ring of keys", "out features", "in features", "channels", "kernel",
+    "image rows", "image columns", "hidden", "vocabulary",
 )  # fmt: skip
 
 # What a split of an operator's first output means, by dim. Operators that hold a weight are told by the weight instead (see `role`).
@@ -85,6 +85,8 @@ class Roles:
             return "whole"
         kind = family(op.target)
         output = parse(op.output[axis])
+        if kind == "scaled_dot_product_attention" and op.split[axis] == "ring":
+            return "ring of keys"
         if kind == "cross_entropy":
             return "tokens" if output.is_partial else "vocabulary"
         if kind == "embedding" and output.is_partial:
