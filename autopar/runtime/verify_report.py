@@ -18,6 +18,10 @@ Facts = dict[Key, Tensor]
 NOISE = 1e-4
 """A tensor whose norm is below this share of the whole gradient's is compared with that share: its own digits are rounding noise."""
 
+LAST_DIGITS = 100
+"""A difference is rounding if it is at most so many times what the last digits of parameters, buffers and inputs move the tensor by, on one device. Sums in
+another order were seen to move tensors up to 5 times as far."""
+
 KINDS = ("loss", "output", "gradient", "parameter", "buffer", "between ranks")
 SHOWN = 12
 
@@ -111,10 +115,16 @@ def judge(
     dtype: str,
     notes: tuple[str, ...] = (),
     seconds: float = 0.0,
+    moved: Facts | None = None,
 ) -> VerifyReport:
     """The report on what one device computed (`expected`) and what each rank did: of the first rank of each group its numbers, of all
-    ranks their distances from those. A number that several groups have is compared between them. `holders`: stages by name."""
+    ranks their distances from those. A number that several groups have is compared between them. `holders`: stages by name. `moved`: what
+    one device computes with the last digits of parameters, buffers and inputs changed, where that is known."""
     scales = _scales(expected)
+    if moved is not None:
+        raised = _scales_of_rounding(expected, moved, tolerance)
+        notes += _rounding_note({key: scale for key, scale in raised.items() if scale > scales[key]}, scales)
+        scales = {key: max(scale, raised[key]) for key, scale in scales.items()}
     found: Facts = {}
     rows = []
 
@@ -157,14 +167,48 @@ def judge(
 
 def _scales(expected: Facts) -> dict[Key, float]:
     """What each tensor's error is relative to: its norm, but no less than `NOISE` of the norm of the whole gradient."""
-    norms = {key: float(torch.where(tensor.isfinite(), tensor, 0).double().norm()) for key, tensor in expected.items()}
-    squares: dict[tuple[str, str], float] = {}
-    for (optimizer, kind, name), norm in norms.items():
-        if kind == "gradient":
-            step = name.rpartition(", ")[2]
-            squares[optimizer, step] = squares.get((optimizer, step), 0.0) + norm**2
-    noise = NOISE * math.sqrt(max(squares.values(), default=0.0))
-    return {key: max(norm, noise, 1e-300) for key, norm in norms.items()}
+    wholes = _wholes(expected)
+    noise = NOISE * max((whole for (_, kind), whole in wholes.items() if kind == "gradient"), default=0.0)
+    return {key: max(_norm(tensor), noise, 1e-300) for key, tensor in expected.items()}
+
+
+def _scales_of_rounding(expected: Facts, moved: Facts, tolerance: float) -> dict[Key, float]:
+    """Scales by which a difference of `LAST_DIGITS` times the distance from `moved` is just within `tolerance`.
+
+    A gradient that is exactly zero, such as that of a bias before batch norm, is a sum of large terms that cancel; what is left is
+    rounding, and in proportion to the terms. How large that is shows when the model is computed with other last digits. It excuses nothing
+    above `tolerance` of the whole: of all gradients, parameters, ... together, so that models which rounding throws far off, such as
+    those that choose experts, are not excused by that."""
+    wholes = _wholes(expected)
+    return {
+        key: min(LAST_DIGITS * distance(tensor, moved[key]) / tolerance, wholes[key[0], key[1]]) if tensor.is_floating_point() else 0.0
+        for key, tensor in expected.items()
+        if key in moved and moved[key].shape == tensor.shape
+    } | {key: 0.0 for key in expected if key not in moved or moved[key].shape != expected[key].shape}
+
+
+def _rounding_note(raised: dict[Key, float], scales: dict[Key, float]) -> tuple[str, ...]:
+    names = list(dict.fromkeys(f"`{name.partition(', ')[0]}`" for (_, _, name) in sorted(raised, key=lambda key: scales[key] / raised[key])))
+    if not names:
+        return ()
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (f"rounding is much of {', '.join(names[:3])}{more}: compared with what last digits move",)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.where(tensor.isfinite(), tensor, 0).double().norm())
+
+
+def _wholes(expected: Facts) -> dict[tuple[str, str], float]:
+    """Norms of all tensors of a kind together, by optimizer and kind; of the step where that is largest."""
+    squares: dict[tuple[str, str, str], float] = {}
+    for (optimizer, kind, name), tensor in expected.items():
+        key = (optimizer, kind, name.rpartition(", step ")[2] if ", step " in name else "")
+        squares[key] = squares.get(key, 0.0) + _norm(tensor) ** 2
+    found: dict[tuple[str, str], float] = {}
+    for (optimizer, kind, _), square in squares.items():
+        found[optimizer, kind] = max(found.get((optimizer, kind), 0.0), math.sqrt(square))
+    return found
 
 
 def relative_error(expected: Tensor | None, found: Tensor | None, scale: float) -> float:

@@ -190,6 +190,51 @@ def test_judgement() -> None:
     assert not missing.ok and missing.worst.name == "tiny, step 1"
 
 
+class Cancelling(nn.Module):
+    """The gradient of `layer.bias` is a sum of terms that cancel, and all of them are larger than the gradient of `layer.weight`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 16)
+        self.register_buffer("weights", torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(1e-5 * x)
+        return ((hidden - hidden.mean(0)) * self.weights.sin()).sum()
+
+
+def off(job: Job) -> Found:
+    """A gradient that should be zero is small instead."""
+    facts, distances = on_a_rank(job)
+    if facts is not None:
+        facts["sgd", "gradient", "layer.bias, step 2"] += 1e-9
+    return facts, distances
+
+
+def test_what_is_only_rounding_is_judged_as_rounding(ranks2: RankPool) -> None:
+    model, example = Cancelling(), torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    plan = autopar.plan(model, example, "cpu:2", baseline="ddp")
+    report = verify(model, example, plan, ranks=ranks2)
+    assert report.ok and any("rounding is much of `layer.bias`" in note for note in report.notes), report
+    wrong = verify(model, example, plan, ranks=Sabotaged(ranks2, off))  # type: ignore[arg-type]
+    assert not wrong.ok and wrong.worst.name.startswith("layer.bias"), wrong
+
+
+def test_rounding_excuses_nothing_that_is_large() -> None:
+    """What the last digit moves is forgiven up to the tolerance times the whole gradient."""
+    big, tiny = ("sgd", "gradient", "big, step 1"), ("sgd", "gradient", "tiny, step 1")
+    expected = {big: torch.ones(4).double(), tiny: torch.full((1,), 1e-13).double()}
+    moved = {big: torch.full((4,), 3.0).double(), tiny: torch.full((1,), 2e-13).double()}
+
+    def report(change: Tensor) -> Any:
+        found = expected | {tiny: change.double()}
+        return judge(expected, [(found, {})], 1e-10, plan=PLAN, holders={}, steps=1, optimizers=("sgd",), dtype="float64", moved=moved)
+
+    assert report(torch.full((1,), 5e-12)).ok and not report(torch.full((1,), 2e-11)).ok  # 100 times 1e-13
+    moved[tiny] = torch.ones(1).double()
+    assert report(torch.full((1,), 1e-10)).ok and not report(torch.full((1,), 3e-10)).ok  # 1e-10 times a norm of 2
+
+
 class Stubborn(nn.Module):
     """Keeps a tensor that `copy.deepcopy` refuses, and recomputes in float32 whatever it is told."""
 
