@@ -11,12 +11,15 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autopar.ir.graph import Graph
+from autopar.ir.rules.table import RANDOM
 from autopar.runtime.dropout import seeded
 
 _active = False
@@ -36,6 +39,25 @@ def drawing_alike() -> Iterator[None]:
         yield
     finally:
         _active = before
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How an operation draws: by `number`, with the run's seed and the step, or alike, from `seed`."""
+
+    number: int
+    seed: int
+
+
+def draws(graph: Graph) -> dict[str, Draw]:
+    """The draws of operations by name; those that draw nothing have one all the same."""
+    seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    found = {}
+    for number, op in enumerate(graph.ops):
+        key = (op.module, graph.values[op.outputs[0]].shape if op.outputs else ())
+        found[op.name] = Draw(number, draw_seed(*key, seen[key]))
+        seen[key] += op.target in RANDOM
+    return found
 
 
 def draw_seed(module: str, shape: Sequence[int], occurrence: int) -> int:

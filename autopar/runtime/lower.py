@@ -10,7 +10,6 @@ values of the buffers that are updated, then what a stage sends (in the order of
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,7 +29,7 @@ from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.ir.rules.neighbours import RECEIVE, SEND
 from autopar.ir.rules.operators import operator
 from autopar.runtime import dropout
-from autopar.runtime.alike import draw_seed
+from autopar.runtime.alike import Draw, draws
 from autopar.runtime.convert import Place, convert, convert_value, local_steps
 from autopar.runtime.local_ops import LOCAL_OPS
 from autopar.runtime.recompute import Around, folded
@@ -78,14 +77,14 @@ def lower(
     mode: Mode = Mode(),
     hooks: Hooks = Hooks(),
     recompute: Sequence[range] = (),
-    numbers: Mapping[str, int] | None = None,
+    drawn: Mapping[str, Draw] | None = None,
 ) -> fx.GraphModule:
     """The program of the rank at `place`. `recompute`: positions in the graph of regions whose activations are computed again.
 
-    `numbers`: by which number an operation draws random numbers; by default its position. Graphs that are parts of one (the stages of
-    a pipeline) need the numbers of the whole, or equal positions would draw equal masks.
+    `drawn`: how operations draw random numbers, by name; by default as `draws(graph)` says. Graphs that are parts of one (the stages of
+    a pipeline) need the draws of the whole, or equal positions would draw equal masks.
     """
-    lowering = _Lowering(graph, assignment, place, borders, device, mode, hooks, numbers)
+    lowering = _Lowering(graph, assignment, place, borders, device, mode, hooks, drawn)
     lowering.region_at = {index: number for number, region in enumerate(recompute) for index in region}
     return lowering.run()
 
@@ -126,12 +125,11 @@ class _Lowering:
         device: torch.device,
         mode: Mode,
         hooks: Hooks,
-        numbers: Mapping[str, int] | None,
+        drawn: Mapping[str, Draw] | None,
     ) -> None:
         self.graph, self.assignment, self.place, self.borders = graph, assignment, place, borders
         self.device, self.mode, self.hooks = device, mode, hooks
-        self.numbers = numbers or {}
-        self.drawn: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self.drawn = draws(graph) if drawn is None else drawn
         self.sent: list[fx.Node] = []
         self.fx = fx.Graph()
         self.nodes: dict[tuple[str, State], fx.Node] = {}
@@ -262,7 +260,7 @@ class _Lowering:
             kwargs["device"] = self.device
         if _draws(op.target, args) or self.may_be_random(op):
             part = self.part(index, wanted[0] if wanted else (R,) * len(self.place.mesh))  # recurrent layers draw for their rows alone
-            return self.call(dropout.drawing, operator(op.target), self.device, part, self.seed(op), self.counter, *args, **kwargs)
+            return self.call(dropout.drawing, operator(op.target), self.device, part, self.draw(index).seed, self.counter, *args, **kwargs)
         return self.call(operator(op.target), *args, **kwargs)
 
     def may_be_random(self, op: Op) -> bool:
@@ -273,11 +271,9 @@ class _Lowering:
         rule = given_rule(self.graph, op)
         return rule is None or rule.whole
 
-    def seed(self, op: Op) -> int:
-        """Of `op`, which draws random numbers, where it is to draw as one device does."""
-        key = (op.module, self.graph.values[op.outputs[0]].shape)
-        self.drawn[key] += 1
-        return draw_seed(*key, self.drawn[key] - 1)
+    def draw(self, index: int) -> Draw:
+        """How the operation at `index` draws. One that the whole graph has not, a part of one that it has, draws by its position."""
+        return self.drawn.get(self.graph.ops[index].name, Draw(index, index))
 
     def special(self, op: Op) -> Callable[..., Any] | None:
         """The local implementation that the splits of `op` ask for, on the axes of more than one rank."""
@@ -326,7 +322,7 @@ class _Lowering:
     def part(self, index: int, state: State) -> int:
         """A number for the operation at `index` and the part of a value in `state` that this rank holds. Meshes of different sizes
         share no number: the operation's stands in the upper half, the part's in the lower."""
-        number = self.numbers.get(self.graph.ops[index].name, index) << 32
+        number = self.draw(index).number << 32
         offset = 0
         for placement, size, coordinate in zip(state, self.place.mesh, self.place.coordinate, strict=True):
             offset = offset * size + (coordinate if placement.is_shard else 0)

@@ -29,6 +29,7 @@ from autopar.ir.schedules import Action, Orders, named
 from autopar.ir.stages import RECEIVE, SEND
 from autopar.ir.trace import TracedModel
 from autopar.runtime import last_words
+from autopar.runtime.alike import draws
 from autopar.runtime.clip import PartOfModel, register
 from autopar.runtime.distributed import DistributedModule, Options
 from autopar.runtime.inputs import given_states
@@ -128,7 +129,7 @@ class PipelineModule(DistributedModule):
         schedule = named(plan.pipeline.schedule)
         orders = schedule.orders(groups, len(self._stage_groups) // groups, count)
         check(orders, self._stage_groups, count)
-        numbers = self._traced.graph.op_index
+        drawn = draws(self._traced.graph)
         sources = Sources(self._parameters_of, self._constants, self._buffer)
         self._stages: list[PipelineStage] = []
         for index in self._mine:
@@ -140,7 +141,7 @@ class PipelineModule(DistributedModule):
                 self._place,
                 sources,
                 plan.segments,
-                numbers,
+                drawn,
                 self._device,
                 inputs=states,
                 loss=loss,

@@ -30,6 +30,7 @@ from autopar.ir.graph import Graph, Op
 from autopar.ir.placement import R
 from autopar.ir.plan import SegmentPlan
 from autopar.ir.stages import RECEIVE, SEND, Stage
+from autopar.runtime.alike import Draw
 from autopar.runtime.convert import Place
 from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
 from autopar.runtime.gradients import Message, Reducer
@@ -72,7 +73,7 @@ class LiveStage:
     the whole loss is the sum of those of all `microbatches` (`loss_terms`), or equal in all and counts once. `reached`: the values that
     its gradient flows to.
 
-    `segments`: the plan's. `numbers`: by which number each operation draws random numbers. `inputs`: the state in which each comes, by
+    `segments`: the plan's. `drawn`: how operations draw random numbers. `inputs`: the state in which each comes, by
     path. `splits_backward`: whether the schedule runs the weights' backward pass apart.
     """
 
@@ -83,7 +84,7 @@ class LiveStage:
         place: Place,
         sources: Sources,
         segments: Sequence[SegmentPlan],
-        numbers: Mapping[str, int],
+        drawn: Mapping[str, Draw],
         device: torch.device,
         *,
         inputs: Mapping[str, State],
@@ -96,7 +97,7 @@ class LiveStage:
     ) -> None:
         graph = stage.graph
         self.stage, self.graph, self.assignment, self.place = stage, graph, assignment, place
-        self.sources, self.numbers, self.device = sources, numbers, device
+        self.sources, self.drawn, self.device = sources, drawn, device
         self._inputs = inputs
         self.splits_backward = splits_backward
         self._counts = range(microbatches) if loss_terms else range(microbatches - 1, microbatches)
@@ -304,7 +305,7 @@ class LiveStage:
             borders = Borders(inputs, {use.value: use.leaf for use in self._uses}, (whole,) * len(graph.outputs))
             hooks = hooks_of(self._buckets, self._gatherer, self._reducer.begin)
             self._programs[key] = lower(
-                graph, self.assignment, self.place, borders, self.device, mode, hooks, self.regions if train else (), self.numbers
+                graph, self.assignment, self.place, borders, self.device, mode, hooks, self.regions if train else (), self.drawn
             )
         return self._programs[key]
 

@@ -19,8 +19,8 @@ NOISE = 1e-4
 """A tensor whose norm is below this share of the whole gradient's is compared with that share: its own digits are rounding noise."""
 
 LAST_DIGITS = 100
-"""A difference is rounding if it is at most so many times what the last digits of parameters, buffers and inputs move the tensor by, on one device. Sums in
-another order were seen to move tensors up to 5 times as far."""
+"""A difference is rounding if it is at most so many times what the last digits of parameters, buffers and inputs move the tensor by, on
+one device. Sums in another order were seen to move tensors up to 5 times as far."""
 
 KINDS = ("loss", "output", "gradient", "parameter", "buffer", "between ranks")
 SHOWN = 12
@@ -188,7 +188,8 @@ def _scales_of_rounding(expected: Facts, moved: Facts, tolerance: float) -> dict
 
 
 def _rounding_note(raised: dict[Key, float], scales: dict[Key, float]) -> tuple[str, ...]:
-    names = list(dict.fromkeys(f"`{name.partition(', ')[0]}`" for (_, _, name) in sorted(raised, key=lambda key: scales[key] / raised[key])))
+    worst_first = sorted(raised, key=lambda key: scales[key] / raised[key])
+    names = list(dict.fromkeys(f"`{name.partition(', ')[0]}`" for _, _, name in worst_first))
     if not names:
         return ()
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -24,7 +24,7 @@ class Noisy(nn.Module):
         torch.rand(7, device=x.device)
         keep = torch.rand(x.shape[0], 1, 1, dtype=x.dtype, device=x.device) < 0.5
         x = x + keep * self.up(x)
-        x = self.channels(x)
+        x = self.channels(self.channels(x))
         x = x + torch.empty_like(x).uniform_(-1, 1) + torch.randn_like(x)
         return (x + torch.bernoulli(self.down(x).sigmoid())).square().mean()
 

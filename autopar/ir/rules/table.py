@@ -69,7 +69,7 @@ family(contractions.convolution, "conv1d.default conv2d.default conv3d.default c
 family(contractions.general_convolution, "convolution.default _convolution.default")
 family(contractions.transposed_convolution, "conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input")
 family(
-    cuts.differing(linear=True),
+    cuts.spatial(linear=True),
     "avg_pool1d.default avg_pool2d.default avg_pool3d.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default "
     "adaptive_avg_pool3d.default _adaptive_avg_pool2d.default _adaptive_avg_pool3d.default",
 )
@@ -145,12 +145,12 @@ family(cuts.stack, "stack.default")
 family(cuts.pad, "pad.default constant_pad_nd.default")
 family(cuts.differing(linear=True), "reflection_pad1d.default reflection_pad2d.default replication_pad1d.default replication_pad2d.default")
 family(
-    cuts.differing(linear=True),
+    cuts.spatial(linear=True),
     "upsample_nearest1d.default upsample_nearest2d.default upsample_nearest2d.vec upsample_bilinear2d.default upsample_bilinear2d.vec "
     "upsample_bicubic2d.default upsample_bicubic2d.vec upsample_nearest1d.vec",
 )
 family(
-    cuts.differing(linear=False),
+    cuts.spatial(linear=False),
     "max_pool1d.default max_pool2d.default max_pool3d.default max_pool2d_with_indices.default max_pool3d_with_indices.default "
     "adaptive_max_pool2d.default",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -47,11 +48,24 @@ def last(count: int, linear: bool = False) -> Family:
 
 
 def differing(linear: bool = True) -> Family:
-    """Needs those dims whole whose size the operator changes (`pad`, pooling)."""
+    """Needs those dims whole whose size the operator changes."""
 
     def family(call: Call) -> Nest | None:
         before, after = call.operands[0].shape, call.outputs[0].shape
         return aligned(call, (dim for dim in range(len(before)) if before[dim] != after[dim]), ((0,),) if linear else ())
+
+    return family
+
+
+def spatial(linear: bool) -> Family:
+    """Needs the dims of space whole, as many as the operator's name says (`max_pool2d`): windows reach over the parts' borders, and sizes of
+    results are arguments, even where the size stays the same."""
+
+    def family(call: Call) -> Nest | None:
+        match = re.search(r"([123])d", call.op.target)
+        assert match, call.op.target
+        rank = len(call.operands[0].shape)
+        return aligned(call, range(rank - int(match[1]), rank), ((0,),) if linear else ())
 
     return family
 
