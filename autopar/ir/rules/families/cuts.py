@@ -58,8 +58,8 @@ def differing(linear: bool = True) -> Family:
 
 
 def spatial(linear: bool) -> Family:
-    """Needs the dims of space whole, as many as the operator's name says (`max_pool2d`): windows reach over the parts' borders, and sizes of
-    results are arguments, even where the size stays the same."""
+    """Needs the dims of space whole, as many as the operator's name says (`max_pool2d`): windows reach over the parts' borders, and
+    sizes of results are arguments, even where the size stays the same."""
 
     def family(call: Call) -> Nest | None:
         match = re.search(r"([123])d", call.op.target)
