@@ -1,8 +1,13 @@
-"""Graph, mesh and prices become a `Problem`: a table per class of equal nodes or edges, and the choices its rows stand for."""
+"""Graph, mesh and prices become a `Problem`: a table per class of equal nodes or edges, and the choices its rows stand for.
+
+Its time has two steps. `AT_LOSS`, between the passes: what is kept for the backward pass is all there. `AT_END` of the backward pass:
+that has gone, and gradients have come. Parameters, optimizer state and what is gathered for the whole step are there at both, and so
+are gradients that add up over several microbatches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,11 +17,13 @@ from autopar.ir.assignment import Assignment, Choice, Storage
 from autopar.ir.conversion import State
 from autopar.ir.graph import Value
 from autopar.ir.placement import Placement
-from autopar.search.costs import AGAIN, ENTERS, LEAVES, Costs, Traffic
+from autopar.search.costs import AGAIN, ENTERS, LEAVES, Costs, Term, Traffic
 from autopar.search.problem import Problem, Segment, Table
 from autopar.search.strategies import Allowed, storages, strategies
 from autopar.search.structure import Edge, Structure
 
+AT_LOSS, AT_END = 0, 1
+_ALWAYS, _KEPT, _LATE = (AT_LOSS, AT_END + 1), (AT_LOSS, AT_END), (AT_END, AT_END + 1)  # intervals: all the time, activations, gradients
 T = TypeVar("T", bound=Hashable)
 Options = tuple[Choice, ...] | tuple[Storage, ...]
 
@@ -127,6 +134,7 @@ class _Builder:
         self.again: np.ndarray | None = None
         self.tables: list[Table] = []
         self._activations: set[int] = set()
+        self._gradients: dict[int, int] = {}  # of parameters' tables, where gradients come late
         self._table_of: dict[object, int] = {}
         self._options_of: dict[object, tuple[int, Options]] = {}
         self._edge_tables: dict[tuple[int, int, int, str], int] = {}
@@ -140,7 +148,7 @@ class _Builder:
             Table(table.cost_s, table.memory_bytes * times) if times != 1 and number in self._activations else table
             for number, table in enumerate(self.tables)
         ]
-        other._activations = set(self._activations)
+        other._activations, other._gradients = set(self._activations), dict(self._gradients)
         other._table_of, other._options_of = dict(self._table_of), dict(self._options_of)
         other._edge_tables, other._times = dict(self._edge_tables), dict(self._times)
         return other
@@ -171,13 +179,17 @@ class _Builder:
             if table is None:
                 table = self._edge_tables[ends] = self._edge_table(edge, options[edge.source], options[edge.target], *ends[1::2])
             edges.append((edge.source, edge.target, table))
-        used = sorted({*nodes, *(table for *_, table in edges)})
+        late = [(node, self._gradients[table]) for node, table in enumerate(nodes) if table in self._gradients]
+        used = sorted({*nodes, *(table for *_, table in edges), *(table for _, table in late)})
         number_of = {table: number for number, table in enumerate(used)}
         problem = Problem(
             tuple([number_of[table] for table in nodes]),
             tuple([(source, target, number_of[table]) for source, target, table in edges]),
             tuple([self.tables[table] for table in used]),
             _equal_runs(structure.segments, nodes),
+            live=tuple([_KEPT if kind == "op" else _ALWAYS for kind, _ in structure.order]),
+            edges_live=tuple([_ALWAYS if edge.slot < 0 else _KEPT for edge in structure.edges]),
+            also=tuple([(node, number_of[table], *_LATE) for node, table in late]),
         )
         return Built(problem, tuple(options), structure, self.costs, self.restriction, recompute if any(recompute) else (), self)
 
@@ -244,10 +256,12 @@ class _Builder:
             graph = self.structure.graph
             value = graph.values[graph.parameters[index].value]
             terms = [self.costs.parameter_term(value, storage) for storage in options if isinstance(storage, Storage)]
-            # With one microbatch, gradients come as activations go: the peak is above the sum of all else, and often no more than that.
-            left = ("gradients",) if self.costs.microbatches == 1 else ()
-            memory = [sum(size for kind, size in term.memory if kind not in left) for term in terms]
-            found = self._add(np.array([term.cost_s for term in terms]), np.array(memory, np.float64))
+            # With one microbatch, gradients come as activations go.
+            late = ("gradients",) if self.costs.microbatches == 1 else ()
+            cost_s = np.array([term.cost_s for term in terms])
+            found = self._add(cost_s, _bytes(terms, lambda kind: kind not in late))
+            if (gradients := _bytes(terms, lambda kind: kind in late)).any():
+                self._gradients[found] = self._add(np.zeros_like(cost_s), gradients)
             self._table_of["parameter", key] = found
         return found
 
@@ -323,6 +337,11 @@ class _Builder:
 
     def _moves(self, value: Value, storage: Storage, state: State) -> tuple[tuple[str, int, str, int], ...]:
         return self.costs.conversion(*_kind(value), storage.stored, state).moves
+
+
+def _bytes(terms: list[Term], counts: Callable[[str], bool]) -> np.ndarray:
+    """By term, memory of the kinds that count."""
+    return np.array([sum(size for kind, size in term.memory if counts(kind)) for term in terms], np.float64)
 
 
 def _kind(value: Value) -> tuple[tuple[int, ...], str, bool]:

@@ -54,15 +54,17 @@ class Chain:
         )  # fmt: skip
 
 
-def find_chains(nodes: Ints, edges: Ints, sizes: Ints, segments: tuple[Segment, ...]) -> tuple[Chain, ...]:
+def find_chains(nodes: Ints, edges: Ints, sizes: Ints, segments: tuple[Segment, ...], whole: bool = False) -> tuple[Chain, ...]:
     """The chains in the `segments` of a problem with `nodes[i]` the table of node `i`, `edges` rows `(i, j, table)`.
 
+    `whole`: a row is a repeat as its segment has it, and begins nowhere else.
     Repeats that differ from their neighbours (the first, a pinned one) stay outside; a segment in which they all do gives no chain.
     """
     found: list[Chain] = []
     for segment in segments:
         if segment.count >= _MIN_REPEATS:
-            found += _Rows(nodes, edges, sizes, _cut(edges, sizes, segment)).chains()
+            plain = np.arange(segment.start, segment.stop).reshape(segment.count, segment.length)
+            found += _Rows(nodes, edges, sizes, plain if whole else _cut(edges, sizes, segment)).chains()
     return tuple(found)
 
 

@@ -59,7 +59,7 @@ def close_gap(minimiser: Minimiser, incumbent: Incumbent, time_limit_s: float | 
             break
         choice = program.choice(result)
         incumbent.offer(np.array([k[s] for k, s in zip(kept, choice.tolist(), strict=True)], np.int64))
-        if small.evaluate(tuple(choice.tolist()))[1] <= incumbent.limit_bytes:
+        if (program.usage(choice) <= incumbent.limits).all():
             break
         program.forbid(choice)  # over the limit by less than HiGHS's tolerance
     incumbent.report("branch and bound")
@@ -68,12 +68,12 @@ def close_gap(minimiser: Minimiser, incumbent: Incumbent, time_limit_s: float | 
 def _fixed(minimiser: Minimiser, incumbent: Incumbent) -> list[Ints]:
     """Strategies that may be in a choice cheaper than the incumbent."""
     everything = [np.arange(n) for n in minimiser.sizes.tolist()]
-    if not np.isfinite(incumbent.cost_s) or incumbent.choice is None or incumbent.memory_bytes > incumbent.limit_bytes:
+    if not np.isfinite(incumbent.cost_s) or incumbent.choice is None:
         return everything
     marginals = min_marginals(minimiser, incumbent.price)
     if marginals is None:
         return everything
-    price_of_limit = incumbent.price * incumbent.limit_bytes if incumbent.price > 0 else 0.0
+    price_of_limit = incumbent.price * minimiser.weigh(incumbent.limits) if incumbent.price > 0 else 0.0
     most = (incumbent.cost_s + price_of_limit) * (1 + 1e-12)
     kept = []
     for node, marginal in enumerate(marginals):
@@ -91,9 +91,8 @@ def _smaller(problem: Problem, kept: list[Ints]) -> tuple[Problem, list[Ints]]:
     def number(t: int, rows: Ints, columns: Ints | None) -> int:
         key = (t, rows.tobytes(), b"" if columns is None else columns.tobytes())
         if key not in numbers:
-            at = rows if columns is None else np.ix_(rows, columns)
             numbers[key] = len(tables)
-            tables.append(Table(problem.tables[t].cost_s[at], problem.tables[t].memory_bytes[at]))
+            tables.append(problem.tables[t].at(rows if columns is None else np.ix_(rows, columns)))
         return numbers[key]
 
     nodes = tuple([number(t, kept[v], None) for v, t in enumerate(problem.nodes)])
@@ -112,27 +111,28 @@ def _within(kept: list[Ints], choice: Ints) -> Ints | None:
 class _Edge:
     i: int
     j: int
-    cost: Floats
-    memory: Floats
+    table: Table
 
 
 class _Program:
-    """The mixed-integer program. Nodes with one strategy are constants and do not appear."""
+    """The mixed-integer program. Nodes with one strategy are constants and do not appear. Memory has a row for every step."""
 
     def __init__(self, problem: Problem, incumbent: Incumbent) -> None:
         self.sizes = [len(problem.tables[t].cost_s) for t in problem.nodes]
-        self.cost = [problem.tables[t].cost_s.copy() for t in problem.nodes]
-        self.memory = [problem.tables[t].memory_bytes.copy() for t in problem.nodes]
+        self.nodes = [problem.tables[t] for t in problem.nodes]
+        self.steps = 1 + max([len(table.later_bytes) for table in problem.tables], default=0)
         self.edges: list[_Edge] = []
         for i, j, t in problem.edges:
-            self._add_edge(_Edge(i, j, problem.tables[t].cost_s, problem.tables[t].memory_bytes))
-        self.base_cost = sum(float(c[0]) for c, n in zip(self.cost, self.sizes, strict=True) if n == 1)
-        self.base_memory = sum(float(m[0]) for m, n in zip(self.memory, self.sizes, strict=True) if n == 1)
+            self._add_edge(_Edge(i, j, problem.tables[t]))
+        fixed = [table for table, n in zip(self.nodes, self.sizes, strict=True) if n == 1]
+        self.base_cost = sum(float(table.cost_s[0]) for table in fixed)
+        self.base_memory = [sum(float(table.step_bytes[step][0]) for table in fixed) for step in range(self.steps)]
         self.free = [v for v, n in enumerate(self.sizes) if n > 1]
         # tolerances of HiGHS are absolute; these scales put what matters well above them
-        spread = [float(np.ptp(self.cost[v][np.isfinite(self.cost[v])])) for v in self.free]
+        spread = [float(np.ptp(self.nodes[v].cost_s[np.isfinite(self.nodes[v].cost_s)])) for v in self.free]
         self.cost_unit = max([abs(self.base_cost) * 1e-9, *spread, 1e-300]) / _COST_RANGE
-        self.memory_unit = max([1.0, *[float(self.memory[v].max()) for v in self.free]]) / _MEMORY_RANGE
+        held = [float(array.max()) for v in self.free for array in self.nodes[v].step_bytes]
+        self.memory_unit = max([1.0, *held]) / _MEMORY_RANGE
         self.model = mathopt.Model(name="autopar")
         self.x = {v: self._choice_variables(v) for v in self.free}
         self.y = [self._pair_variables(edge) for edge in self.edges]
@@ -140,29 +140,37 @@ class _Program:
             self._one_strategy(v)
         for edge, y in zip(self.edges, self.y, strict=True):
             self._pairs_agree_with_choices(edge, y)
-        if np.isfinite(incumbent.limit_bytes):
-            self._memory_within(incumbent.limit_bytes)
+        for step, limit in enumerate(incumbent.limits.tolist()):
+            if np.isfinite(limit):
+                self._memory_within(step, limit)
         self._least_cost()
 
     def _add_edge(self, edge: _Edge) -> None:
         """Keep the edge if it joins two nodes with a choice; its rows that depend on one of them only become part of that node."""
-        i, j = edge.i, edge.j
-        if self.sizes[j] == 1 or (np.array_equal(edge.cost, edge.cost[:, :1].repeat(self.sizes[j], 1)) and not edge.memory.any()):
-            self.cost[i] = self.cost[i] + edge.cost[:, 0]
-            self.memory[i] = self.memory[i] + edge.memory[:, 0]
-        elif self.sizes[i] == 1 or (np.array_equal(edge.cost, edge.cost[:1].repeat(self.sizes[i], 0)) and not edge.memory.any()):
-            self.cost[j] = self.cost[j] + edge.cost[0]
-            self.memory[j] = self.memory[j] + edge.memory[0]
+        i, j, table = edge.i, edge.j, edge.table
+        weighs = any(held.any() for held in table.step_bytes)
+        if self.sizes[j] == 1 or (np.array_equal(table.cost_s, table.cost_s[:, :1].repeat(self.sizes[j], 1)) and not weighs):
+            self.nodes[i] = self.nodes[i] + table.at((slice(None), 0))
+        elif self.sizes[i] == 1 or (np.array_equal(table.cost_s, table.cost_s[:1].repeat(self.sizes[i], 0)) and not weighs):
+            self.nodes[j] = self.nodes[j] + table.at(0)
         else:
             self.edges.append(edge)
 
+    def usage(self, choice: Ints) -> Floats:
+        """Memory of a choice at every step, `(steps,)`."""
+        found = np.array(self.base_memory)
+        for step in range(self.steps):
+            found[step] += sum(float(self.nodes[v].step_bytes[step][choice[v]]) for v in self.free)
+            found[step] += sum(float(edge.table.step_bytes[step][choice[edge.i], choice[edge.j]]) for edge in self.edges)
+        return found
+
     def _choice_variables(self, v: int) -> list[mathopt.Variable]:
         """x[v, s] in {0, 1}; 0 where cost[v, s] is infinite."""
-        return [self.model.add_integer_variable(lb=0.0, ub=float(c < np.inf), name=f"x{v}_{s}") for s, c in enumerate(self.cost[v])]
+        return [self.model.add_integer_variable(lb=0.0, ub=float(c < np.inf), name=f"x{v}_{s}") for s, c in enumerate(self.nodes[v].cost_s)]
 
     def _pair_variables(self, edge: _Edge) -> list[list[mathopt.Variable]]:
         """0 <= y[e, a, b] <= 1; 0 where cost[e, a, b] is infinite."""
-        return [[self.model.add_variable(lb=0.0, ub=float(c < np.inf)) for c in row] for row in edge.cost]
+        return [[self.model.add_variable(lb=0.0, ub=float(c < np.inf)) for c in row] for row in edge.table.cost_s]
 
     def _one_strategy(self, v: int) -> None:
         """sum over s of x[v, s] = 1"""
@@ -178,24 +186,28 @@ class _Program:
             for pair in pairs:
                 row.set_coefficient(pair, 1.0)
 
-    def _terms(self, costs: bool) -> list[tuple[mathopt.Variable, float]]:
-        """Every variable with its cost or memory, finite ones only."""
-        terms = [(x, float(c)) for v in self.free for x, c in zip(self.x[v], (self.cost if costs else self.memory)[v], strict=True)]
+    def _terms(self, step: int | None) -> list[tuple[mathopt.Variable, float]]:
+        """Every variable with its memory at a step, or its cost, finite ones only."""
+
+        def values(table: Table) -> Floats:
+            return table.cost_s if step is None else table.step_bytes[step]
+
+        terms = [(x, float(c)) for v in self.free for x, c in zip(self.x[v], values(self.nodes[v]), strict=True)]
         for edge, y in zip(self.edges, self.y, strict=True):
-            table = edge.cost if costs else edge.memory
-            terms += [(pair, float(c)) for pairs, row in zip(y, table, strict=True) for pair, c in zip(pairs, row, strict=True) if c]
+            rows = zip(y, values(edge.table), strict=True)
+            terms += [(pair, float(c)) for pairs, row in rows for pair, c in zip(pairs, row, strict=True) if c]
         return [(variable, c) for variable, c in terms if np.isfinite(c)]
 
-    def _memory_within(self, limit_bytes: float) -> None:
+    def _memory_within(self, step: int, limit_bytes: float) -> None:
         """sum memory[v, s] x[v, s] + sum memory[e, a, b] y[e, a, b] <= limit - what the nodes without a choice need"""
-        row = self.model.add_linear_constraint(ub=(limit_bytes - self.base_memory) / self.memory_unit)
-        for variable, memory in self._terms(costs=False):
+        row = self.model.add_linear_constraint(ub=(limit_bytes - self.base_memory[step]) / self.memory_unit)
+        for variable, memory in self._terms(step):
             row.set_coefficient(variable, memory / self.memory_unit)
 
     def _least_cost(self) -> None:
         """minimise sum cost[v, s] x[v, s] + sum cost[e, a, b] y[e, a, b]"""
         self.model.objective.is_maximize = False
-        for variable, cost in self._terms(costs=True):
+        for variable, cost in self._terms(None):
             self.model.objective.set_linear_coefficient(variable, cost / self.cost_unit)
 
     def forbid(self, choice: Ints) -> None:

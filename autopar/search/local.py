@@ -23,21 +23,22 @@ class Local:
         self.offset = np.concatenate([[0], np.cumsum(minimiser.sizes)])
         self.node_of = np.repeat(np.arange(len(nodes)), minimiser.sizes)
         self.node_cost = _joined([problem.tables[t].cost_s for t in nodes.tolist()])
-        self.node_memory = _joined([problem.tables[t].memory_bytes for t in nodes.tolist()])
+        self.tables = [[table.step_bytes[step] for table in problem.tables] for step in range(minimiser.steps)]
+        self.node_memory = [_joined([tables[t] for t in nodes.tolist()]) for tables in self.tables]
         self._by_table = [(int(t), np.flatnonzero(edges[:, 2] == t)) for t in np.unique(edges[:, 2])]
         ends = np.concatenate([edges[:, :2], edges[:, 1::-1]])
         ends = ends[np.argsort(ends[:, 0], kind="stable")]
         self._neighbours, self._first = ends[:, 1], np.searchsorted(ends[:, 0], np.arange(len(nodes) + 1))
 
     def splices(self, first: Ints, second: Ints) -> tuple[Floats, Floats]:
-        """Cost and memory of all choices that follow `first` below a node and `second` from it on; by that node, shape `(nodes + 1,)`.
+        """Cost and memory of all choices that follow `first` below a node and `second` from it on; by that node, `(nodes + 1,)` and
+        `(steps, nodes + 1)`.
 
         Both choices must be possible (of finite cost).
         """
-        return (
-            self._spliced(self.node_cost, [table.cost_s for table in self.minimiser.problem.tables], first, second),
-            self._spliced(self.node_memory, [table.memory_bytes for table in self.minimiser.problem.tables], first, second),
-        )
+        cost = self._spliced(self.node_cost, [table.cost_s for table in self.minimiser.problem.tables], first, second)
+        steps = [self._spliced(nodes, tables, first, second) for nodes, tables in zip(self.node_memory, self.tables, strict=True)]
+        return cost, np.array(steps)
 
     def _spliced(self, node_values: Floats, tables: list[Floats], first: Ints, second: Ints) -> Floats:
         i, j = self.edges[:, 0], self.edges[:, 1]
@@ -65,50 +66,53 @@ class Local:
         return result
 
     def alternatives(self, choice: Ints) -> tuple[Floats, Floats]:
-        """Cost and memory that depend on each node, for each of its strategies, the others as in `choice`. Flat, see `offset`."""
+        """Cost and memory that depend on each node, for each of its strategies, the others as in `choice`. Flat, see `offset`; memory with
+        a row for every step."""
         at: list[Ints] = []
         cost: list[Floats] = [self.node_cost]
-        memory: list[Floats] = [self.node_memory]
+        memory: list[list[Floats]] = [[row] for row in self.node_memory]
         at.append(np.arange(len(self.node_cost)))
         for t, rows in self._by_table:
             table = self.minimiser.problem.tables[t]
             i, j = self.edges[rows, 0], self.edges[rows, 1]
             at.append((self.offset[i][:, None] + np.arange(table.cost_s.shape[0])).ravel())
             cost.append(table.cost_s[:, choice[j]].T.ravel())
-            memory.append(table.memory_bytes[:, choice[j]].T.ravel())
+            for row, held in zip(memory, table.step_bytes, strict=True):
+                row += [held[:, choice[j]].T.ravel(), held[choice[i]].ravel()]
             at.append((self.offset[j][:, None] + np.arange(table.cost_s.shape[1])).ravel())
             cost.append(table.cost_s[choice[i]].ravel())
-            memory.append(table.memory_bytes[choice[i]].ravel())
         where = np.concatenate(at)
         size = len(self.node_cost)
         costs: Floats = np.bincount(where, np.concatenate(cost), size).astype(np.float64)
-        memories: Floats = np.bincount(where, np.concatenate(memory), size).astype(np.float64)
-        return costs, memories
+        return costs, np.array([np.bincount(where, np.concatenate(row), size) for row in memory], np.float64)
 
-    def improve(self, choice: Ints, limit_bytes: float) -> Ints:
-        """Change single nodes while that makes the choice cheaper within the limit, or smaller while it is over the limit."""
+    def improve(self, choice: Ints, limits: Floats) -> Ints:
+        """Change single nodes while that makes the choice cheaper within the limits, `(steps,)`, or smaller while it is over one."""
         choice = choice.copy()
         for _ in range(_SWEEPS):
-            if not self._sweep(choice, limit_bytes):
+            if not self._sweep(choice, limits):
                 break
         return choice
 
-    def _sweep(self, choice: Ints, limit_bytes: float) -> bool:
+    def _sweep(self, choice: Ints, limits: Floats) -> bool:
         """One pass of changes, none beside another. Returns whether anything changed."""
-        slack = limit_bytes - self.minimiser.evaluate(choice)[1]
+        slack = limits - self.minimiser.usage(choice)[1]
         cost, memory = self.alternatives(choice)
         now = self.offset[:-1] + choice
         with np.errstate(invalid="ignore"):
             more_cost = cost - cost[now][self.node_of]
-            more_memory = memory - memory[now][self.node_of]
+            more_memory = memory - memory[:, now][:, self.node_of]
         tolerance = 1e-12 * float(np.abs(cost[now]).sum())
-        if slack >= 0:
-            useful = (more_cost < -tolerance) & (more_memory <= slack)
+        fits = bool((slack >= 0).all())
+        tightest = int(slack.argmin())
+        more = more_memory[tightest]
+        if fits:
+            useful = (more_cost < -tolerance) & (more_memory <= slack[:, None]).all(0)
             # savings per byte; those that need no memory first, the largest first among them
-            rank = np.where(more_memory <= 0, -np.inf, more_cost / np.maximum(more_memory, 1e-300))
+            rank = np.where(more <= 0, -np.inf, more_cost / np.maximum(more, 1e-300))
         else:
-            useful = (more_memory < 0) & (more_cost < np.inf)
-            rank = more_cost / np.maximum(-more_memory, 1e-300)
+            useful = (more < 0) & (more_cost < np.inf)
+            rank = more_cost / np.maximum(-more, 1e-300)
         moves = np.flatnonzero(useful)
         if not len(moves):
             return False
@@ -117,15 +121,14 @@ class Local:
         changed = False
         for move in moves.tolist():
             node = int(self.node_of[move])
-            if touched[node] or (slack >= 0 and more_memory[move] > slack):
+            if touched[node] or (fits and (more_memory[:, move] > slack).any()):
                 continue
             choice[node] = move - self.offset[node]
-            before = slack
-            slack -= float(more_memory[move])
+            slack = slack - more_memory[:, move]
             touched[node] = True
             touched[self._neighbours[self._first[node] : self._first[node + 1]]] = True
             changed = True
-            if before < 0 <= slack:
+            if not fits and slack[tightest] >= 0:
                 break  # it fits now; the next sweep looks for cheaper
         return changed
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from autopar.search.incumbent import Incumbent
 from autopar.search.local import Local
 from autopar.search.minimise import Minimiser, Minimum, Price
+from autopar.search.problem import Floats
 from autopar.search.reduce import restrict
 
 Ints = NDArray[np.int64]
@@ -28,13 +29,16 @@ _HULL_TOLERANCE = 1e-9
 _WIDE_GAP = 2e-3
 _SPREADS = (1.03, 1.3)
 _SPLICES_IMPROVED = 4
+_SHIFTS = 6  # of weight between time steps
 
 
 class _Corner:
-    """A priced minimum: its choice, cost, memory, and the price it was found at."""
+    """A priced minimum: its choice, cost, memory (by weights, and at every step), and the price it was found at."""
 
-    def __init__(self, choice: Ints, cost: float, memory: float, price: float) -> None:
-        self.choice, self.cost, self.memory, self.price = choice, cost, memory, price
+    def __init__(self, minimiser: Minimiser, incumbent: Incumbent, choice: Ints, price: float) -> None:
+        self.choice, self.price = choice, price
+        self.cost, self.usage = incumbent.offer(choice)
+        self.memory = minimiser.weigh(self.usage)
 
 
 def constrained(minimiser: Minimiser, incumbent: Incumbent) -> Minimum | None:
@@ -42,27 +46,74 @@ def constrained(minimiser: Minimiser, incumbent: Incumbent) -> Minimum | None:
 
     Returns None, or when nothing was found that fits the choice of least memory: a proof that nothing does where it is `exact`.
     """
-    limit = incumbent.limit_bytes
     free = minimiser.minimise(Price(0.0))
-    cost, memory = incumbent.offer(free.choice)
+    incumbent.offer(free.choice)
     incumbent.raise_bound(free.bound, 0.0)
     incumbent.report("without a memory limit")
-    if memory <= limit and free.exact:
+    if incumbent.choice is not None and free.exact:
         return None
-    low = _Corner(free.choice, cost, memory, 0.0)
-    least = minimiser.minimise(Price(np.inf))
-    cost, memory = incumbent.offer(least.choice)
-    incumbent.report("least memory")
     local = Local(minimiser)
-    if memory > limit and not least.exact:
-        incumbent.offer(local.improve(least.choice, limit))
-    if incumbent.choice is None:
-        return least
-    corners = [low, _Corner(least.choice, cost, memory, np.inf)]
+    least, corners = _walked(minimiser, incumbent, local, free)
+    if least is None and minimiser.steps > 1 and incumbent.gap > GOOD_GAP:
+        least = _balance(minimiser, incumbent, local, free, corners)
+    if incumbent.choice is not None:
+        return None
+    return least or Minimum(minimiser.minimise(Price(np.inf)).choice, incumbent.bound_s, False)
+
+
+def _walked(minimiser: Minimiser, incumbent: Incumbent, local: Local, free: Minimum) -> tuple[Minimum | None, list[_Corner]]:
+    """Walk the hull for the weights of `minimiser`, and mix. Returns what has least memory if that is too much, and the corners."""
+    incumbent.minimiser = minimiser
+    limit = incumbent.limit_bytes
+    low = _Corner(minimiser, incumbent, free.choice, 0.0)
+    least = minimiser.minimise(Price(np.inf))
+    high = _Corner(minimiser, incumbent, least.choice, np.inf)
+    incumbent.report("least memory")
+    if high.memory > limit:
+        if not least.exact:
+            incumbent.offer(local.improve(least.choice, incumbent.limits))
+        if least.exact or incumbent.choice is None:
+            return least, [low, high]
+    corners = [low, high]
     if low.memory > limit:
         corners = _hull(minimiser, incumbent, corners)
     _mix(minimiser, incumbent, local, corners)
+    return None, corners
+
+
+def _balance(minimiser: Minimiser, incumbent: Incumbent, local: Local, free: Minimum, corners: list[_Corner]) -> Minimum | None:
+    """Shift weight between the steps to where the bound is highest. Returns a proof that nothing fits, where one was met."""
+    first = int(_over(minimiser, corners, incumbent.limits).argmax())
+    low, high, share = 0.0, 1.0, 1.0
+    for _ in range(_SHIFTS):
+        weights = np.array(minimiser.weights) * (1.0 - share)
+        weights[first] += share
+        weighted = minimiser.weighted(tuple(weights.tolist()))
+        least, corners = _walked(weighted, incumbent, local, free)
+        if least is not None and least.exact:
+            return least
+        over = _over(weighted, corners, incumbent.limits)
+        if incumbent.gap <= GOOD_GAP or (over <= 0).all() or weighted is minimiser:
+            break
+        if over[first] > over.max() - _HULL_TOLERANCE * float(np.abs(incumbent.limits).max()):
+            low = share
+        else:
+            high = share
+        share = (low + high) / 2
     return None
+
+
+def _over(minimiser: Minimiser, corners: list[_Corner], limits: Floats) -> Floats:
+    """By step, what the mixture of the two corners about the limit has beyond it, `(steps,)`."""
+    limit = minimiser.weigh(limits)
+    above = min([corner for corner in corners if corner.memory > limit], key=lambda corner: corner.memory, default=None)
+    below = max([corner for corner in corners if corner.memory <= limit], key=lambda corner: corner.memory, default=None)
+    if above is None or below is None:
+        only = above or below
+        assert only is not None
+        return only.usage - limits
+    share = (limit - below.memory) / (above.memory - below.memory)
+    return share * above.usage + (1.0 - share) * below.usage - limits
 
 
 def _hull(minimiser: Minimiser, incumbent: Incumbent, corners: list[_Corner], proves: bool = True) -> list[_Corner]:
@@ -77,16 +128,15 @@ def _hull(minimiser: Minimiser, incumbent: Incumbent, corners: list[_Corner], pr
             break
         price = max(0.0, (high.cost - low.cost) / (low.memory - high.memory))
         minimum = minimiser.minimise(Price(price))
-        cost, memory = incumbent.offer(minimum.choice)
+        corner = _Corner(minimiser, incumbent, minimum.choice, price)
         if proves:
             incumbent.raise_bound(minimum.bound - price * limit, price)
             incumbent.report("pricing memory")
-        corner = _Corner(minimum.choice, cost, memory, price)
         corners.append(corner)
         line = low.cost + price * low.memory
-        if cost + price * memory >= line - _HULL_TOLERANCE * abs(line):
+        if corner.cost + price * corner.memory >= line - _HULL_TOLERANCE * abs(line):
             break
-        if memory > limit:
+        if corner.memory > limit:
             low = corner
         else:
             high = corner
@@ -95,7 +145,6 @@ def _hull(minimiser: Minimiser, incumbent: Incumbent, corners: list[_Corner], pr
 
 def _mix(minimiser: Minimiser, incumbent: Incumbent, local: Local, corners: list[_Corner]) -> None:
     """Look between the corners for what fits and costs less."""
-    limit = incumbent.limit_bytes
     _splice(incumbent, local, [corner.choice for corner in corners])
     incumbent.report("mixing")
     for spread in _SPREADS:
@@ -103,7 +152,7 @@ def _mix(minimiser: Minimiser, incumbent: Incumbent, local: Local, corners: list
             return
         mixed = _split(minimiser, incumbent, incumbent.price / spread, incumbent.price * spread)
         for choice in mixed:
-            incumbent.offer(local.improve(choice, limit))
+            incumbent.offer(local.improve(choice, incumbent.limits))
         incumbent.report("mixing")
     if incumbent.gap > _WIDE_GAP:
         _mix_worlds(minimiser, incumbent, local, corners)
@@ -118,32 +167,31 @@ def _mix_worlds(minimiser: Minimiser, incumbent: Incumbent, local: Local, corner
         return
     for world in worlds:
         inside = Minimiser(restrict(minimiser.problem, {node: (s,) for node, s in zip(shared, world, strict=True)}))
+        inside = inside.weighted(minimiser.weights)
         ends = []
         for price in (0.0, np.inf):
-            choice = inside.minimise(Price(price)).choice
-            ends.append(_Corner(choice, *incumbent.offer(choice), price))
+            ends.append(_Corner(inside, incumbent, inside.minimise(Price(price)).choice, price))
         if ends[1].memory <= incumbent.limit_bytes < ends[0].memory:
             _splice(incumbent, local, [corner.choice for corner in _hull(inside, incumbent, ends, proves=False)])
 
 
 def _splice(incumbent: Incumbent, local: Local, choices: list[Ints]) -> None:
     """Offer the best splices of every two of `choices`, and what single changes make of them."""
-    limit = incumbent.limit_bytes
     found: list[tuple[float, int, int, int]] = []
     for a, first in enumerate(choices):
         for b, second in enumerate(choices):
             if a != b:
-                cost, memory = local.splices(first, second)
-                cost = np.where(memory <= limit, cost, np.inf)
+                cost, usage = local.splices(first, second)
+                cost = np.where((usage <= incumbent.limits[:, None]).all(0), cost, np.inf)
                 place = int(cost.argmin())
                 if cost[place] < np.inf:
                     found.append((float(cost[place]), a, b, place))
     for _, a, b, place in sorted(found)[:_SPLICES_IMPROVED]:
         choice = np.concatenate([choices[a][:place], choices[b][place:]])
         incumbent.offer(choice)
-        incumbent.offer(local.improve(choice, limit))
+        incumbent.offer(local.improve(choice, incumbent.limits))
     if incumbent.choice is not None:
-        incumbent.offer(local.improve(incumbent.choice, limit))
+        incumbent.offer(local.improve(incumbent.choice, incumbent.limits))
 
 
 def _split(minimiser: Minimiser, incumbent: Incumbent, cheap: float, dear: float) -> list[Ints]:
@@ -156,8 +204,8 @@ def _split(minimiser: Minimiser, incumbent: Incumbent, cheap: float, dear: float
             middle = (low + high) // 2
             minimum = minimiser.minimise(Price(dear, cheap, int(starts[middle])))
             found.append(minimum.choice)
-            _, memory = incumbent.offer(minimum.choice)
-            if memory <= incumbent.limit_bytes:
+            _, usage = incumbent.offer(minimum.choice)
+            if minimiser.weigh(usage) <= incumbent.limit_bytes:
                 low = middle
             else:
                 high = middle

@@ -3,10 +3,15 @@
 Nodes outside chains stand for themselves, each chain is one factor; variable elimination does the rest. A price is seconds per byte:
 0 ignores memory, `inf` ignores cost (but for what is impossible). Two prices at once, one for the nodes before a place and one for
 those behind, make choices that lie between the two: "k of the 32 layers shard their state".
+
+Where memory differs between time steps (`Table.later_bytes`), it is the sum over the steps, each with its weight: with weights that are
+not negative and add up to 1, what is within the limit at every step is within it in that sum, so that bounds hold. Where regions may be
+computed again (`Problem.regions`), that is chosen too: of a repeat both tables are made, and the smaller entries taken.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,6 +50,8 @@ class Minimum:
     choice: Ints
     bound: float
     exact: bool
+    again: Ints | None = None
+    """Per region, 1 where it is computed again."""
 
 
 class Minimiser:
@@ -63,14 +70,16 @@ class Minimiser:
         self.searches = limit_entries == LIMIT_ENTRIES
         self._searched_in_vain = False
         self.search_s = _SEARCH_S  # at most, for a minimum that elimination cannot hold
-        self._tables: dict[float, list[Floats]] = {}
-        self._bodies: dict[tuple[int, float], Body] = {}
+        self.steps = 1 + max([len(table.later_bytes) for table in problem.tables], default=0)
+        self.weights = (1.0,) + (0.0,) * (self.steps - 1)
+        self.regions = None if problem.regions is None else np.array(problem.regions, np.int64)
+        self._forget()
         self._orders: dict[tuple[tuple[int, int, int], ...], tuple[Order, Order]] = {}
-        chains = find_chains(self.nodes, self.edges, self.sizes, problem.segments) if fold else ()
+        chains = find_chains(self.nodes, self.edges, self.sizes, problem.segments, self.regions is not None) if fold else ()
         self.chains: list[tuple[Chain, Shape]] = []
         for chain in chains:
             shape = shape_of(chain, self.sizes)
-            if self._worthwhile(chain, shape):
+            if self._worthwhile(chain, shape) and self._in_one_region_each(chain):
                 self.chains.append((chain, shape))
         if self.chains and self._largest(self._runs_whole()) > limit_entries >= self._largest([]):
             self.chains = []
@@ -81,6 +90,29 @@ class Minimiser:
         powers = 2 * chain.count.bit_length() * float(shape.states) ** 3 * shape.worlds
         largest = max(shape.order.largest_entries, float(shape.states) ** 2 * shape.worlds)
         return largest <= self.limit_entries and powers <= max(1e8, chain.count * shape.order.total_entries)
+
+    def _in_one_region_each(self, chain: Chain) -> bool:
+        """Whether no two rows share a region, and no row lies in two."""
+        if self.regions is None:
+            return True
+        of_row = self.regions[chain.rows]
+        first = of_row[:, 0]
+        return bool((of_row == first[:, None]).all()) and (bool((first < 0).all()) or len(np.unique(first[first >= 0])) == len(first))
+
+    def _forget(self) -> None:
+        self._minima: dict[Price, Minimum] = {}
+        self._tables: dict[tuple[float, bool], list[Floats]] = {}
+        self._bodies: dict[tuple[int, float], Body] = {}
+
+    def weighted(self, weights: tuple[float, ...]) -> Minimiser:
+        """The same with memory as the sum over the steps by these weights."""
+        assert len(weights) == self.steps and abs(sum(weights) - 1.0) < 1e-9 and min(weights) >= 0
+        if weights == self.weights:
+            return self
+        other = copy(self)
+        other.weights = weights
+        other._forget()
+        return other
 
     @property
     def fits(self) -> bool:
@@ -98,42 +130,60 @@ class Minimiser:
 
     # ---- costs
 
-    def tables(self, price: float) -> list[Floats]:
-        """`cost + price * memory` per table."""
-        if price not in self._tables:
+    def tables(self, price: float, again: bool = False) -> list[Floats]:
+        """`cost + price * memory` per table; `again`: of what is computed again."""
+        if (price, again) not in self._tables:
             while len(self._tables) >= _KEPT_PRICES:
                 oldest = next(iter(self._tables))
                 del self._tables[oldest]
-                for key in [key for key in self._bodies if key[1] == oldest]:
+                for key in [key for key in self._bodies if key[1] == oldest[0]]:
                     del self._bodies[key]
-            if price == 0:
-                self._tables[price] = [table.cost_s for table in self.problem.tables]
-            elif price == np.inf:
-                self._tables[price] = [np.where(t.cost_s < np.inf, t.memory_bytes, np.inf) for t in self.problem.tables]
-            else:
-                self._tables[price] = [table.cost_s + price * table.memory_bytes for table in self.problem.tables]
-        return self._tables[price]
+            self._tables[price, again] = [self._priced((again and table.again) or table, price) for table in self.problem.tables]
+        return self._tables[price, again]
+
+    def _priced(self, table: Table, price: float) -> Floats:
+        if price == 0:
+            return table.cost_s
+        memory = table.memory_bytes
+        if self.weights[0] != 1.0:
+            memory = np.tensordot(self.weights, np.stack(table.step_bytes), 1)
+        return np.where(table.cost_s < np.inf, memory, np.inf) if price == np.inf else table.cost_s + price * memory
 
     def _body(self, number: int, price: float) -> Body:
-        tables = self.tables(price)
+        chain, shape = self.chains[number]
+        modes = [self.tables(price)]
+        if self.regions is not None and self.regions[chain.rows[0, 0]] >= 0:
+            modes.append(self.tables(price, again=True))
         if (number, price) not in self._bodies:
-            chain, shape = self.chains[number]
-            unary = self.nodes[chain.rows[0]].tolist()
-            self._bodies[number, price] = Body(chain, shape, tables, unary, self.limit_entries)
+            self._bodies[number, price] = Body(chain, shape, modes, self.nodes[chain.rows[0]].tolist(), self.limit_entries)
         return self._bodies[number, price]
 
-    def evaluate(self, choice: Ints) -> tuple[float, float]:
-        """Cost and memory of a choice, added up over the whole, unfolded problem."""
-        return self._flat.evaluate(choice)
+    def evaluate(self, choice: Ints, again: Ints | None = None) -> tuple[float, float]:
+        """Cost and memory (by weights) of a choice, added up over the whole, unfolded problem."""
+        cost, usage = self.usage(choice, again)
+        return cost, self.weigh(usage)
+
+    def usage(self, choice: Ints, again: Ints | None = None) -> tuple[float, Floats]:
+        """Cost, and memory at every step, `(steps,)`. `again`: per region, 1 where it is computed again."""
+        return self._flat.evaluate(choice, again)
+
+    def weigh(self, usage: Floats) -> float:
+        return float(usage[0]) if self.weights[0] == 1.0 else float(np.dot(self.weights, usage))
 
     # ---- the minimum
 
     def minimise(self, price: Price) -> Minimum:
-        """The choice of least priced cost. Deterministic: ties go to the lowest strategies.
+        """The choice of least priced cost, known from then on. Deterministic: ties go to the lowest strategies.
 
         Where no table of elimination fits, or elimination is dear, the problem is shrunk and searched; the minimum is `exact` where search
         and bound meet.
         """
+        found = self._minima.get(price)
+        if found is None:
+            found = self._minima[price] = self._minimum(price)
+        return found
+
+    def _minimum(self, price: Price) -> Minimum:
         if self.searches and not self.fits:
             return self._searched(price)
         if self.searches and self.dear and not self._searched_in_vain:
@@ -148,7 +198,7 @@ class Minimiser:
             behind = bool(chain.rows.min() >= price.until)
             chains.append(ChainCost(chain, self._body(number, price.behind if behind else price.before)))
         parts = [cost.chain for cost in chains]
-        sizes = {v: int(self.sizes[v]) for v in self._outer_nodes(parts)}
+        sizes = self._outer_sizes(parts)
         first, second = self._outer_order(spans)
         outer = eliminate(sizes, self._outer_factors(parts, price), first, self.limit_entries)
         ends = {v: sizes[v] for v in second.variables}
@@ -156,11 +206,18 @@ class Minimiser:
         chosen = outer.recover(chosen)
         choice = np.zeros(len(self.nodes), np.int64)
         for node, values in chosen.items():
-            choice[node] = values[0]
+            if node < len(choice):
+                choice[node] = values[0]
+        again = None if self.regions is None else np.zeros(int(self.regions.max(initial=-1)) + 1, np.int64)
         for cost in chains:
-            cost.recover(chosen, choice)
-        exact = outer.exact and joint.exact
-        return Minimum(choice, outer.constant + joint.constant, exact)
+            modes = cost.recover(chosen, choice)
+            if again is not None:
+                again[self.regions[cost.chain.rows[:, 0]]] = modes
+        if again is not None:
+            for v, values in chosen.items():
+                if v >= len(self.nodes):
+                    again[v - len(self.nodes)] = values[0]
+        return Minimum(choice, outer.constant + joint.constant, outer.exact and joint.exact, again)
 
     def _searched(self, price: Price) -> Minimum:
         """The minimum by `solve_over_time` of a problem without memory, whose costs are the priced ones."""
@@ -211,6 +268,25 @@ class Minimiser:
         nodes: list[int] = np.flatnonzero(outside).tolist()
         return nodes
 
+    def _outer_sizes(self, chains: list[Chain]) -> dict[int, int]:
+        """Choices of what elimination sees. Whether a region outside of chains is computed again is a variable behind the nodes."""
+        sizes = {v: int(self.sizes[v]) for v in self._outer_nodes(chains)}
+        return sizes | {v: 2 for v in sorted({v for scope in self._modes_outside(chains) for v in scope[-1:]})}
+
+    def _modes_outside(self, chains: list[Chain]) -> list[tuple[int, ...]]:
+        """Scopes of nodes and edges outside of chains that depend on whether a region is computed again; that variable is the last."""
+        if self.regions is None:
+            return []
+        tables, region, count = self.problem.tables, self.regions, len(self.nodes)
+        found: list[tuple[int, ...]] = []
+        for v in np.flatnonzero(self._outside(chains) & (region >= 0)).tolist():
+            if tables[self.nodes[v]].again is not None:
+                found.append((v, count + int(region[v])))
+        for i, j, table in self._outer_edges(chains).tolist():
+            if region[j] >= 0 and tables[table].again is not None:
+                found.append((i, j, count + int(region[j])))
+        return found
+
     def unfolded_order(self) -> Order:
         """An order of elimination for all nodes one by one, repeats included: each as its chain's body goes, then what is left."""
         variables: list[int] = []
@@ -244,11 +320,15 @@ class Minimiser:
 
     def _outer_factors(self, chains: list[Chain], price: Price) -> list[Factor]:
         behind, before = self.tables(price.behind), self.tables(price.before)
-        factors = [
-            factor((v,), (behind if v >= price.until else before)[self.nodes[v]]) for v in np.flatnonzero(self._outside(chains)).tolist()
-        ]
-        for i, j, table in self._outer_edges(chains).tolist():
-            factors.append(factor((i, j), (behind if j >= price.until else before)[table]))
+        switched = {scope[:-1]: scope[-1] for scope in self._modes_outside(chains)}
+        again = self.tables(price.behind, again=True) if switched else []
+        factors = []
+        scopes = [((v,), int(self.nodes[v])) for v in np.flatnonzero(self._outside(chains)).tolist()]
+        for scope, table in scopes + [((i, j), table) for i, j, table in self._outer_edges(chains).tolist()]:
+            if scope in switched:
+                factors.append(Factor((*scope, switched[scope]), np.stack([behind[table], again[table]], -1)))
+            else:
+                factors.append(factor(scope, (behind if scope[-1] >= price.until else before)[table]))
         return factors
 
     def _outer_order(self, spans: list[tuple[int, int, int]]) -> tuple[Order, Order]:
@@ -256,8 +336,9 @@ class Minimiser:
         key = tuple(spans)
         if key not in self._orders:
             parts = [self.chains[number][0].part(start, stop) for number, start, stop in spans]
-            sizes = {v: int(self.sizes[v]) for v in self._outer_nodes(parts)}
+            sizes = self._outer_sizes(parts)
             scopes: list[tuple[int, ...]] = [(i, j) for i, j, _ in self._outer_edges(parts).tolist()]
+            scopes += self._modes_outside(parts)
             wide = [(*part.entering, *part.rows[-1, list(part.leaving)].tolist(), *part.invariants) for part in parts]
             ends = {v for scope in wide for v in scope}
             first = find_order(sizes, scopes, ends)
@@ -267,18 +348,25 @@ class Minimiser:
 
 
 class _Flat:
-    """All tables of a problem in one row, so that a choice is evaluated by one look-up."""
+    """All tables of a problem in one row, those of what is computed again behind, so that a choice is evaluated by one look-up."""
 
     def __init__(self, problem: Problem, nodes: Ints, edges: Ints) -> None:
         tables = problem.tables
         sizes = np.array([table.cost_s.size for table in tables], np.int64)
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         width = np.array([table.cost_s.shape[-1] for table in tables], np.int64)
-        self.cost = np.concatenate([table.cost_s.ravel() for table in tables]) if tables else np.zeros(0)
-        self.memory = np.concatenate([table.memory_bytes.ravel() for table in tables]) if tables else np.zeros(0)
+        rows = list(tables) + ([table.again or table for table in tables] if problem.regions is not None else [])
+        self.cost = np.concatenate([table.cost_s.ravel() for table in rows]) if tables else np.zeros(0)
+        steps = zip(*[table.step_bytes for table in rows], strict=True)
+        self.memory = [np.concatenate([held.ravel() for held in step]) for step in steps] or [np.zeros(0)]
         self.i, self.j = edges[:, 0], edges[:, 1]
         self.node_base, self.edge_base, self.edge_width = offsets[nodes], offsets[edges[:, 2]], width[edges[:, 2]]
+        self.half = int(offsets[-1])
+        region = np.array(problem.regions if problem.regions is not None else [-1] * len(nodes), np.int64)
+        self.region = np.concatenate([region, region[self.j]])
 
-    def evaluate(self, choice: Ints) -> tuple[float, float]:
+    def evaluate(self, choice: Ints, again: Ints | None = None) -> tuple[float, Floats]:
         at = np.concatenate([self.node_base + choice, self.edge_base + choice[self.i] * self.edge_width + choice[self.j]])
-        return float(self.cost[at].sum()), float(self.memory[at].sum())
+        if again is not None:
+            at = at + self.half * np.where(self.region >= 0, again[self.region], 0)
+        return float(self.cost[at].sum()), np.array([float(memory[at].sum()) for memory in self.memory])

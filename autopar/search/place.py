@@ -18,12 +18,13 @@ from autopar.ir.precision import Precision
 from autopar.ir.schedules import Order, named
 from autopar.search import timeline
 from autopar.search.account import account, least_workspace_bytes, resident_bytes
-from autopar.search.build import Built
+from autopar.search.build import AT_LOSS, Built
 from autopar.search.describe import Part
-from autopar.search.problem import Problem, Segment, Solution
+from autopar.search.problem import Interval, Problem, Segment, Solution
 from autopar.search.recompute import recomputed, wants
 from autopar.search.segments import Row
-from autopar.search.solve import Progress, solve, solve_with
+from autopar.search.solve import Progress, Ready, solve, solve_with
+from autopar.search.steps import in_steps
 from autopar.search.work import RECEIVE
 from autopar.search.workload import Flow, Piece, Stage, Workload, sizes_of
 
@@ -44,6 +45,13 @@ class Place:
     @cached_property
     def problem(self) -> Problem:
         return beside([built.problem for built in self.builts])
+
+    @cached_property
+    def ready(self) -> Ready:
+        """The problem made ready for any limit."""
+        steps = in_steps(self.problem)
+        assert steps is not None, "two steps: the loss, and the end of the backward pass"
+        return Ready(steps)
 
     def most(self) -> tuple[tuple[int, ...], ...]:
         """By stage and segment, how many repeats could be recomputed: those of repeats, or the whole stage where nothing repeats."""
@@ -152,18 +160,20 @@ class Settings:
         return recomputed(self, kept) if wants(kept) else kept
 
     def solve_as_is(self, place: Place) -> Found:
-        """What adds up in the problem is below the peak: the solver's limit leaves room for the least workspace that any plan needs, and
-        where the plan found needs more, room for that is left and it is solved again. The bound is that of the first round, which every
-        plan within the limit obeys."""
-        problem = place.problem
+        """The problem knows what is there at the loss and at the end of the backward pass; on top of it comes, at the loss, at least the
+        workspace that any plan needs. Where the peak of the plan found is elsewhere, and above the limit, room for that is left and it is
+        solved again. The bound is that of the first round, which every plan within the limit obeys."""
+        problem, ready = replace(place.problem, memory_limit_bytes=float(self.limit_bytes)), place.ready
         least = max(least_workspace_bytes(built.structure, built.costs, built.op_choices()) for built in place.builts)
-        reserve = least + sum(resident_bytes(built.structure, built.costs.microbatches) for built in place.builts)
+        resident = sum(resident_bytes(built.structure, built.costs.microbatches) for built in place.builts)
+        beside = [resident + (least if start == AT_LOSS else 0.0) for start in ready.starts]
         best: Found | None = None
         bound = price = 0.0
         least_tried = False
         for attempt in range(_ROUNDS):
-            limited = replace(problem, memory_limit_bytes=max(0.0, self.limit_bytes - reserve))
-            solution = solve(limited, effort=self.effort, time_limit_s=self.seconds_left(), progress=self.progress)
+            solution = solve(
+                problem, ready=ready, beside_bytes=tuple(beside), effort=self.effort, time_limit_s=self.seconds_left(), progress=self.progress
+            )  # fmt: skip
             if attempt == 0:
                 bound, price = solution.lower_bound_s, solution.multiplier_s_per_byte
             found = replace(self.found(place, solution, bound), price_s_per_byte=price)
@@ -172,14 +182,15 @@ class Settings:
             least_tried = not solution.feasible
             if found.fits or least_tried:
                 break
-            reserve = max(reserve, found.memory_bytes - solution.memory_bytes) + (0.01 * self.limit_bytes if attempt else 0.0)
+            more = max(0.0, found.memory_bytes - solution.memory_bytes) + (0.01 * self.limit_bytes if attempt else 0.0)
+            beside = [size + more for size in beside]
         assert best is not None
         if not best.fits:
             # The least of what adds up may come with a huge workspace: also look where the whole limit is worth as much as the whole step.
-            others = [solve_with(problem, {}, bound / self.limit_bytes)]
+            others = [solve_with(problem, {}, bound / self.limit_bytes, ready)]
             if not least_tried:
                 # What is said to be the least when nothing fits must be found again when just that much is given.
-                others.append(solve_with(problem, {}, math.inf))
+                others.append(solve_with(problem, {}, math.inf, ready))
             best = min(best, *(self.found(place, other, bound) for other in others), key=self.rank)
         return best
 
@@ -212,6 +223,9 @@ def beside(problems: Sequence[Problem]) -> Problem:
     nodes: list[int] = []
     edges: list[tuple[int, int, int]] = []
     segments: list[Segment] = []
+    live: list[Interval] = []
+    edges_live: list[Interval] = []
+    also: list[tuple[int, int, int, int]] = []
     tables = [table for problem in problems for table in problem.tables]
     first_table = 0
     for problem in problems:
@@ -219,5 +233,11 @@ def beside(problems: Sequence[Problem]) -> Problem:
         nodes += [table + first_table for table in problem.nodes]
         edges += [(i + first, j + first, table + first_table) for i, j, table in problem.edges]
         segments += [replace(segment, start=segment.start + first) for segment in problem.segments]
+        live += problem.live or ()
+        edges_live += problem.edges_live or ()
+        also += [(node + first, table + first_table, lo, hi) for node, table, lo, hi in problem.also]
         first_table += len(problem.tables)
-    return Problem(tuple(nodes), tuple(edges), tuple(tables), tuple(segments), min(problem.memory_limit_bytes for problem in problems))
+    limit_bytes = min(problem.memory_limit_bytes for problem in problems)
+    return Problem(
+        tuple(nodes), tuple(edges), tuple(tables), tuple(segments), limit_bytes, tuple(live), tuple(edges_live), tuple(also)
+    )  # fmt: skip

@@ -9,6 +9,7 @@ that bounds leave in the running.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -49,35 +50,49 @@ def shape_of(chain: Chain, sizes: Ints) -> Shape:
     invariants = {length + len(entering) + k: int(sizes[node]) for k, node in enumerate(chain.invariants)}
     variables |= entering | invariants
     keep = (*entering, *chain.leaving, *invariants)
-    scopes = [scope for scope, _ in _scopes(chain)]
+    scopes = [scope for scope, _, _ in _scopes(chain)]
     return Shape(variables, keep, find_order(variables, scopes, keep), prod(entering.values()), prod(invariants.values()))
 
 
-def _scopes(chain: Chain) -> list[tuple[tuple[int, int], int]]:
-    """Variables and table of each edge of a repeat."""
+def _scopes(chain: Chain) -> list[tuple[tuple[int, int], int, bool]]:
+    """Variables and table of each edge of a repeat, and whether it goes to a node behind all repeats."""
     length = chain.rows.shape[1]
     entering = {p: length + k for k, p in enumerate(chain.leaving)}
     invariant = {node: length + len(entering) + k for k, node in enumerate(chain.invariants)}
     return [
-        *[((i, j), t) for i, j, t in chain.inner],
-        *[((entering[i], j), t) for i, j, t in chain.carried],
-        *[((invariant[i], j), t) for i, j, t in chain.before],
-        *[((i, invariant[j]), t) for i, j, t in chain.behind],
+        *[((i, j), t, False) for i, j, t in chain.inner],
+        *[((entering[i], j), t, False) for i, j, t in chain.carried],
+        *[((invariant[i], j), t, False) for i, j, t in chain.before],
+        *[((i, invariant[j]), t, True) for i, j, t in chain.behind],
     ]
 
 
 class Body:
-    """One repeat under given costs. `tables[t]` is the cost of table `t`; `unary[p]` the table of position `p`."""
+    """One repeat under given costs. `modes[m][t]` is the cost of table `t` where the repeat is computed in mode `m` (once; again, where
+    that may be chosen), `unary[p]` the number of the table of position `p`."""
 
-    def __init__(self, chain: Chain, shape: Shape, tables: list[Floats], unary: list[int], limit_entries: int) -> None:
-        factors = [factor((p,), tables[t]) for p, t in enumerate(unary)]
-        factors += [factor(scope, tables[t]) for scope, t in _scopes(chain)]
+    def __init__(self, chain: Chain, shape: Shape, modes: Sequence[list[Floats]], unary: list[int], limit_entries: int) -> None:
         self.shape = shape
-        self.eliminated: Eliminated = eliminate(shape.sizes, factors, shape.order, limit_entries)
-        table = self.eliminated.table(shape.keep, shape.sizes).reshape(shape.states, shape.states, shape.worlds)
-        # (worlds, entering, leaving): powers run over the last two, invariants are a batch
-        self.step = np.ascontiguousarray(np.moveaxis(table, 2, 0))
+        least = [np.minimum(*both) for both in zip(*modes, strict=True)] if len(modes) > 1 else modes[0]
+        self.eliminated: list[Eliminated] = []
+        steps = []
+        for tables in modes:
+            factors = [factor((p,), tables[t]) for p, t in enumerate(unary)]
+            # An edge to a node behind the repeats is paid as that one is computed: here as if it were at its best.
+            factors += [factor(scope, (least if behind else tables)[t]) for scope, t, behind in _scopes(chain)]
+            self.eliminated.append(eliminate(shape.sizes, factors, shape.order, limit_entries))
+            table = self.eliminated[-1].table(shape.keep, shape.sizes).reshape(shape.states, shape.states, shape.worlds)
+            # (worlds, entering, leaving): powers run over the last two, invariants are a batch
+            steps.append(np.ascontiguousarray(np.moveaxis(table, 2, 0)))
+        self.step = steps[0] if len(steps) == 1 else np.minimum(*steps)
+        self._again = None if len(steps) == 1 else steps[1] < steps[0]
         self._powers: dict[int, Power] = {}
+
+    def mode(self, world: int, states: Ints) -> Ints:
+        """The cheaper mode of every repeat on the way along `states`, shape `(repeats,)`."""
+        if self._again is None:
+            return np.zeros(len(states) - 1, np.int64)
+        return self._again[world, states[:-1], states[1:]].astype(np.int64)
 
     def power(self, count: int) -> Power:
         if count not in self._powers:
@@ -243,8 +258,8 @@ class ChainCost:
         """Make the cost exact where it was chosen. Returns whether it was not before."""
         return self.power.solve(self._indices(chosen)[2])
 
-    def recover(self, chosen: dict[int, Ints], choice: Ints) -> None:
-        """Write the choices of all repeats into `choice`, given those of the factor's nodes."""
+    def recover(self, chosen: dict[int, Ints], choice: Ints) -> Ints:
+        """Write the choices of all repeats into `choice`, given those of the factor's nodes. Returns the mode of each repeat."""
         chain, sizes = self.chain, self.body.shape.sizes
         length, width = chain.rows.shape[1], len(chain.entering)
         entering, leaving, world = self._indices(chosen)
@@ -258,6 +273,12 @@ class ChainCost:
             known[length + width + k] = np.full(chain.count, int(chosen[node][0]))
         if not known:
             known = {_NO_VARIABLE: np.zeros(chain.count, np.int64)}
-        for position, values in self.body.eliminated.recover(known).items():
-            if 0 <= position < length:
-                choice[chain.rows[:, position]] = values
+        modes = self.body.mode(world, states)
+        for mode, eliminated in enumerate(self.body.eliminated):
+            rows = np.flatnonzero(modes == mode)
+            if not len(rows):
+                continue
+            for position, values in eliminated.recover({v: values[rows] for v, values in known.items()}).items():
+                if 0 <= position < length:
+                    choice[chain.rows[rows, position]] = values
+        return modes

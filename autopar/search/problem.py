@@ -8,6 +8,7 @@ index, so a problem of 128 layers stores the tables of one, and `segments` say w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +27,35 @@ class Table:
     """Cost and memory by strategy: shape `(n_i,)` for a node, `(n_i, n_j)` for an edge.
 
     `cost_s` may be `inf` where a choice is impossible; `memory_bytes` is finite and not negative.
+
+    Of a problem that holds the memory of few time steps in its tables (`autopar.search.steps`): `later_bytes`, memory at the steps after
+    the first. Of one whose regions may be computed again (`Problem.regions`): `again`, the table if they are, equal in shape and in what
+    is impossible.
     """
 
     cost_s: Floats
     memory_bytes: Floats
+    later_bytes: tuple[Floats, ...] = ()
+    again: Table | None = None
+
+    @property
+    def step_bytes(self) -> tuple[Floats, ...]:
+        """Memory at every step."""
+        return self.memory_bytes, *self.later_bytes
+
+    def at(self, index: Any) -> Table:
+        """The table of some strategies: every array at `index`."""
+        later = tuple([np.ascontiguousarray(array[index]) for array in self.later_bytes])
+        again = None if self.again is None else self.again.at(index)
+        return Table(np.ascontiguousarray(self.cost_s[index]), np.ascontiguousarray(self.memory_bytes[index]), later, again)
+
+    def __add__(self, other: Table) -> Table:
+        """Of parallel edges."""
+        again = None
+        if self.again is not None or other.again is not None:
+            again = (self.again or self) + (other.again or other)
+        later = tuple([a + b for a, b in zip(self.later_bytes, other.later_bytes, strict=True)])
+        return Table(self.cost_s + other.cost_s, self.memory_bytes + other.memory_bytes, later, again)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +72,9 @@ class Problem:
     `lo == hi`), `edges_live[e]` the same of edge `e`; None stands for always, for all of them. `also` are further holdings of nodes:
     `(i, table, lo, hi)` adds `tables[table].memory_bytes` by the strategy of node `i` at `lo <= t < hi`, and no cost; this is what
     is left of a node whose choice follows another's.
+
+    `regions[i]` is the region of node `i`, -1 for none. Beside the strategies every region is computed once or again; if again, its nodes
+    and the edges into them have their tables' `again`. None: nothing is computed again.
     """
 
     nodes: tuple[int, ...]
@@ -56,6 +85,7 @@ class Problem:
     live: tuple[Interval, ...] | None = None
     edges_live: tuple[Interval, ...] | None = None
     also: tuple[tuple[int, int, int, int], ...] = ()
+    regions: tuple[int, ...] | None = None
 
     @property
     def timed(self) -> bool:

@@ -99,5 +99,5 @@ def recomputed(settings: Settings, kept: Found, free: Found | None = None) -> Fo
 
 def unlimited(settings: Settings, place: Place) -> Found:
     """The plan of least cost with any memory."""
-    solution = solve_with(place.problem, {})
+    solution = solve_with(place.problem, {}, ready=place.ready)
     return settings.found(place, solution, solution.lower_bound_s)

@@ -11,6 +11,7 @@ Nodes at one position of a segment keep the same strategies, so that what was fo
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ Ints = NDArray[np.int64]
 _ROUNDS = 3
 _FEW_COLUMNS = 4
 _HUGE = 1e300  # below every difference of costs, yet finite, so that it adds to `inf` as `inf`
-_SIDE_I, _SIDE_J = 0, 1
+_SIDE_I, _SIDE_J, _FOREIGN = 0, 1, 2
 
 
 def domain_sizes(problem: Problem) -> Ints:
@@ -50,12 +51,17 @@ def restrict(problem: Problem, allowed: dict[int, tuple[int, ...]]) -> Problem:
             raise PlanError(f"cannot restrict node {node} to strategies {choices}: it has {len(table.cost_s)}")
         key = (nodes[node], tuple(sorted(set(choices))))
         if key not in known:
-            cost = np.full_like(table.cost_s, np.inf)
-            cost[list(key[1])] = table.cost_s[list(key[1])]
             known[key] = len(tables)
-            tables.append(Table(cost, table.memory_bytes))
+            tables.append(_only(table, list(key[1])))
         nodes[node] = known[key]
     return replace(problem, nodes=tuple(nodes), tables=tuple(tables))
+
+
+def _only(table: Table, strategies: list[int]) -> Table:
+    """A node's table in which all other strategies are impossible."""
+    cost = np.full_like(table.cost_s, np.inf)
+    cost[strategies] = table.cost_s[strategies]
+    return replace(table, cost_s=cost, again=None if table.again is None else _only(table.again, strategies))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +80,11 @@ def reduce(problem: Problem) -> Reduced:
 
     Raises `InfeasibleError` when a node is left without a strategy.
     """
-    assert not problem.timed, "memory of one time step"
-    tables = [Table(np.asarray(t.cost_s, np.float64), np.asarray(t.memory_bytes, np.float64)) for t in problem.tables]
+    assert not problem.timed, "tables hold the memory of all time steps"
+    tables = [replace(t, cost_s=np.asarray(t.cost_s, np.float64), memory_bytes=np.asarray(t.memory_bytes, np.float64)) for t in problem.tables]
     edges = _merged(np.array(problem.edges, np.int64).reshape(-1, 3), tables)
     nodes = np.array(problem.nodes, np.int64)
-    work = _Reduction(nodes, edges, tables, _groups(problem))
+    work = _Reduction(nodes, edges, tables, _groups(problem), problem.regions)
     for _ in range(_ROUNDS):
         if not work.round():
             break
@@ -100,16 +106,12 @@ def _merged(edges: Ints, tables: list[Table]) -> Ints:
         key = tuple(edges[starts[at] : starts[at] + sizes[at], 2].tolist())
         if key not in known:
             known[key] = len(tables)
-            tables.append(Table(sum_of([tables[t].cost_s for t in key]), sum_of([tables[t].memory_bytes for t in key])))
+            total = tables[key[0]]
+            for t in key[1:]:
+                total = total + tables[t]
+            tables.append(total)
         merged[at, 2] = known[key]
     return merged
-
-
-def sum_of(arrays: list[Floats]) -> Floats:
-    total = arrays[0]
-    for array in arrays[1:]:
-        total = total + array
-    return total
 
 
 def _groups(problem: Problem) -> Ints:
@@ -122,8 +124,10 @@ def _groups(problem: Problem) -> Ints:
 
 
 class _Reduction:
-    def __init__(self, nodes: Ints, edges: Ints, tables: list[Table], group: Ints) -> None:
+    def __init__(self, nodes: Ints, edges: Ints, tables: list[Table], group: Ints, regions: tuple[int, ...] | None) -> None:
         self.nodes, self.edges, self.tables, self.group = nodes, edges, tables, group
+        region = np.array(regions, np.int64) if regions is not None else np.zeros(len(nodes), np.int64)
+        self.foreign = region[edges[:, 0]] != region[edges[:, 1]]
         count = int(group.max()) + 1 if len(group) else 0
         self.table_of = np.zeros(count, np.int64)
         self.table_of[group] = nodes
@@ -134,12 +138,13 @@ class _Reduction:
         self.stale = set(self.contexts)
 
     def _contexts(self) -> list[tuple[int, list[tuple[int, int, int, int]]]]:
-        """Per group, every distinct surrounding of its nodes: `(edge table, side, neighbour's group, how often)`."""
+        """Per group, every distinct surrounding of its nodes: `(edge table, side, neighbour's group, how often)`; `_FOREIGN` is added to the
+        side of an edge that goes to another region, which may be computed again or not as it likes."""
         if not len(self.edges):
             return [(int(group), []) for group in np.unique(self.group)]
         i, j, table = self.edges.T
         node = np.concatenate([i, j])
-        side = np.repeat([_SIDE_I, _SIDE_J], len(i))
+        side = np.concatenate([_SIDE_I + _FOREIGN * self.foreign, np.full(len(i), _SIDE_J)])
         other = self.group[np.concatenate([j, i])]
         code = np.stack([np.concatenate([table, table]), side, other], 1)
         first, number = equal_rows(*code.T)
@@ -158,12 +163,11 @@ class _Reduction:
             result.append((int(self.group[at]), around))
         return result
 
-    def _view(self, table: int, side: int, own: Ints, other: Ints) -> tuple[Floats, Floats]:
-        """Cost and memory of an edge, `(own strategies, neighbour's strategies)`."""
-        rows, columns = (own, other) if side == _SIDE_I else (other, own)
-        at = np.ix_(rows, columns)
-        cost, memory = self.tables[table].cost_s[at], self.tables[table].memory_bytes[at]
-        return (cost, memory) if side == _SIDE_I else (cost.T, memory.T)
+    def _view(self, table: int, side: int, own: Ints, other: Ints) -> tuple[tuple[Floats, ...], ...]:
+        """Cost and memory of an edge, `(own strategies, neighbour's strategies)` each; computed once and, where there is a table, again."""
+        flipped = side % _FOREIGN == _SIDE_J
+        at = np.ix_(other, own) if flipped else np.ix_(own, other)
+        return tuple([tuple([one[at].T if flipped else one[at] for one in mode]) for mode in _modes(self.tables[table])])
 
     def round(self) -> bool:
         """One round over the groups whose surroundings may have changed. Returns whether any strategy was dropped."""
@@ -174,7 +178,7 @@ class _Reduction:
                 self._changed(group)
             count = len(self.kept[group])
             a, b = np.nonzero(~np.eye(count, dtype=np.bool_))
-            known: dict[tuple[int, int, int], tuple[Floats, Floats]] = {}
+            known: dict[tuple[int, int, int], tuple[tuple[Floats, ...], ...]] = {}
             for around in surroundings:
                 if len(a):
                     a, b = self._dominating(group, around, known, a, b)
@@ -199,7 +203,7 @@ class _Reduction:
         for around in surroundings or [[]]:
             here = possible.copy()
             for table, side, other, _ in around:
-                here &= self._view(table, side, own, self.kept[other])[0].min(1) < np.inf
+                here &= self._view(table, side, own, self.kept[other])[0][0].min(1) < np.inf
             if not here.any():
                 node = int(np.flatnonzero(self.group == group)[0])
                 raise InfeasibleError(f"node {node} has no possible strategy left: every choice costs inf, alone or with its neighbours")
@@ -213,29 +217,33 @@ class _Reduction:
         self,
         group: int,
         around: list[tuple[int, int, int, int]],
-        known: dict[tuple[int, int, int], tuple[Floats, Floats]],
+        known: dict[tuple[int, int, int], tuple[tuple[Floats, ...], ...]],
         a: Ints,
         b: Ints,
     ) -> tuple[Ints, Ints]:
         """Those of the pairs `a`, `b` of strategies where `a` is at least as good as `b` in this surrounding."""
         own = self.kept[group]
-        table = self.tables[self.table_of[group]]
+        modes = _modes(self.tables[self.table_of[group]])
         views = []
         for edge, side, other, often in around:
             key = (edge, side, other)
             if key not in known:
                 known[key] = self._view(edge, side, own, self.kept[other])
-            views.append((known[key], often))
+            views.append((known[key], often, side >= _FOREIGN))
+        count = max([len(modes), *[len(view) for view, _, _ in views]])
         # a few of the neighbours' choices rule most pairs out; only the rest is compared in full
         for columns in (_FEW_COLUMNS, None):
-            for which in (0, 1):
-                unary = (table.cost_s, table.memory_bytes)[which][own]
-                more = unary[a] - unary[b]
-                for pair, often in views:
-                    more += often * worst_difference(pair[which], a, b, columns)
-                a, b = a[more <= 0], b[more <= 0]
-                if not len(a):
-                    return a, b
+            for mode in range(count):
+                for which, unary in enumerate(modes[min(mode, len(modes) - 1)]):
+                    more = unary[own][a] - unary[own][b]
+                    for view, often, foreign in views:
+                        if foreign and len(view) > 1:
+                            more += often * np.maximum(*[worst_difference(one[which], a, b, columns) for one in view])
+                        else:
+                            more += often * worst_difference(view[min(mode, len(view) - 1)][which], a, b, columns)
+                    a, b = a[more <= 0], b[more <= 0]
+                    if not len(a):
+                        return a, b
         return a, b
 
     def result(self, problem: Problem) -> Reduced:
@@ -245,27 +253,34 @@ class _Reduction:
         kept_number: dict[tuple[int, bytes], int] = {}
         kept_of = np.array([kept_number.setdefault((len(k), k.tobytes()), len(kept_number)) for k in self.kept], np.int64)
 
-        def number(key: tuple[int, ...], cost: Floats, memory: Floats) -> int:
+        def number(key: tuple[int, ...], table: Table, index: Any) -> int:
             if key not in numbers:
                 numbers[key] = len(tables)
-                tables.append(Table(np.ascontiguousarray(cost), np.ascontiguousarray(memory)))
+                tables.append(table.at(index))
             return numbers[key]
 
         new_table = np.zeros(len(self.kept), np.int64)
         for group, kept in enumerate(self.kept):
             t = int(self.table_of[group])
-            new_table[group] = number((t, int(kept_of[group])), self.tables[t].cost_s[kept], self.tables[t].memory_bytes[kept])
+            new_table[group] = number((t, int(kept_of[group])), self.tables[t], kept)
         i, j, table = self.edges.T
         keys = np.stack([table, kept_of[self.group[i]], kept_of[self.group[j]]], 1)
         first, inverse = equal_rows(*keys.T)
         rows = keys[first]
         new_edge = np.zeros(len(rows), np.int64)
         for row, at in enumerate(first):
-            cost, memory = self._view(int(table[at]), _SIDE_I, self.kept[self.group[i[at]]], self.kept[self.group[j[at]]])
-            new_edge[row] = number(tuple(rows[row].tolist()), cost, memory)
+            kept_both = np.ix_(self.kept[self.group[i[at]]], self.kept[self.group[j[at]]])
+            new_edge[row] = number(tuple(rows[row].tolist()), self.tables[int(table[at])], kept_both)
         edges = tuple(zip(i.tolist(), j.tolist(), new_edge[inverse].tolist(), strict=True))
-        reduced = Problem(tuple(new_table[self.group].tolist()), edges, tuple(tables), problem.segments, problem.memory_limit_bytes)
+        nodes = tuple(new_table[self.group].tolist())
+        reduced = replace(problem, nodes=nodes, edges=edges, tables=tuple(tables))
         return Reduced(reduced, tuple([self.kept[g] for g in self.group.tolist()]))
+
+
+def _modes(table: Table) -> tuple[tuple[Floats, ...], ...]:
+    """Cost and memory at every step; of what is computed once and, where there is a table, again."""
+    once = table.cost_s, *table.step_bytes
+    return (once,) if table.again is None else (once, (table.again.cost_s, *table.again.step_bytes))
 
 
 def worst_difference(table: Floats, a: Ints, b: Ints, columns: int | None = None) -> Floats:

@@ -17,15 +17,27 @@ from autopar.search.minimise import Minimiser, Price
 from autopar.search.over_time import solve_over_time
 from autopar.search.problem import Problem, Solution, Table
 from autopar.search.reduce import Reduced, reduce, restrict
+from autopar.search.steps import Steps, in_steps
 
 _UNKNOWN_S = 60.0  # how long the fast search looks for anything that fits where no table of elimination does
 
 __all__ = ["Progress", "restrict", "search", "solve", "solve_with"]
 
 
+class Ready:
+    """A problem of few steps made ready to be solved under many limits and prices: reduced once, and no minimum is looked for twice."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.starts = steps.starts
+        self.reduced = reduce(steps.problem)
+        self.minimiser = Minimiser(self.reduced.problem)
+
+
 def solve(
     problem: Problem,
     *,
+    ready: Ready | None = None,
+    beside_bytes: tuple[float, ...] = (),
     effort: Literal["fast", "exact"] = "fast",
     time_limit_s: float | None = None,
     seed: int = 0,
@@ -36,21 +48,26 @@ def solve(
 
     Without a limit in the way the choice is optimal (but for graphs so entangled that no table of elimination fits, where the bound
     says so). With one, `"fast"` prices memory and mixes; `"exact"` also closes the gap by branch and bound, within `time_limit_s`
-    seconds. Problems whose memory differs between time steps, and those that elimination cannot hold, are searched: until the time
+    seconds. Problems whose memory differs between many time steps, and those that elimination cannot hold, are searched: until the time
     limit, until cost and bound differ by no more than `gap` of the bound (None: 0.01% for `"fast"`, nothing for `"exact"`), or
     until nothing is found for long. `progress` is called on every step. Ctrl-C ends the search with the best choice so far, if there
-    is one. The same `seed` gives the same answer where the time limit is not what ends the search.
+    is one. The same `seed` gives the same answer where the time limit is not what ends the search. `ready`: the problem, whatever its limit,
+    made ready before. `beside_bytes`: by step of `ready`, what is held whatever is chosen.
 
     Raises `PlanError` for a damaged problem and `InfeasibleError` when every choice is impossible whatever the memory, or, with time
     steps, when it is plain that nothing fits.
     """
-    check(problem)
+    if ready is None:
+        check(problem)
     gap = (GOOD_GAP if effort == "fast" else 0.0) if gap is None else gap
-    if problem.timed:
-        return solve_over_time(problem, time_limit_s=time_limit_s, seed=seed, gap=gap, progress=progress)
     start = perf_counter()
-    reduced = reduce(problem)
-    incumbent = Incumbent(Minimiser(reduced.problem), problem.memory_limit_bytes, progress)
+    if ready is None:
+        stepped = in_steps(problem)
+        ready = None if stepped is None else Ready(stepped)
+    if ready is None or (problem.timed and not ready.minimiser.fits):
+        return solve_over_time(problem, time_limit_s=time_limit_s, seed=seed, gap=gap, progress=progress)
+    reduced = ready.reduced
+    incumbent = Incumbent(ready.minimiser, problem.memory_limit_bytes, progress, beside_bytes)
     if time_limit_s is not None:
         incumbent.minimiser.search_s = min(incumbent.minimiser.search_s, time_limit_s / 4)
     feasible = True
@@ -80,6 +97,7 @@ def search(incumbent: Incumbent, effort: Literal["fast", "exact"], time_limit_s:
     """Improve `incumbent` as far as `effort` goes. Returns whether anything fits; if not it holds a choice of least memory."""
     minimiser = incumbent.minimiser
     least = constrained(minimiser, incumbent)
+    minimiser = minimiser.weighted(incumbent.weights)
     unknown = least is not None and not least.exact
     if unknown or (effort == "exact" and least is None):
         from autopar.search.exact import close_gap  # HiGHS takes a while to import
@@ -88,26 +106,31 @@ def search(incumbent: Incumbent, effort: Literal["fast", "exact"], time_limit_s:
     if incumbent.choice is None:
         assert least is not None
         incumbent.choice = least.choice
-        incumbent.cost_s, incumbent.memory_bytes = minimiser.evaluate(least.choice)
+        incumbent.cost_s, usage = minimiser.usage(least.choice)
+        incumbent.memory_bytes = incumbent.peak(usage)
         return False
     return True
 
 
-def solve_with(problem: Problem, allowed: Mapping[int, tuple[int, ...]], multiplier_s_per_byte: float = 0.0) -> Solution:
+def solve_with(
+    problem: Problem, allowed: Mapping[int, tuple[int, ...]], multiplier_s_per_byte: float = 0.0, ready: Ready | None = None
+) -> Solution:
     """The least `cost + multiplier * memory` when the nodes of `allowed` may only choose the strategies listed: one solve, cheap.
 
     With the multiplier of an earlier solution this prices alternatives as that solution saw them. The memory limit is not enforced;
-    `feasible` says whether it holds, and `lower_bound_s` bounds every choice within it that `allowed` admits.
+    `feasible` says whether it holds, and `lower_bound_s` bounds every choice within it that `allowed` admits. `ready`: the problem with
+    nothing restricted, made ready before.
     """
-    check(problem)
-    restricted = restrict(problem, dict(allowed))
-    reduced = reduce(restricted)
-    minimiser = Minimiser(reduced.problem)
-    minimum = minimiser.minimise(Price(multiplier_s_per_byte))
-    cost, memory = minimiser.evaluate(minimum.choice)
-    limit = problem.memory_limit_bytes
+    if ready is None:
+        check(problem)
+        stepped = in_steps(restrict(problem, dict(allowed)))
+        assert stepped is not None, "memory of few time steps"
+        ready = Ready(stepped)
+    minimum = ready.minimiser.minimise(Price(multiplier_s_per_byte))
+    cost, usage = ready.minimiser.usage(minimum.choice)
+    limit, memory = problem.memory_limit_bytes, float(usage.max())
     bound = minimum.bound - (multiplier_s_per_byte * limit if multiplier_s_per_byte else 0.0)
-    return Solution(reduced.original(minimum.choice), cost, memory, bound, memory <= limit, multiplier_s_per_byte)
+    return Solution(ready.reduced.original(minimum.choice), cost, memory, bound, memory <= limit, multiplier_s_per_byte)
 
 
 def _solution(reduced: Reduced, incumbent: Incumbent, feasible: bool) -> Solution:

@@ -119,7 +119,7 @@ def test_splices_are_evaluated_exactly() -> None:
         first, second = (minimiser.minimise(Price(price)).choice for price in (0.0, np.inf))
         if problem.evaluate(tuple(first.tolist()))[0] == np.inf:
             continue
-        cost, memory = Local(minimiser).splices(first, second)
+        cost, (memory,) = Local(minimiser).splices(first, second)
         for place in range(len(problem.nodes) + 1):
             want = problem.evaluate(tuple(np.concatenate([first[:place], second[place:]]).tolist()))
             assert (cost[place], memory[place]) == pytest.approx(want)
@@ -131,9 +131,9 @@ def test_single_changes_only_improve() -> None:
         minimiser = Minimiser(problem)
         start = np.array([n - 1 for n in minimiser.sizes])
         cost, memory = minimiser.evaluate(start)
-        better = Local(minimiser).improve(start, memory + 3)
+        better = Local(minimiser).improve(start, np.array([memory + 3]))
         assert minimiser.evaluate(better)[0] <= cost and minimiser.evaluate(better)[1] <= memory + 3
-        smaller = minimiser.evaluate(Local(minimiser).improve(start, memory - 2))[1]
+        smaller = minimiser.evaluate(Local(minimiser).improve(start, np.array([memory - 2])))[1]
         assert smaller <= memory
 
 
