@@ -8,7 +8,7 @@ are gradients that add up over several microbatches.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,6 +64,43 @@ class Built:
         """The same with the first `counts` repeats of every segment of the graph recomputed."""
         assert self.builder is not None
         return self.builder.build(counts)
+
+    def switched(self, counts: tuple[int, ...]) -> Problem:
+        """The problem whose regions are those repeats, each computed once or again. What leaves a region that is computed again counts as
+        if the region were kept: a little less than it takes, at the few places where such regions end."""
+        assert self.builder is not None
+        once, again = self.builder.build(), self.builder.build(counts)
+        of_op = self.structure.recomputed(counts)
+        if of_op is None:
+            return once.problem
+        regions = [-1] * len(self.structure.order)
+        for position, node in enumerate(self.structure.node_of_op):
+            regions[node] = int(of_op[position])
+        read_in: dict[int, set[int]] = {}
+        for edge in self.structure.parameter_edges:
+            read_in.setdefault(edge.source, set()).add(regions[edge.target])
+        for node, found in read_in.items():
+            regions[node] = found.pop() if len(found) == 1 else -1
+        tables: list[Table] = []
+        numbers: dict[tuple[int, int], int] = {}
+
+        def number(first: int, second: int) -> int:
+            if (first, second) not in numbers:
+                numbers[first, second] = len(tables)
+                table, other = once.problem.tables[first], again.problem.tables[second]
+                same = table is other or second < 0
+                tables.append(table if same else replace(table, again=other))
+            return numbers[first, second]
+
+        pairs = zip(once.problem.nodes, again.problem.nodes, strict=True)
+        nodes = tuple([number(a, b if region >= 0 else -1) for (a, b), region in zip(pairs, regions, strict=True)])
+        edges = tuple([
+            (i, j, number(a, b if regions[j] >= 0 else -1))
+            for (i, j, a), (_, _, b) in zip(once.problem.edges, again.problem.edges, strict=True)
+        ])  # fmt: skip
+        also = tuple([(node, number(table, -1), lo, hi) for node, table, lo, hi in once.problem.also])
+        segments = _equal_runs(self.structure.segments, list(nodes))
+        return replace(once.problem, nodes=nodes, edges=edges, tables=tuple(tables), segments=segments, also=also, regions=tuple(regions))
 
     def like(self, structure: Structure, costs: Costs) -> Built:
         """The same for a graph that differs in names alone, with other numbers of live microbatches: activations take so much more."""

@@ -5,6 +5,7 @@ for every mesh: structure + prices -> problem -> solution;  the best one -> assi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from autopar.errors import InfeasibleError, PinError
@@ -17,12 +18,12 @@ from autopar.search.describe import Part
 from autopar.search.follow import batch_splits
 from autopar.search.meshes import AXES, Mesh, candidates
 from autopar.search.pins import Pins, check_options
-from autopar.search.place import Found, Settings, alone, peak
-from autopar.search.recompute import estimate_s, recomputed, unlimited, wants
+from autopar.search.place import Found, Place, Settings, alone, peak
+from autopar.search.recompute import Relaxed, recomputed
 from autopar.search.remedies import remedies
 from autopar.search.structure import Structure
 
-_RECOMPUTED = 2  # meshes, the most promising ones, on which it is searched how much to recompute
+_WORTH = 0.002  # of a step: a mesh whose bound promises no more is not searched for how much to recompute
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +76,36 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
     settings = search.settings
     best: Found | None = None
     bound_s = float("inf")
-    waiting: list[Found] = []  # that do not fit, or might be faster, if something is recomputed
+    waiting: list[tuple[Found | None, Relaxed, Place]] = []  # where recomputing may help
     for relaxed_s, one in built:
         if best is not None and best.fits and relaxed_s >= best.cost_s:
             bound_s = min(bound_s, relaxed_s)
             continue
         place = alone(one)
-        if settings.recompute != "auto":
-            found = settings.solve(place)
+        if settings.recompute != "auto" or not any(any(row) for row in place.may()):
+            found: Found | None = settings.solve(place)
         else:
-            found = settings.solve_as_is(place)
-            if wants(found):
-                waiting.append(found)
-                found = replace(found, bound_s=0.0) if not found.fits else found
-        if found.fits or settings.recompute != "auto":
+            found, target = settings.kept(place)
+            if target is not None:
+                waiting.append((found, target, place))
+        if found is None:
+            continue
+        if not waiting or waiting[-1][2] is not place:
             bound_s = min(bound_s, max(found.bound_s, relaxed_s) if found.fits else found.bound_s)
         if best is None or settings.rank(found) < settings.rank(best):
             best = found
-    assert best is not None
-    frees = sorted(((unlimited(settings, found.place), found) for found in waiting), key=lambda pair: (estimate_s(pair[0]), pair[0].cost_s))
-    for at, (free, kept) in enumerate(frees):
-        bound_s = min(bound_s, free.bound_s)
-        if at >= _RECOMPUTED or (best.fits and max(free.cost_s, estimate_s(free)) >= best.cost_s):
+    waiting.sort(key=lambda one: one[1].bound_s)
+    for kept, target, place in waiting:
+        bound_s = min(bound_s, target.bound_s)
+        if best is not None and best.fits and target.bound_s >= (1 - _WORTH) * best.cost_s:
             continue
-        found = recomputed(settings, kept, free)
-        best = found if settings.rank(found) < settings.rank(best) else best
+        if target.bound_s < math.inf:
+            found = recomputed(settings, place, target, kept)
+            best = found if best is None or settings.rank(found) < settings.rank(best) else best
+    if best is None or not best.fits:
+        tried = [place for _, _, place in waiting[:1]]
+        least = [settings.solve_as_is(one) for place in tried for one in (place, place.recomputing(place.may()))]
+        best = min([*least, *([best] if best is not None else [])], key=settings.rank)
     return best, min(bound_s, best.cost_s)
 
 

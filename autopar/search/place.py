@@ -12,6 +12,8 @@ from functools import cached_property
 from time import perf_counter
 from typing import Literal
 
+import numpy as np
+
 from autopar.ir.cluster import Cluster
 from autopar.ir.plan import SegmentCost
 from autopar.ir.precision import Precision
@@ -20,8 +22,10 @@ from autopar.search import timeline
 from autopar.search.account import account, least_workspace_bytes, resident_bytes
 from autopar.search.build import AT_LOSS, Built
 from autopar.search.describe import Part
+from autopar.search.memory import GOOD_GAP
+from autopar.search.minimise import Minimum, Price
 from autopar.search.problem import Interval, Problem, Segment, Solution
-from autopar.search.recompute import recomputed, wants
+from autopar.search.recompute import Relaxed, recomputed, relaxed
 from autopar.search.segments import Row
 from autopar.search.solve import Progress, Ready, solve, solve_with
 from autopar.search.steps import in_steps
@@ -53,6 +57,13 @@ class Place:
         assert steps is not None, "two steps: the loss, and the end of the backward pass"
         return Ready(steps)
 
+    @cached_property
+    def switched(self) -> Ready:
+        """The problem in which every repeat that could be recomputed is or is not, as is best, made ready for any limit."""
+        steps = in_steps(beside([built.switched(row) for built, row in zip(self.builts, self.may(), strict=True)]))
+        assert steps is not None, "two steps: the loss, and the end of the backward pass"
+        return Ready(steps)
+
     def most(self) -> tuple[tuple[int, ...], ...]:
         """By stage and segment, how many repeats could be recomputed: those of repeats, or the whole stage where nothing repeats."""
         found = []
@@ -62,6 +73,14 @@ class Place:
             trains = built.structure.graph.training
             found.append(tuple(count if trains and (count > 1 or not repeats) else 0 for count in counts))
         return tuple(found)
+
+    def may(self) -> tuple[tuple[int, ...], ...]:
+        """`most`, where that can help: of a stage that is recomputed as a whole all is in memory at once, as if it had been kept, so that
+        there must be other microbatches."""
+        alone = len(self.builts) == 1 and self.builts[0].costs.live == 1
+        rows = zip(self.builts, self.most(), strict=True)
+        whole = [max((segment.count for segment in built.structure.op_segments), default=0) <= 1 for built, _ in rows]
+        return tuple(tuple(0 for _ in row) if alone and all_ else row for row, all_ in zip(self.most(), whole, strict=True))
 
     def recomputing(self, counts: tuple[tuple[int, ...], ...]) -> Place:
         """The same with so many repeats recomputed."""
@@ -156,17 +175,54 @@ class Settings:
             return self.solve_as_is(place)
         if self.recompute == "all":
             return self.solve_as_is(place.recomputing(place.most()))
-        kept = self.solve_as_is(place)
-        return recomputed(self, kept) if wants(kept) else kept
+        if not any(any(row) for row in place.may()):
+            return self.solve_as_is(place)
+        kept, target = self.kept(place)
+        return kept if target is None and kept is not None else recomputed(self, place, target or Relaxed(0.0, place.may()), kept)
+
+    def kept(self, place: Place) -> tuple[Found | None, Relaxed | None]:
+        """The best of a place without recomputing anything, None where that cannot fit; and, where recomputing may help, what it could do."""
+        ready = place.ready
+        beside = self.beside(place)
+        limits = [self.limit_bytes - size for size in beside]
+        minimiser = ready.minimiser
+        least = minimiser.minimise(Price(math.inf))
+        found: Found | None = None
+        if not least.exact or minimiser.usage(least.choice)[1][0] <= limits[0]:
+            found = self.solve_as_is(place)
+            free = minimiser.minimise(Price(0.0))
+            if found.fits and free.exact and found.cost_s <= (1 + GOOD_GAP) * free.bound:
+                return found, None
+            found = found if found.fits else None
+        target = relaxed(place, limits)
+        if target is None:
+            free = minimiser.minimise(Price(0.0))
+            target = Relaxed(free.bound, self._guessed(place, free, limits))
+        if found is not None and found.cost_s <= (1 + GOOD_GAP) * target.bound_s:
+            return replace(found, bound_s=min(target.bound_s, found.cost_s)), None
+        return found, target
+
+    def _guessed(self, place: Place, free: Minimum, limits: list[float]) -> tuple[tuple[float, ...], ...]:
+        """How many repeats to recompute, by what recomputing all of them saves."""
+        held = place.ready.minimiser.usage(free.choice)[1][0]
+        choice = np.array(place.ready.reduced.original(free.choice), np.int64)
+        all_ = place.recomputing(place.may()).problem.evaluate(tuple(choice.tolist()))[1]
+        share = min(1.0, max(0.0, held - limits[0]) / max(held - all_, 1.0))
+        return tuple(tuple(share * count for count in row) for row in place.may())
+
+    def beside(self, place: Place) -> tuple[float, ...]:
+        """By step of the problem, what is held whatever is chosen: what is resident, and at the loss at least the workspace that any plan
+        needs."""
+        least = max(least_workspace_bytes(built.structure, built.costs, built.op_choices()) for built in place.builts)
+        resident = sum(resident_bytes(built.structure, built.costs.microbatches) for built in place.builts)
+        return tuple(resident + (least if start == AT_LOSS else 0.0) for start in place.ready.starts)
 
     def solve_as_is(self, place: Place) -> Found:
         """The problem knows what is there at the loss and at the end of the backward pass; on top of it comes, at the loss, at least the
         workspace that any plan needs. Where the peak of the plan found is elsewhere, and above the limit, room for that is left and it is
         solved again. The bound is that of the first round, which every plan within the limit obeys."""
         problem, ready = replace(place.problem, memory_limit_bytes=float(self.limit_bytes)), place.ready
-        least = max(least_workspace_bytes(built.structure, built.costs, built.op_choices()) for built in place.builts)
-        resident = sum(resident_bytes(built.structure, built.costs.microbatches) for built in place.builts)
-        beside = [resident + (least if start == AT_LOSS else 0.0) for start in ready.starts]
+        beside = list(self.beside(place))
         best: Found | None = None
         bound = price = 0.0
         least_tried = False
@@ -226,6 +282,7 @@ def beside(problems: Sequence[Problem]) -> Problem:
     live: list[Interval] = []
     edges_live: list[Interval] = []
     also: list[tuple[int, int, int, int]] = []
+    regions: list[int] = []
     tables = [table for problem in problems for table in problem.tables]
     first_table = 0
     for problem in problems:
@@ -236,8 +293,11 @@ def beside(problems: Sequence[Problem]) -> Problem:
         live += problem.live or ()
         edges_live += problem.edges_live or ()
         also += [(node + first, table + first_table, lo, hi) for node, table, lo, hi in problem.also]
+        first_region = max(regions, default=-1) + 1
+        regions += [region + first_region if region >= 0 else -1 for region in problem.regions or (-1,) * len(problem.nodes)]
         first_table += len(problem.tables)
     limit_bytes = min(problem.memory_limit_bytes for problem in problems)
     return Problem(
-        tuple(nodes), tuple(edges), tuple(tables), tuple(segments), limit_bytes, tuple(live), tuple(edges_live), tuple(also)
+        tuple(nodes), tuple(edges), tuple(tables), tuple(segments), limit_bytes, tuple(live), tuple(edges_live), tuple(also),
+        tuple(regions) if max(regions, default=-1) >= 0 else None,
     )  # fmt: skip

@@ -1,103 +1,149 @@
 """How many repeats to recompute: as many as memory asks for, where that is cheaper than sharding more.
 
-A repeat that is recomputed takes its forward pass twice and keeps only what enters it. Repeats are equal, so the question is a number. The
-first guess comes from the plan that costs least with any memory: so many that what it lacks is saved. Around it the number is searched
-by solving the problem with just so many.
+A repeat that is recomputed takes its forward pass twice and keeps only what enters it. Whether each repeat is, is chosen with everything
+else where the problem is relaxed to prices of memory: of a repeat both tables are made, and the smaller entries taken, so that powers
+find the best of all patterns (`Place.switched`). That proves a bound for every pattern, and says how many of each segment's repeats. Plans
+are then searched with just so many, and one more or fewer.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from autopar.search.solve import solve_with
+import numpy as np
+
+from autopar.search.minimise import Minimiser, Minimum, Price
+from autopar.search.problem import Floats
 
 if TYPE_CHECKING:
     from autopar.search.place import Found, Place, Settings
 
 Counts = tuple[tuple[int, ...], ...]
-_MOST_STEPS = 32  # shares of the repeats that may be recomputed
+_PRICES = 24
+_CLOSE = 1e-5  # of the priced cost: a corner so little below the line between two others says nothing new
 _SOLVES = 4
-_ENOUGH = 0.005  # of the time of a step; what helps less is the last change
+_ENOUGH = 0.002  # above the bound: not searched further
 
 
 @dataclass(frozen=True, slots=True)
-class Trade:
-    """What recomputing all repeats of a plan saves and takes: bytes at the peak, seconds of a step."""
+class Relaxed:
+    """`bound_s`: no choice within the limit costs less, whatever is recomputed; infinite where nothing is within it. `counts`: by stage and
+    segment, how many repeats the mixture that the bound belongs to recomputes."""
 
-    saved_bytes: float
-    again_s: float
-
-    @staticmethod
-    def of(found: Found) -> Trade:
-        saved = again_s = 0.0
-        for part, most in zip(found.parts, found.place.most(), strict=True):
-            repeats = sum(most)
-            for row, cost in zip(part.rows, part.row_costs, strict=True):
-                if repeats and (row.count > 1 or repeats == sum(one.count for one in part.rows)):
-                    saved += (cost.activation_bytes - cost.checkpoint_bytes) * part.costs.live * row.count
-                    again_s += (cost.forward_s + sum(cost.forward_comm_s.values())) * part.costs.microbatches * row.count
-        return Trade(saved, again_s)
+    bound_s: float
+    counts: tuple[tuple[float, ...], ...]
 
 
-def wants(kept: Found) -> bool:
-    """Whether recomputing could help: nothing fits without, or memory is dear enough."""
-    if not kept.fits:
-        return True
-    trade = Trade.of(kept)
-    return kept.price_s_per_byte * trade.saved_bytes > trade.again_s
+class _Corner:
+    def __init__(self, minimiser: Minimiser, minimum: Minimum) -> None:
+        self.minimum = minimum
+        self.cost, self.usage = minimiser.usage(minimum.choice, minimum.again)
+        self.memory = minimiser.weigh(self.usage)
+        assert minimum.again is not None
+        self.again: Floats = minimum.again.astype(np.float64)
 
 
-def estimate_s(free: Found) -> float:
-    """What a plan that costs least with any memory would cost with enough recomputed to fit; infinite if all is too little."""
-    trade, missing = Trade.of(free), free.memory_bytes - free.limit_bytes
-    if missing <= 0:
-        return free.cost_s
-    return free.cost_s + trade.again_s * missing / trade.saved_bytes if trade.saved_bytes >= missing else float("inf")
+def relaxed(place: Place, limits: Sequence[float]) -> Relaxed | None:
+    """The bound of every pattern of recomputation; None where elimination cannot prove one. `limits`: bytes by step of the problem."""
+    ready = place.switched
+    if not ready.minimiser.fits or ready.minimiser.dear:
+        return None
+    room = np.array([limits[place.ready.starts.index(start)] if start in place.ready.starts else math.inf for start in ready.starts])
+    best, over = _walk(ready.minimiser, room, place)
+    if best.bound_s < math.inf and (over > 0).any():
+        weights = np.zeros(len(over))
+        weights[over.argmax()] = 1.0
+        best = max(best, _walk(ready.minimiser.weighted(tuple(weights.tolist())), room, place)[0], key=lambda one: one.bound_s)
+    return best
 
 
-def recomputed(settings: Settings, kept: Found, free: Found | None = None) -> Found:
-    """The best found with some share of the repeats recomputed, or `kept`, the best without.
+def _walk(minimiser: Minimiser, limits: Floats, place: Place) -> tuple[Relaxed, Floats]:
+    """Along the hull of memory and cost, to the price at which the bound is highest; and by how much the mixture is over each limit."""
+    limit = minimiser.weigh(limits)
+    low, high = (_Corner(minimiser, minimiser.minimise(Price(price))) for price in (0.0, math.inf))
+    bound = low.minimum.bound
+    if low.memory <= limit:
+        return _relaxed(bound, low.again, place), low.usage - limits
+    if high.memory > limit:
+        return _relaxed(math.inf if high.minimum.exact else bound, high.again, place), high.usage - limits
+    for _ in range(_PRICES):
+        if low.memory <= high.memory:
+            break
+        price = max(0.0, (high.cost - low.cost) / (low.memory - high.memory))
+        corner = _Corner(minimiser, minimiser.minimise(Price(price)))
+        bound = max(bound, corner.minimum.bound - price * limit)
+        line = low.cost + price * low.memory
+        if corner.minimum.bound >= line - _CLOSE * abs(line):
+            break
+        if corner.memory > limit:
+            low = corner
+        else:
+            high = corner
+    share = (limit - high.memory) / (low.memory - high.memory) if low.memory > high.memory else 0.0
+    again, usage = (share * a + (1.0 - share) * b for a, b in ((low.again, high.again), (low.usage, high.usage)))
+    return _relaxed(bound, again, place), usage - limits
 
-    `free`: the plan of least cost with any memory. Its cost is the bound: it recomputes nothing."""
-    place = kept.place
-    free = free or unlimited(settings, place)
-    trade, best = Trade.of(free), kept
-    missing = max(0.0, free.memory_bytes - settings.limit_bytes)
-    steps = min(_MOST_STEPS, max(count for row in place.most() for count in row))
-    step = min(steps, max(1, -int(-steps * missing // max(trade.saved_bytes, 1.0))))
-    low, high = 0, steps + 1  # too few; enough
-    jump = max(1, steps // 8)
-    tried: set[Counts] = set()
+
+def _relaxed(bound_s: float, again: Floats, place: Place) -> Relaxed:
+    rows, first = [], 0
+    for row in place.may():
+        counts = []
+        for count in row:
+            counts.append(float(again[first : first + count].sum()))
+            first += count
+        rows.append(tuple(counts))
+    return Relaxed(bound_s, tuple(rows))
+
+
+def recomputed(settings: Settings, place: Place, target: Relaxed, kept: Found | None) -> Found:
+    """The best found with about as many repeats recomputed as `target` says, or `kept`, the best without."""
+    most, best = place.may(), kept
+    counts = _each(target.counts, lambda count: math.ceil(count - 1e-6))
+    tried: set[Counts] = {_each(most, lambda _: 0)} if kept is not None else set()
     for _ in range(_SOLVES):
-        counts = tuple(tuple(-(-count * step // steps) for count in row) for row in place.most())
         if counts in tried:
             break
         tried.add(counts)
         found = settings.solve_as_is(place.recomputing(counts))
-        worse = settings.rank(found) >= settings.rank(best)
-        little = found.fits and best.fits and abs(found.cost_s - best.cost_s) < _ENOUGH * best.cost_s
-        best = best if worse else found
-        if little:
-            break
-        if worse and found.fits:
-            low, step, jump = step, step + jump // 2, max(1, jump // 2)  # fewer cost more: back
-            if not low < step < high:
+        better = best is None or settings.rank(found) < settings.rank(best)
+        best = found if better or best is None else best
+        if not found.fits:
+            more = _more(counts, most)
+            if more == counts:
                 break
-            continue
-        if found.fits:
-            high = step
-            step = max(low + 1, step - jump)
-        else:
-            low = step
-            short = (found.memory_bytes - settings.limit_bytes) / max(trade.saved_bytes, 1.0)
-            step = min(high - 1, steps, max(step + 1, step - int(-steps * short // 1)))
-        if not low < step < high:
+            counts = more
+        elif not better or found.cost_s <= (1 + _ENOUGH) * target.bound_s:
             break
-    return replace(best, bound_s=min(kept.bound_s, free.bound_s, best.cost_s))
+        else:
+            counts = _fewer(counts)
+    assert best is not None
+    return replace(best, bound_s=min(target.bound_s, best.cost_s))
 
 
-def unlimited(settings: Settings, place: Place) -> Found:
-    """The plan of least cost with any memory."""
-    solution = solve_with(place.problem, {}, ready=place.ready)
-    return settings.found(place, solution, solution.lower_bound_s)
+def _each(counts: Sequence[Sequence[float]], change: Callable[[float], int]) -> Counts:
+    return tuple(tuple(change(count) for count in row) for row in counts)
+
+
+def _more(counts: Counts, most: Counts) -> Counts:
+    """One repeat more of the segment of which the smallest share is recomputed."""
+    places = [(stage, at) for stage, row in enumerate(most) for at, count in enumerate(row) if counts[stage][at] < count]
+    if not places:
+        return counts
+    return _changed(counts, min(places, key=lambda place: counts[place[0]][place[1]] / most[place[0]][place[1]]), 1)
+
+
+def _fewer(counts: Counts) -> Counts:
+    """One repeat less of the segment of which most are recomputed."""
+    places = [(stage, at) for stage, row in enumerate(counts) for at, count in enumerate(row) if count]
+    if not places:
+        return counts
+    return _changed(counts, max(places, key=lambda place: counts[place[0]][place[1]]), -1)
+
+
+def _changed(counts: Counts, place: tuple[int, int], by: int) -> Counts:
+    return tuple(
+        tuple(count + by if (stage, at) == place else count for at, count in enumerate(row)) for stage, row in enumerate(counts)
+    )

@@ -64,7 +64,9 @@ def solve(
     if ready is None:
         stepped = in_steps(problem)
         ready = None if stepped is None else Ready(stepped)
-    if ready is None or (problem.timed and not ready.minimiser.fits):
+        if ready is not None and problem.timed and not ready.minimiser.fits:
+            ready = None
+    if ready is None:
         return solve_over_time(problem, time_limit_s=time_limit_s, seed=seed, gap=gap, progress=progress)
     reduced = ready.reduced
     incumbent = Incumbent(ready.minimiser, problem.memory_limit_bytes, progress, beside_bytes)

@@ -44,16 +44,22 @@ def in_steps(problem: Problem, most: int = _MOST) -> Steps | None:
         further.setdefault(node, []).append((table, (lo, hi)))
     numbers: dict[object, int] = {}
     held: list[list[Floats]] = []
-    costs: list[Floats] = []
+    made: list[tuple[Table, list[list[Floats]]]] = []
+
+    def holds(parts: list[tuple[Table, Interval]]) -> list[Floats]:
+        nothing = np.zeros(parts[0][0].memory_bytes.shape)
+        return [sum([table.memory_bytes for table, (lo, hi) in parts if lo <= at < hi], nothing) for at in times or [0]]
 
     def number(table: int, interval: Interval, more: list[tuple[int, Interval]]) -> int:
         key = (table, interval, *more)
         if key not in numbers:
-            numbers[key] = len(held)
-            parts = [(problem.tables[table].memory_bytes, interval), *[(problem.tables[t].memory_bytes, span) for t, span in more]]
-            nothing = np.zeros(parts[0][0].shape)
-            held.append([sum([memory for memory, (lo, hi) in parts if lo <= at < hi], nothing) for at in times or [0]])
-            costs.append(problem.tables[table].cost_s)
+            numbers[key] = len(made)
+            parts = [(problem.tables[t], span) for t, span in [(table, interval), *more]]
+            modes = [holds(parts)]
+            if parts[0][0].again is not None:
+                modes.append(holds([(one.again or one, span) for one, span in parts]))
+            made.append((parts[0][0], modes))
+            held.extend(modes)
         return numbers[key]
 
     nodes = tuple([number(table, live[node], further.get(node, [])) for node, table in enumerate(problem.nodes)])
@@ -65,8 +71,11 @@ def in_steps(problem: Problem, most: int = _MOST) -> Steps | None:
     if len(kept) > most:
         return None
     kept.sort()
-    tables = tuple([
-        Table(cost, table[kept[0]], tuple([table[step] for step in kept[1:]])) for cost, table in zip(costs, held, strict=True)
-    ])  # fmt: skip
+
+    def stepped(table: Table, modes: list[list[Floats]]) -> Table:
+        later = tuple([modes[0][step] for step in kept[1:]])
+        return Table(table.cost_s, modes[0][kept[0]], later, stepped(table.again, modes[1:]) if table.again is not None else None)
+
+    tables = tuple([stepped(table, modes) for table, modes in made])
     untimed = replace(problem, nodes=nodes, edges=edges, tables=tables, live=None, edges_live=None, also=())
     return Steps(untimed, tuple([(times or [0])[step] for step in kept]))
