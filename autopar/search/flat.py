@@ -23,7 +23,7 @@ from autopar.search.recompute import Relaxed, recomputed
 from autopar.search.remedies import remedies
 from autopar.search.structure import Structure
 
-_WORTH = 0.002  # of a step: a mesh whose bound promises no more is not searched for how much to recompute
+_WORTH = 0.01  # of a step: of further meshes, those that promise no more are not searched for how much to recompute
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
     settings = search.settings
     best: Found | None = None
     bound_s = float("inf")
+    price = 0.0  # of memory: what it was on one mesh is a good guess for the next
     waiting: list[tuple[Found | None, Relaxed, Place]] = []  # where recomputing may help
     for relaxed_s, one in built:
         if best is not None and best.fits and relaxed_s >= best.cost_s:
@@ -84,28 +85,35 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
         place = alone(one)
         if settings.recompute != "auto" or not any(any(row) for row in place.may()):
             found: Found | None = settings.solve(place)
+            bound_s = min(bound_s, found.bound_s)
         else:
-            found, target = settings.kept(place)
+            beat_s = best.cost_s if best is not None and best.fits else math.inf
+            # What is no better than another mesh may be does not change the bound of all.
+            found, target = settings.kept(place, price, min(beat_s, bound_s) if settings.effort == "fast" else beat_s)
             if target is not None:
-                waiting.append((found, target, place))
+                bound_s = min(bound_s, target.bound_s)
+                price = price or target.price_s_per_byte
+                if target.bound_s < beat_s:
+                    waiting.append((found, target, place))
+            elif found is not None:
+                bound_s = min(bound_s, found.bound_s)
         if found is None:
             continue
-        if not waiting or waiting[-1][2] is not place:
-            bound_s = min(bound_s, max(found.bound_s, relaxed_s) if found.fits else found.bound_s)
+        price = price or found.price_s_per_byte
         if best is None or settings.rank(found) < settings.rank(best):
             best = found
     waiting.sort(key=lambda one: one[1].bound_s)
-    for kept, target, place in waiting:
-        bound_s = min(bound_s, target.bound_s)
-        if best is not None and best.fits and target.bound_s >= (1 - _WORTH) * best.cost_s:
+    for at, (kept, target, place) in enumerate(waiting):
+        hope_s = target.bound_s * (1 + _WORTH if settings.effort == "fast" and at else 1)
+        if target.bound_s == math.inf or (best is not None and best.fits and hope_s >= best.cost_s):
             continue
-        if target.bound_s < math.inf:
-            found = recomputed(settings, place, target, kept)
-            best = found if best is None or settings.rank(found) < settings.rank(best) else best
+        found = recomputed(settings, place, target, kept)
+        best = found if best is None or settings.rank(found) < settings.rank(best) else best
     if best is None or not best.fits:
         tried = [place for _, _, place in waiting[:1]]
         least = [settings.solve_as_is(one) for place in tried for one in (place, place.recomputing(place.may()))]
         best = min([*least, *([best] if best is not None else [])], key=settings.rank)
+        bound_s = min(bound_s, best.bound_s)
     return best, min(bound_s, best.cost_s)
 
 

@@ -28,7 +28,7 @@ from autopar.search.problem import Interval, Problem, Segment, Solution
 from autopar.search.recompute import Relaxed, recomputed, relaxed
 from autopar.search.segments import Row
 from autopar.search.solve import Progress, Ready, solve, solve_with
-from autopar.search.steps import in_steps
+from autopar.search.steps import Steps, in_steps
 from autopar.search.work import RECEIVE
 from autopar.search.workload import Flow, Piece, Stage, Workload, sizes_of
 
@@ -51,11 +51,20 @@ class Place:
         return beside([built.problem for built in self.builts])
 
     @cached_property
-    def ready(self) -> Ready:
-        """The problem made ready for any limit."""
+    def _steps(self) -> Steps:
         steps = in_steps(self.problem)
         assert steps is not None, "two steps: the loss, and the end of the backward pass"
-        return Ready(steps)
+        return steps
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Of the steps of the problem."""
+        return self._steps.starts
+
+    @cached_property
+    def ready(self) -> Ready:
+        """The problem made ready for any limit."""
+        return Ready(self._steps)
 
     @cached_property
     def switched(self) -> Ready:
@@ -180,27 +189,38 @@ class Settings:
         kept, target = self.kept(place)
         return kept if target is None and kept is not None else recomputed(self, place, target or Relaxed(0.0, place.may()), kept)
 
-    def kept(self, place: Place) -> tuple[Found | None, Relaxed | None]:
-        """The best of a place without recomputing anything, None where that cannot fit; and, where recomputing may help, what it could do."""
-        ready = place.ready
-        beside = self.beside(place)
-        limits = [self.limit_bytes - size for size in beside]
-        minimiser = ready.minimiser
-        least = minimiser.minimise(Price(math.inf))
+    def kept(self, place: Place, price: float = 0.0, enough_s: float = math.inf) -> tuple[Found | None, Relaxed | None]:
+        """The best of a place without recomputing anything, None where that cannot fit; and, where recomputing may help, what it could do.
+
+        `price`: a guess of that of memory; where it proves that nothing here takes less than `enough_s`, the bound is all that is returned."""
+        limits = [self.limit_bytes - size for size in self.beside(place)]
+        if price > 0:
+            target = relaxed(place, limits, price, enough_s)
+            if target is not None and target.bound_s >= enough_s:
+                return None, target
+        minimiser = place.ready.minimiser
+        free = minimiser.minimise(Price(0.0))
+        if free.bound >= enough_s:
+            return None, Relaxed(free.bound, ())
         found: Found | None = None
-        if not least.exact or minimiser.usage(least.choice)[1][0] <= limits[0]:
+        if not self.hopeless(place):
             found = self.solve_as_is(place)
-            free = minimiser.minimise(Price(0.0))
             if found.fits and free.exact and found.cost_s <= (1 + GOOD_GAP) * free.bound:
                 return found, None
             found = found if found.fits else None
-        target = relaxed(place, limits)
+        enough_s = math.inf if found is None else found.cost_s / (1 + GOOD_GAP)
+        target = relaxed(place, limits, price if found is None else found.price_s_per_byte, enough_s)
         if target is None:
-            free = minimiser.minimise(Price(0.0))
             target = Relaxed(free.bound, self._guessed(place, free, limits))
         if found is not None and found.cost_s <= (1 + GOOD_GAP) * target.bound_s:
             return replace(found, bound_s=min(target.bound_s, found.cost_s)), None
         return found, target
+
+    def hopeless(self, place: Place) -> bool:
+        """Whether it is plain that nothing fits as it is."""
+        minimiser = place.ready.minimiser
+        least = minimiser.minimise(Price(math.inf))
+        return least.exact and minimiser.evaluate(least.choice)[1] > self.limit_bytes - self.beside(place)[0]
 
     def _guessed(self, place: Place, free: Minimum, limits: list[float]) -> tuple[tuple[float, ...], ...]:
         """How many repeats to recompute, by what recomputing all of them saves."""
@@ -215,7 +235,7 @@ class Settings:
         needs."""
         least = max(least_workspace_bytes(built.structure, built.costs, built.op_choices()) for built in place.builts)
         resident = sum(resident_bytes(built.structure, built.costs.microbatches) for built in place.builts)
-        return tuple(resident + (least if start == AT_LOSS else 0.0) for start in place.ready.starts)
+        return tuple(resident + (least if start == AT_LOSS else 0.0) for start in place.starts)
 
     def solve_as_is(self, place: Place) -> Found:
         """The problem knows what is there at the loss and at the end of the backward pass; on top of it comes, at the loss, at least the

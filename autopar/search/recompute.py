@@ -31,10 +31,11 @@ _ENOUGH = 0.002  # above the bound: not searched further
 @dataclass(frozen=True, slots=True)
 class Relaxed:
     """`bound_s`: no choice within the limit costs less, whatever is recomputed; infinite where nothing is within it. `counts`: by stage and
-    segment, how many repeats the mixture that the bound belongs to recomputes."""
+    segment, how many repeats the mixture that the bound belongs to recomputes. `price_s_per_byte`: of memory, at the bound."""
 
     bound_s: float
     counts: tuple[tuple[float, ...], ...]
+    price_s_per_byte: float = 0.0
 
 
 class _Corner:
@@ -46,35 +47,53 @@ class _Corner:
         self.again: Floats = minimum.again.astype(np.float64)
 
 
-def relaxed(place: Place, limits: Sequence[float]) -> Relaxed | None:
-    """The bound of every pattern of recomputation; None where elimination cannot prove one. `limits`: bytes by step of the problem."""
+def relaxed(place: Place, limits: Sequence[float], price: float = 0.0, enough_s: float = math.inf) -> Relaxed | None:
+    """The bound of every pattern of recomputation; None where elimination cannot prove one.
+
+    `limits`: bytes by step of the problem. `price`: of memory, a guess that is tried first; where it proves `enough_s`, nothing else is."""
     ready = place.switched
     if not ready.minimiser.fits or ready.minimiser.dear:
         return None
-    room = np.array([limits[place.ready.starts.index(start)] if start in place.ready.starts else math.inf for start in ready.starts])
-    best, over = _walk(ready.minimiser, room, place)
-    if best.bound_s < math.inf and (over > 0).any():
+    room = np.array([limits[place.starts.index(start)] if start in place.starts else math.inf for start in ready.starts])
+    found, over = _walk(ready.minimiser, room, place, price, enough_s)
+    if found.bound_s < enough_s and (over > 0).any():
         weights = np.zeros(len(over))
         weights[over.argmax()] = 1.0
-        best = max(best, _walk(ready.minimiser.weighted(tuple(weights.tolist())), room, place)[0], key=lambda one: one.bound_s)
-    return best
+        other, _ = _walk(ready.minimiser.weighted(tuple(weights.tolist())), room, place, price, enough_s)
+        found = max(found, other, key=lambda one: one.bound_s)
+    return found
 
 
-def _walk(minimiser: Minimiser, limits: Floats, place: Place) -> tuple[Relaxed, Floats]:
+def _walk(minimiser: Minimiser, limits: Floats, place: Place, price: float, enough_s: float) -> tuple[Relaxed, Floats]:
     """Along the hull of memory and cost, to the price at which the bound is highest; and by how much the mixture is over each limit."""
     limit = minimiser.weigh(limits)
-    low, high = (_Corner(minimiser, minimiser.minimise(Price(price))) for price in (0.0, math.inf))
-    bound = low.minimum.bound
-    if low.memory <= limit:
-        return _relaxed(bound, low.again, place), low.usage - limits
-    if high.memory > limit:
-        return _relaxed(math.inf if high.minimum.exact else bound, high.again, place), high.usage - limits
+    best_price = 0.0
+    low: _Corner | None = None
+    high: _Corner | None = None
+    bound = -math.inf
+    if price > 0:
+        guess = _Corner(minimiser, minimiser.minimise(Price(price)))
+        bound, best_price = guess.minimum.bound - price * limit, price
+        if bound >= enough_s:
+            return _relaxed(bound, guess.again, place, price), np.zeros(len(limits))
+        low, high = (guess, None) if guess.memory > limit else (None, guess)
+    if low is None:
+        low = _Corner(minimiser, minimiser.minimise(Price(0.0)))
+        if low.memory <= limit:
+            return _relaxed(low.minimum.bound, low.again, place), low.usage - limits
+        if low.minimum.bound > bound:
+            bound, best_price = low.minimum.bound, 0.0
+    if high is None:
+        high = _Corner(minimiser, minimiser.minimise(Price(math.inf)))
+        if high.memory > limit:
+            return _relaxed(math.inf if high.minimum.exact else bound, high.again, place), np.zeros(len(limits))
     for _ in range(_PRICES):
-        if low.memory <= high.memory:
+        if low.memory <= high.memory or bound >= enough_s:
             break
         price = max(0.0, (high.cost - low.cost) / (low.memory - high.memory))
         corner = _Corner(minimiser, minimiser.minimise(Price(price)))
-        bound = max(bound, corner.minimum.bound - price * limit)
+        if corner.minimum.bound - price * limit > bound:
+            bound, best_price = corner.minimum.bound - price * limit, price
         line = low.cost + price * low.memory
         if corner.minimum.bound >= line - _CLOSE * abs(line):
             break
@@ -84,10 +103,10 @@ def _walk(minimiser: Minimiser, limits: Floats, place: Place) -> tuple[Relaxed, 
             high = corner
     share = (limit - high.memory) / (low.memory - high.memory) if low.memory > high.memory else 0.0
     again, usage = (share * a + (1.0 - share) * b for a, b in ((low.again, high.again), (low.usage, high.usage)))
-    return _relaxed(bound, again, place), usage - limits
+    return _relaxed(bound, again, place, best_price), usage - limits
 
 
-def _relaxed(bound_s: float, again: Floats, place: Place) -> Relaxed:
+def _relaxed(bound_s: float, again: Floats, place: Place, price: float = 0.0) -> Relaxed:
     rows, first = [], 0
     for row in place.may():
         counts = []
@@ -95,7 +114,7 @@ def _relaxed(bound_s: float, again: Floats, place: Place) -> Relaxed:
             counts.append(float(again[first : first + count].sum()))
             first += count
         rows.append(tuple(counts))
-    return Relaxed(bound_s, tuple(rows))
+    return Relaxed(bound_s, tuple(rows), price)
 
 
 def recomputed(settings: Settings, place: Place, target: Relaxed, kept: Found | None) -> Found:
@@ -107,14 +126,14 @@ def recomputed(settings: Settings, place: Place, target: Relaxed, kept: Found | 
         if counts in tried:
             break
         tried.add(counts)
+        if settings.hopeless(place.recomputing(counts)) and (more := _more(counts, most)) != counts:
+            counts = more
+            continue
         found = settings.solve_as_is(place.recomputing(counts))
         better = best is None or settings.rank(found) < settings.rank(best)
         best = found if better or best is None else best
         if not found.fits:
-            more = _more(counts, most)
-            if more == counts:
-                break
-            counts = more
+            counts = _more(counts, most)
         elif not better or found.cost_s <= (1 + _ENOUGH) * target.bound_s:
             break
         else:
