@@ -41,13 +41,26 @@ class Kind(Enum):
     __hash__ = object.__hash__
 
 
-@dataclass(frozen=True, slots=True)
+_KNOWN: dict[tuple[Kind, int, int], Placement] = {}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Placement:
-    """One value on one mesh axis. Build with `S(dim)`, `R`, `RP`, `P`; print with `str`, read back with `parse`."""
+    """One value on one mesh axis. Build with `S(dim)`, `R`, `RP`, `P`; print with `str`, read back with `parse`.
+
+    Equal placements are one object, so that they are compared and hashed by identity: planning does so by the million.
+    """
 
     kind: Kind
     dim: int = 0
     blocks: int = 1
+
+    def __new__(cls, kind: Kind, dim: int = 0, blocks: int = 1) -> Placement:
+        found = _KNOWN.get((kind, dim, blocks))
+        return found if found is not None else _KNOWN.setdefault((kind, dim, blocks), object.__new__(cls))
+
+    def __reduce__(self) -> tuple[type[Placement], tuple[Kind, int, int]]:
+        return Placement, (self.kind, self.dim, self.blocks)
 
     def __str__(self) -> str:
         if self.kind is not Kind.SHARD:

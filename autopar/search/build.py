@@ -315,39 +315,38 @@ class _Builder:
         made = [tuple(split.outputs[edge.slot] for split in choice) for choice in source if not isinstance(choice, Storage)]
         rows, row_of = _distinct(made)
         columns, column_of = _distinct(wanted)
-        cost, memory = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
         numbers = [self._number(state) for state in rows]
+        prices = self.costs.edge_prices.setdefault(_kind(value), {})
+        cost, memory = np.zeros((len(columns), len(rows))), np.zeros((len(columns), len(rows)))
         for j, targets in enumerate(columns):
             for target in targets:
-                size = self.costs.of(value, target) * self.costs.live if edge.keeps else 0
                 number = self._number(target)
-                for i, (state, own) in enumerate(zip(rows, numbers, strict=True)):
-                    price_s, forward_s, moved = self._price(value, own, number, state, target)
-                    cost[i, j] += price_s
-                    if way in AGAIN:
-                        cost[i, j] += forward_s
-                    elif moved or edge.keeps == "target" or way == LEAVES:
-                        memory[i, j] += size
+                # Keyed by numbers, since hashing states is what building spends its time on.
+                keys = [own << 20 | number for own in numbers]
+                found = [
+                    prices.get(key) or self._price(value, prices, key, state, target) for key, state in zip(keys, rows, strict=True)
+                ]
+                price_s, forward_s, moved = np.array(found, np.float64).T
+                cost[j] += price_s + forward_s if way in AGAIN else price_s
+                if edge.keeps and way not in AGAIN:
+                    size = self.costs.of(value, target) * self.costs.live
+                    memory[j] += size if edge.keeps == "target" or way == LEAVES else size * moved
+        cost, memory = cost.T, memory.T
         if way == ENTERS:
-            memory += np.array([[self.costs.of(value, state) * self.costs.live] for state in rows], np.float64)
+            memory = memory + np.array([[self.costs.of(value, state) * self.costs.live] for state in rows], np.float64)
         return self._add(cost[np.ix_(row_of, column_of)], memory[np.ix_(row_of, column_of)], True)
 
     def _number(self, state: State) -> int:
         return self.costs.state_numbers.setdefault(state, len(self.costs.state_numbers))
 
-    def _price(self, value: Value, source_number: int, target_number: int, source: State, target: State) -> tuple[float, float, bool]:
-        """Time of a conversion, of its forward part, and whether it makes a new tensor. Keyed by numbers, since
-        hashing states is what building spends its time on."""
-        prices = self.costs.edge_prices.setdefault(_kind(value), {})
-        key = source_number << 20 | target_number
-        found = prices.get(key)
-        if found is None:
-            step = self.costs.conversion(*_kind(value), source, target)
-            forward_s = step.copy_s[0] + sum(
-                self.costs.axes[axis].time_s(kind, size) for kind, axis, phase, size in step.moves if phase == "forward"
-            )
-            times = self.costs.microbatches
-            found = prices[key] = (times * (step.copy_s[0] + step.copy_s[1] + step.exposed_s), times * forward_s, step.moved)
+    def _price(
+        self, value: Value, prices: dict[int, tuple[float, float, bool]], key: int, source: State, target: State
+    ) -> tuple[float, float, bool]:
+        """Time of a conversion, of its forward part, and whether it makes a new tensor."""
+        step = self.costs.conversion(*_kind(value), source, target)
+        times = self.costs.microbatches
+        found = times * (step.copy_s[0] + step.copy_s[1] + step.exposed_s), times * (step.copy_s[0] + step.forward_s), step.moved
+        prices[key] = found
         return found
 
     def _use_table(self, value: Value, regather: bool, source: Options, wanted: list[tuple[State, ...]], target_key: int) -> int:

@@ -29,9 +29,9 @@ import numpy as np
 from autopar.errors import PlanError
 from autopar.ir.assignment import Choice, Storage
 from autopar.ir.cluster import Cluster
-from autopar.ir.conversion import COLLECTIVES, Action, State, steps
+from autopar.ir.conversion import COLLECTIVES, Action, State, Step, steps
 from autopar.ir.graph import DTYPE_BYTES, Value
-from autopar.ir.placement import RP, R, local_shape
+from autopar.ir.placement import RP, Placement, R, local_shape
 from autopar.ir.precision import Precision
 from autopar.search.collectives import axes, between
 from autopar.search.experts import INDEX_BYTES, Experts, Share, share
@@ -92,6 +92,15 @@ class Conversion:
     gathers: bool
     exposed_s: float
     """Time of all collectives, one after the other."""
+    forward_s: float = 0.0
+    """Of these in the forward pass."""
+
+    def __add__(self, other: Conversion) -> Conversion:
+        """One after the other."""
+        return Conversion(
+            (self.copy_s[0] + other.copy_s[0], self.copy_s[1] + other.copy_s[1]), self.moves + other.moves, self.moved or other.moved,
+            self.gathers or other.gathers, self.exposed_s + other.exposed_s, self.forward_s + other.forward_s,
+        )  # fmt: skip
 
 
 _IDENTITY = Conversion((0.0, 0.0), (), False, False, 0.0)
@@ -163,6 +172,7 @@ class Costs:
         self.expert_imbalance = cluster.expert_imbalance
         self.conversion = cache(self._conversion)
         self.local_bytes = cache(self._local_bytes)
+        self._legs: dict[object, dict[tuple[State, int, Placement], Conversion]] = {}
         # Of whoever builds problems (`autopar.search.build`): states by number, and what conversions between them cost.
         self.state_numbers: dict[State, int] = {}
         self.edge_prices: dict[object, dict[int, tuple[float, float, bool]]] = {}
@@ -398,37 +408,44 @@ class Costs:
     def _conversion(self, shape: tuple[int, ...], dtype: str, grad: bool, source: State, target: State) -> Conversion:
         if not grad:  # without a gradient the two kinds of replicas are one
             source, target = (tuple(R if p == RP else p for p in state) for state in (source, target))
+        legs = self._legs.setdefault((shape, dtype, grad), {})
+        state, found = source, _IDENTITY
+        for step in steps(source, target):
+            after = (step.target, *state[1:]) if step.axis == 0 else (*state[: step.axis], step.target, *state[step.axis + 1 :])
+            if self.mesh[step.axis] > 1:
+                key = state, step.axis, step.target
+                leg = legs.get(key)
+                if leg is None:
+                    leg = legs[key] = self._leg(shape, dtype, grad, step, state, after)
+                found = leg if found is _IDENTITY else found + leg
+            state = after
+        return found
+
+    def _leg(self, shape: tuple[int, ...], dtype: str, grad: bool, step: Step, source: State, target: State) -> Conversion:
+        """One step of a conversion, on one axis."""
+        before, after = self.local_bytes(shape, dtype, source), self.local_bytes(shape, dtype, target)
         copy_s = [0.0, 0.0]
         moves: list[tuple[Action, int, str, int]] = []
-        moved = False
-        state = list(source)
-        after = self.local_bytes(shape, dtype, source)
-        for step in steps(source, target):
-            before = after
-            state[step.axis] = step.target
-            if self.mesh[step.axis] == 1:
+        for phase, action in enumerate((step.forward, step.backward)[: 2 if grad and self.training else 1]):
+            if action == "nothing":
                 continue
-            if step.source.is_shard or step.target.is_shard:
-                after = self.local_bytes(shape, dtype, tuple(state))
-            moved = moved or step.forward != "nothing"
-            for phase, action in enumerate((step.forward, step.backward)[: 2 if grad and self.training else 1]):
-                if action == "nothing":
-                    continue
-                if action == "all_to_all" and step.source.dim == step.target.dim:
-                    # Other blocks of the same dim: the runtime gathers and slices.
-                    moves.append(("all_gather", step.axis, ("forward", "backward")[phase], before * self.mesh[step.axis]))
-                    copy_s[phase] += 2 * after / self._bytes_per_s + self._launch_s
-                elif action in COLLECTIVES:
-                    size = before if action == "all_to_all" else max(before, after)
-                    moves.append((action, step.axis, ("forward", "backward")[phase], size))
-                else:
-                    size = 2 * min(before, after) if action == "slice" else max(before, after)
-                    copy_s[phase] += size / self._bytes_per_s + self._launch_s
-        if not moved and not moves:
-            return _IDENTITY if copy_s == [0.0, 0.0] else Conversion((copy_s[0], copy_s[1]), (), False, False, 0.0)
+            if action == "all_to_all" and step.source.dim == step.target.dim:
+                # Other blocks of the same dim: the runtime gathers and slices.
+                moves.append(("all_gather", step.axis, ("forward", "backward")[phase], before * self.mesh[step.axis]))
+                copy_s[phase] += 2 * after / self._bytes_per_s + self._launch_s
+            elif action in COLLECTIVES:
+                size = before if action == "all_to_all" else max(before, after)
+                moves.append((action, step.axis, ("forward", "backward")[phase], size))
+            else:
+                size = 2 * min(before, after) if action == "slice" else max(before, after)
+                copy_s[phase] += size / self._bytes_per_s + self._launch_s
+        moved = step.forward != "nothing"
+        if not moved and not moves and copy_s == [0.0, 0.0]:
+            return _IDENTITY
+        times = [self.axes[axis].time_s(kind, size) for kind, axis, _, size in moves]
+        forward_s = sum(seconds for seconds, move in zip(times, moves, strict=True) if move[2] == "forward")
         gathers = any(phase == "forward" for _, _, phase, _ in moves)
-        exposed_s = sum(self.axes[axis].time_s(kind, size) for kind, axis, _, size in moves)
-        return Conversion((copy_s[0], copy_s[1]), tuple(moves), moved, gathers, exposed_s)
+        return Conversion((copy_s[0], copy_s[1]), tuple(moves), moved, gathers, sum(times), forward_s)
 
     def _moves(self, conversion: Conversion) -> list[Move]:
         found = []

@@ -93,7 +93,7 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
             if target is not None:
                 bound_s = min(bound_s, target.bound_s)
                 price = price or target.price_s_per_byte
-                if target.bound_s < beat_s:
+                if target.counts and (target.bound_s < beat_s or best is None):
                     waiting.append((found, target, place))
             elif found is not None:
                 bound_s = min(bound_s, found.bound_s)

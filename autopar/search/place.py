@@ -192,7 +192,7 @@ class Settings:
     def kept(self, place: Place, price: float = 0.0, enough_s: float = math.inf) -> tuple[Found | None, Relaxed | None]:
         """The best of a place without recomputing anything, None where that cannot fit; and, where recomputing may help, what it could do.
 
-        `price`: a guess of that of memory; where it proves that nothing here takes less than `enough_s`, the bound is all that is returned."""
+        `price`: a guess of that of memory; where nothing here takes less than `enough_s`, a proof of it is all that is returned."""
         limits = [self.limit_bytes - size for size in self.beside(place)]
         if price > 0:
             target = relaxed(place, limits, price, enough_s)

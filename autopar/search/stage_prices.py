@@ -27,7 +27,7 @@ from autopar.search.costs import OPTIMIZER_STATES, Costs
 from autopar.search.follow import batch_size
 from autopar.search.meshes import AXES, Mesh
 from autopar.search.pins import Pins, apply_pins, pins_for
-from autopar.search.place import Recompute, Settings
+from autopar.search.place import Recompute, Settings, alone
 from autopar.search.problem import Floats
 from autopar.search.segments import OpCosts
 from autopar.search.short import shortened
@@ -322,11 +322,12 @@ class StagePrices:
         found: list[_Priced] = []
         seen: set[tuple[int, ...]] = set()
         scale = 0.0
+        try:
+            ready = alone(built).ready
+        except InfeasibleError:
+            return []
         for price in _PRICES:
-            try:
-                solution = solve_with(built.problem, {}, price * scale)
-            except InfeasibleError:
-                return []
+            solution = solve_with(built.problem, {}, price * scale, ready)
             if solution.choice not in seen:
                 seen.add(solution.choice)
                 found.append(self._sums(built, solution.choice))
