@@ -74,7 +74,7 @@ PROCESSING_ORDER = {
         "sequence costs "
         "build problem "
         "check problem_file judge solve over_time shrink shrinking interned contract tighten dominated series "
-        "reduce eliminate chain minimise memory local incumbent exact account describe remedies "
+        "reduce steps eliminate chain minimise memory local incumbent exact account describe remedies "
         "alternatives propose guess stage_prices short profile stage_search stage_space stage_costs stage_form stage_bounds stage_improve "
         "stage_workload pipeline place recompute segments workload simulate flows timeline quick predict"
     ),

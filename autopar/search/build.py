@@ -323,9 +323,7 @@ class _Builder:
                 number = self._number(target)
                 # Keyed by numbers, since hashing states is what building spends its time on.
                 keys = [own << 20 | number for own in numbers]
-                found = [
-                    prices.get(key) or self._price(value, prices, key, state, target) for key, state in zip(keys, rows, strict=True)
-                ]
+                found = [prices.get(key) or self._price(value, prices, key, state, target) for key, state in zip(keys, rows, strict=True)]
                 price_s, forward_s, moved = np.array(found, np.float64).T
                 cost[j] += price_s + forward_s if way in AGAIN else price_s
                 if edge.keeps and way not in AGAIN:

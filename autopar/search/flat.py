@@ -83,9 +83,10 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
             bound_s = min(bound_s, relaxed_s)
             continue
         place = alone(one)
+        found: Found | None
         if settings.recompute != "auto" or not any(any(row) for row in place.may()):
-            found: Found | None = settings.solve(place)
-            bound_s = min(bound_s, found.bound_s)
+            solved = settings.solve(place)
+            found, bound_s = solved, min(bound_s, solved.bound_s)
         else:
             beat_s = best.cost_s if best is not None and best.fits else math.inf
             # What is no better than another mesh may be does not change the bound of all.

@@ -27,8 +27,8 @@ class Progress:
 
 
 class Incumbent:
-    """Holds the cheapest choice within `limits`, `(steps,)`: what the limit leaves beside what is held whatever is chosen; `price` is the price of memory at which the best bound was found, and
-    `weights` those of the steps. `minimiser` says how steps are weighted now."""
+    """Holds the cheapest choice within `limits`, `(steps,)`: what the limit leaves beside what is held whatever is chosen. `price` is the
+    price of memory at which the best bound was found, and `weights` those of the steps; `minimiser` says how steps are weighted now."""
 
     def __init__(
         self, minimiser: Minimiser, limit_bytes: float, progress: Callable[[Progress], None] | None, beside_bytes: tuple[float, ...] = ()

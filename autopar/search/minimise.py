@@ -211,7 +211,7 @@ class Minimiser:
         again = None if self.regions is None else np.zeros(int(self.regions.max(initial=-1)) + 1, np.int64)
         for cost in chains:
             modes = cost.recover(chosen, choice)
-            if again is not None:
+            if again is not None and self.regions is not None and modes.any():
                 again[self.regions[cost.chain.rows[:, 0]]] = modes
         if again is not None:
             for v, values in chosen.items():
@@ -271,7 +271,7 @@ class Minimiser:
     def _outer_sizes(self, chains: list[Chain]) -> dict[int, int]:
         """Choices of what elimination sees. Whether a region outside of chains is computed again is a variable behind the nodes."""
         sizes = {v: int(self.sizes[v]) for v in self._outer_nodes(chains)}
-        return sizes | {v: 2 for v in sorted({v for scope in self._modes_outside(chains) for v in scope[-1:]})}
+        return sizes | dict.fromkeys(sorted({v for scope in self._modes_outside(chains) for v in scope[-1:]}), 2)
 
     def _modes_outside(self, chains: list[Chain]) -> list[tuple[int, ...]]:
         """Scopes of nodes and edges outside of chains that depend on whether a region is computed again; that variable is the last."""

@@ -247,8 +247,9 @@ class Settings:
         bound = price = 0.0
         least_tried = False
         for attempt in range(_ROUNDS):
+            left_s = self.seconds_left()
             solution = solve(
-                problem, ready=ready, beside_bytes=tuple(beside), effort=self.effort, time_limit_s=self.seconds_left(), progress=self.progress
+                problem, ready=ready, beside_bytes=tuple(beside), effort=self.effort, time_limit_s=left_s, progress=self.progress
             )  # fmt: skip
             if attempt == 0:
                 bound, price = solution.lower_bound_s, solution.multiplier_s_per_byte

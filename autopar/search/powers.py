@@ -92,7 +92,8 @@ class Body:
         """The cheaper mode of every repeat on the way along `states`, shape `(repeats,)`."""
         if self._again is None:
             return np.zeros(len(states) - 1, np.int64)
-        return self._again[world, states[:-1], states[1:]].astype(np.int64)
+        modes: Ints = self._again[world, states[:-1], states[1:]].astype(np.int64)
+        return modes
 
     def power(self, count: int) -> Power:
         if count not in self._powers:

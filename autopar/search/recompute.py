@@ -163,6 +163,4 @@ def _fewer(counts: Counts) -> Counts:
 
 
 def _changed(counts: Counts, place: tuple[int, int], by: int) -> Counts:
-    return tuple(
-        tuple(count + by if (stage, at) == place else count for at, count in enumerate(row)) for stage, row in enumerate(counts)
-    )
+    return tuple(tuple(count + by if (stage, at) == place else count for at, count in enumerate(row)) for stage, row in enumerate(counts))

@@ -64,6 +64,12 @@ def _only(table: Table, strategies: list[int]) -> Table:
     return replace(table, cost_s=cost, again=None if table.again is None else _only(table.again, strategies))
 
 
+def _in_floats(table: Table) -> Table:
+    if table.cost_s.dtype == np.float64 == table.memory_bytes.dtype:
+        return table
+    return replace(table, cost_s=np.asarray(table.cost_s, np.float64), memory_bytes=np.asarray(table.memory_bytes, np.float64))
+
+
 @dataclass(frozen=True, slots=True)
 class Reduced:
     """A smaller problem and the way back: strategy `s` of its node `i` is `kept[i][s]` of the original."""
@@ -81,7 +87,7 @@ def reduce(problem: Problem) -> Reduced:
     Raises `InfeasibleError` when a node is left without a strategy.
     """
     assert not problem.timed, "tables hold the memory of all time steps"
-    tables = [replace(t, cost_s=np.asarray(t.cost_s, np.float64), memory_bytes=np.asarray(t.memory_bytes, np.float64)) for t in problem.tables]
+    tables = [_in_floats(table) for table in problem.tables]
     edges = _merged(np.array(problem.edges, np.int64).reshape(-1, 3), tables)
     nodes = np.array(problem.nodes, np.int64)
     work = _Reduction(nodes, edges, tables, _groups(problem), problem.regions)
@@ -138,8 +144,8 @@ class _Reduction:
         self.stale = set(self.contexts)
 
     def _contexts(self) -> list[tuple[int, list[tuple[int, int, int, int]]]]:
-        """Per group, every distinct surrounding of its nodes: `(edge table, side, neighbour's group, how often)`; `_FOREIGN` is added to the
-        side of an edge that goes to another region, which may be computed again or not as it likes."""
+        """Per group, every distinct surrounding of its nodes: `(edge table, side, neighbour's group, how often)`; `_FOREIGN` is added to
+        the side of an edge that goes to another region, which may be computed again or not as it likes."""
         if not len(self.edges):
             return [(int(group), []) for group in np.unique(self.group)]
         i, j, table = self.edges.T

@@ -51,8 +51,9 @@ def solve(
     seconds. Problems whose memory differs between many time steps, and those that elimination cannot hold, are searched: until the time
     limit, until cost and bound differ by no more than `gap` of the bound (None: 0.01% for `"fast"`, nothing for `"exact"`), or
     until nothing is found for long. `progress` is called on every step. Ctrl-C ends the search with the best choice so far, if there
-    is one. The same `seed` gives the same answer where the time limit is not what ends the search. `ready`: the problem, whatever its limit,
-    made ready before. `beside_bytes`: by step of `ready`, what is held whatever is chosen.
+    is one. The same `seed` gives the same answer where the time limit is not what ends the search.
+
+    `ready`: the problem, whatever its limit, made ready before. `beside_bytes`: by step of `ready`, what is held whatever is chosen.
 
     Raises `PlanError` for a damaged problem and `InfeasibleError` when every choice is impossible whatever the memory, or, with time
     steps, when it is plain that nothing fits.
