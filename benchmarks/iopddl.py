@@ -32,10 +32,18 @@ RESERVE_S = 1.0  # of the timeout: to judge the answer, and for a step of the se
 RESERVE_SHARE = 0.02
 
 
+def seconds(text: str) -> float:
+    """A finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--timeout", type=float, required=True, help="seconds from the start of this process")
+    parser.add_argument("--timeout", type=seconds, required=True, help="seconds from the start of this process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gap", type=float, default=0.0, help="stop when cost and bound differ by no more than this part of the bound")
     parser.add_argument("--progress", action="store_true")

@@ -19,8 +19,15 @@ State = NDArray[np.uint64]
 
 
 def compiled(function: Function) -> Function:
-    """`function` as machine code, made on its first call and kept on disk; it runs without the interpreter's lock."""
-    return cast(Function, njit(cache=True, nogil=True, error_model="numpy")(function))
+    """`function` as machine code, made on its first call and kept on disk; it runs without the interpreter's lock.
+
+    What is kept is made again when the function's own file has changed, not when one has that it calls: after changing a function that
+    others call, remove `__pycache__/*.nb?` here.
+    """
+    try:
+        return cast(Function, njit(cache=True, nogil=True, error_model="numpy")(function))
+    except RuntimeError:  # neither the source's folder nor the user's cache can be written to: nothing is kept
+        return cast(Function, njit(nogil=True, error_model="numpy")(function))
 
 
 def generator(seed: int) -> State:

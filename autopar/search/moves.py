@@ -23,6 +23,7 @@ __all__ = ["Walk", "improve", "new_walk"]
 
 _RAISED = 24  # steps with a price of their own in one move
 _SMALLEST = 4.0  # half edges in the smallest forests
+_LOWEST, _HIGHEST = -6.0, 2.0  # logarithms of the first price where memory is missing, in byte prices: dear repairs are hard to undo
 _WITH_CUTS = 0.3  # of the moves that grow one tree
 _MOST_CUTS = 2
 
@@ -124,7 +125,7 @@ def _move(
         for t in range(len(arrays.room)):
             if walk.usage[t] - arrays.room[t] > walk.usage[walk.raised[0]] - arrays.room[walk.raised[0]]:
                 walk.raised[0] = t
-        walk.by[0] = byte_price * np.exp(6.0 * uniform(state))
+        walk.by[0] = byte_price * np.exp(_LOWEST + (_HIGHEST - _LOWEST) * uniform(state))
     for _ in range(tries):
         _price(arrays, walk, count + cuts, dual, part, raised)
         solve_with_cuts(arrays, walk.forest, count, cuts, walk.priced, shake, old, new, state)

@@ -76,7 +76,9 @@ def _decoded(data: bytes, name: str) -> Any:
     collecting = gc.isenabled()
     gc.disable()  # millions of numbers and no cycle among them: looking for garbage would take half of the time
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=_object)
+    except _Twice as error:
+        raise ProblemError(f"{name}: the key {_shown(error.key)} occurs twice in one object") from error
     except json.JSONDecodeError as error:
         raise ProblemError(f"{name}: no JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8; a number of thousands of digits; nested without end
@@ -84,6 +86,22 @@ def _decoded(data: bytes, name: str) -> Any:
     finally:
         if collecting:
             gc.enable()
+
+
+class _Twice(Exception):
+    """A key that occurs twice in an object: which of the two counts would be a guess."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Twice(key)
+        found[key] = value
+    return found
 
 
 class _Reader:
@@ -167,7 +185,8 @@ class _Reader:
         if key not in self.known:
             memory = self._numbers(usage, f"nodes.usages[{node}]")
             for strategy in np.flatnonzero((memory < 0) | (memory == np.inf))[:1].tolist():
-                raise self._wrong(f"nodes.usages[{node}][{strategy}]", f"is {usage[strategy]}; wanted a finite number of at least 0")
+                found = _shown(usage[strategy])
+                raise self._wrong(f"nodes.usages[{node}][{strategy}]", f"is {found}; wanted a finite number of at least 0")
             self._note(key, self._costs(cost, f"nodes.costs[{node}]"), memory)
         return self.known[key]
 

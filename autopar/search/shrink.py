@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from autopar.search.contract import settle
 from autopar.search.dominated import drop_dominated, fold_leaves
+from autopar.search.parts import settle_parts
 from autopar.search.problem import Ints, Problem
 from autopar.search.series import bridge_series
 from autopar.search.shrinking import Shrinking
@@ -33,8 +34,8 @@ class Shrunk:
         return self.state.original(choice[:-1], self.left)
 
 
-def shrink(problem: Problem) -> Shrunk:
-    """The problem made smaller without losing its optimum.
+def shrink(problem: Problem, patient: bool = True) -> Shrunk:
+    """The problem made smaller without losing its optimum. `patient`: eliminations may take more than a moment.
 
     Raises `InfeasibleError` when a node is left without a possible strategy.
     """
@@ -48,6 +49,7 @@ def shrink(problem: Problem) -> Shrunk:
         if not (tightened or dropped or folded or bridged):
             break
     settle(state)
+    settle_parts(state, patient)
     return Shrunk(*_result(state, problem.memory_limit_bytes))
 
 

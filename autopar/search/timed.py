@@ -16,17 +16,20 @@ from autopar.search.dual import Dual
 from autopar.search.incumbent import Progress
 from autopar.search.possible import possible_choice
 from autopar.search.problem import Ints, Problem, Solution
-from autopar.search.walker import Best, Walker
+from autopar.search.walker import Best, Walker, load_moves
 
 if TYPE_CHECKING:
     from autopar.search.finish import Finish
 
 __all__ = ["search_timed"]
 
-_DUAL_STEPS = 50  # between two looks at the time
-_STALLED = 1e-5  # of the bound: less in that many steps is not worth a thread of its own
+_DUAL_ENTRIES = 60_000_000  # table entries that the dual's steps between two looks at the time may read, about
+_FEWEST_STEPS, _MOST_STEPS = 5, 50
+_STALLED = 1e-5  # of the bound: less in `_MOST_STEPS` steps is not worth a thread of its own
+_REPAIR = 4.0  # times the highest price is about what it costs to bring a rounding's memory down
+_MOVES_PER_STEP = 3  # of a walk take about as long as one step of the dual
 _ROUNDS_BEFORE_FINISH = 10  # of walks, before what is left open is given to an integer program
-_LONGEST_BLIND = 40  # times that many steps of the dual without a possible choice to round to
+_LONGEST_BLIND = 2000  # steps of the dual without a possible choice to round to
 _IDLE_ROUNDS = 200  # without a better choice: the end where no time limit is given
 
 
@@ -98,6 +101,7 @@ class _Search:
         self.rounded = Best(arrays)
         self.state = generator(seed)
         self.walkers = [Walker(arrays, generator(seed + 1 + number)) for number in range(2)]
+        self.steps = max(_FEWEST_STEPS, min(_MOST_STEPS, _DUAL_ENTRIES // max(self.walkers[0].entries, 1)))
 
     @property
     def bound(self) -> float:
@@ -114,6 +118,11 @@ class _Search:
         """Rounds until the end. While the bound grows, the dual has one of the two threads; later what is left open, if that is little."""
         with ThreadPoolExecutor(2) as threads:
             try:
+                self._raise_bound()
+                self.best.offer(self.rounded.choice if self.rounded.choice is not None else self.dual.choice)
+                self._report("bound")
+                if not self.done:
+                    load_moves(self.arrays).join(self.clock.left_s)
                 self._rounds(threads)
             finally:
                 if self.finish is not None:
@@ -121,13 +130,14 @@ class _Search:
                     self._finished()
 
     def _rounds(self, threads: ThreadPoolExecutor) -> None:
-        idle, rounds, chunks, before, rising = 0, 0, 0, -np.inf, True
+        idle, rounds, steps, before, rising = 0, 0, self.steps, -np.inf, True
         while not self.done and (self.clock.limit_s is not None or idle < _IDLE_ROUNDS):
             walkers = self.walkers[1:] if rising or self._finishing else self.walkers
+            repeats = max(1, _MOVES_PER_STEP * self.steps // self.walkers[0].moves) if rising else 1
             for walker in walkers:
-                walker.prepare(self.best, self.rounded, self.dual)
+                walker.prepare(self.best, self.rounded, self.dual, rising)
             jobs = [threads.submit(self._raise_bound)] if rising else []
-            jobs += [threads.submit(walker.walk) for walker in walkers if walker.ready]
+            jobs += [threads.submit(walker.walk, repeats) for walker in walkers if walker.ready]
             for job in jobs:
                 job.result()
             if self.best.choice is None:
@@ -135,10 +145,11 @@ class _Search:
             found = [self.best.offer(choice) for choice in self._found(walkers, rising)]
             idle = 0 if any(found) or rising else idle + 1
             if rising:
-                chunks += 1
-                grows = self.dual.bound - before > _STALLED * abs(self.dual.bound)
-                rising = grows or (self.best.choice is None and chunks < _LONGEST_BLIND)
-                before = self.dual.bound
+                steps += self.steps
+                if steps % _MOST_STEPS < self.steps:
+                    grows = self.dual.bound - before > _STALLED * abs(self.dual.bound)
+                    rising = grows or (self.best.choice is None and steps < _LONGEST_BLIND)
+                    before = self.dual.bound
             else:
                 rounds += 1
                 self._look_at_the_rest(threads, rounds)
@@ -167,8 +178,8 @@ class _Search:
         return self.finish is not None and self.finish.running
 
     def _raise_bound(self) -> None:
-        self.rounded = Best(self.arrays)
-        for _ in range(_DUAL_STEPS):
+        self.rounded = Best(self.arrays, _REPAIR * float(self.dual.best_prices.max(initial=0.0)))
+        for _ in range(self.steps):
             if self.clock.up:
                 return
             self.dual.step()

@@ -62,7 +62,7 @@ def test_answers_hold_and_bounds_are_bounds(problem: Problem) -> None:
 def test_progress_falls_rises_and_ends_at_the_answer() -> None:
     seen: list[Progress] = []
     problem = grid(12, 5, 0)
-    solution = solve(problem, time_limit_s=6.0, gap=0.005, progress=seen.append)
+    solution = solve(problem, time_limit_s=6.0, gap=0.001, progress=seen.append)
     costs, bounds = [step.best_cost_s for step in seen], [step.lower_bound_s for step in seen]
     assert costs == sorted(costs, reverse=True) and bounds == sorted(bounds) and len(seen) > 1
     assert solution.feasible and solution.cost_s == costs[-1] >= solution.lower_bound_s >= bounds[-1] - 1e-6

@@ -129,7 +129,7 @@ def damage(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (damage("nodes", "costs", 1, value=[1, 2]), r"nodes\.usages\[1\] has 3 entries.*2 costs"),
         (damage("nodes", "costs", value=[[1, 2]]), r"nodes has 3 intervals and 1 costs"),
         (damage("nodes", "usages", 0, 1, value=-3), r"nodes\.usages\[0\]\[1\] is -3"),
-        (damage("nodes", "usages", 0, 1, value=float("inf")), r"nodes\.usages\[0\]\[1\] is inf"),
+        (damage("nodes", "usages", 0, 1, value=float("inf")), r"nodes\.usages\[0\]\[1\] is Infinity"),
         (damage("nodes", "usages", 0, value=7), r"nodes\.usages\[0\] is 7; wanted a list"),
         (damage("nodes", "intervals", 1, value=[3, 2]), r"nodes\.intervals\[1\] is \[3, 2\]"),
         (damage("nodes", "intervals", 1, value=[-1, 2]), r"nodes\.intervals\[1\] is \[-1, 2\]"),
@@ -159,6 +159,12 @@ def test_damage_is_named(change: Callable[[dict[str, Any]], None], words: str, t
 def test_what_is_no_problem_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match=r"file\.json: "):
         read_instance(written(tmp_path, text))
+
+
+def test_keys_that_occur_twice_are_refused(tmp_path: Path) -> None:
+    text = json.dumps(GOOD)
+    with pytest.raises(ProblemError, match=r'file\.json: the key "usage_limit" occurs twice'):
+        read_instance(written(tmp_path, text.replace('"usage_limit"', '"usage_limit": 5, "usage_limit"')))
 
 
 def test_cut_gzip_and_missing_files_are_refused(tmp_path: Path) -> None:

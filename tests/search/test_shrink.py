@@ -161,6 +161,20 @@ def test_without_memory_that_matters_a_path_vanishes() -> None:
     assert chain(300, 5, 0, live=False).evaluate(shrunk.original(np.array([0])))[0] == shrunk.problem.evaluate((0,))[0]
 
 
+def test_parts_without_memory_are_eliminated_apart() -> None:
+    rng = np.random.default_rng(1)
+    tables = [
+        Table(rng.integers(0, 9, 3).astype(float), np.zeros(3)),
+        Table(rng.integers(0, 9, 3).astype(float), np.array([4.0, 2.0, 1.0])),
+    ]
+    tables += [Table(rng.integers(0, 9, (3, 3)).astype(float), np.zeros((3, 3))) for _ in range(4)]
+    whole = [(i, j, 2 + (i + j) % 4) for i in range(4) for j in range(i + 1, 4)]  # four nodes, each joined to every other
+    edges = tuple((base + i, base + j, t) for base in (0, 4) for i, j, t in whole)
+    problem = Problem((0,) * 4 + (1,) * 4, edges, tuple(tables), (Segment(0, 8, 1),), 9.0, ((0, 1),) * 8)
+    assert len(shrink(problem).problem.nodes) <= 5
+    assert hold(problem, shrink)
+
+
 def test_bijections_collapse_whatever_their_memory() -> None:
     tables = [Table(np.arange(4.0), np.array([3.0, 2.0, 1.0, 0.0]))]
     turned = np.full((4, 4), np.inf)
