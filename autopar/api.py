@@ -19,6 +19,7 @@ from torch import nn
 
 from autopar.errors import AutoparError, InfeasibleError, PlanError, TraceError
 from autopar.ir.cluster import Cluster, resolve
+from autopar.ir.leaf_modules import Chosen
 from autopar.ir.plan import Plan
 from autopar.ir.precision import Precision
 from autopar.ir.rules.complete import with_rules
@@ -56,6 +57,7 @@ def plan(
     time_limit_s: float | None = None,
     alternatives: bool = False,
     precision: Precision | Mapping[str, str] | str | None = None,
+    leaf_modules: Chosen = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> Plan:
     """Search the best way to run `model` on `cluster`. Needs no GPU and no process group; computes nothing of the model.
@@ -79,13 +81,16 @@ def plan(
     `alternatives`: also price every other storage of every parameter, for `autopar explain`.
     `precision`: `"bfloat16"` to compute in it with parameters, gradients and optimizer in float32, or a dict (`autopar.ir.precision`);
     by default as the model's dtypes say, or under the `torch.autocast` that is on around the call.
+    `leaf_modules`: modules that are not traced into, by path, glob over paths, or class: `["layers.*.router"]`. Each runs as it is, whole
+    on every rank, and may look at values of tensors. A mapping gives a function of its inputs that returns tensors like its results, for
+    modules on `meta` whose shapes only values show.
 
     Where nothing fits, the plan of least memory comes with `predicted.fits` false; its notes say what is missing and what would fit.
 
     Raises `TraceError` (the model cannot be read), `ClusterError`, `PinError`, `InfeasibleError` (no way to run it under these pins).
     """
     return _plan_traced(
-        _trace(model, example_inputs, precision),
+        _trace(model, example_inputs, precision, leaf_modules),
         resolve(cluster),
         mesh=mesh,
         schedule=schedule,
@@ -104,12 +109,14 @@ def plan(
     )
 
 
-def compare(model: nn.Module, example_inputs: Any, cluster: Cluster | str | Path, **options: Any) -> dict[str, Plan | PlanError]:
+def compare(
+    model: nn.Module, example_inputs: Any, cluster: Cluster | str | Path, *, leaf_modules: Chosen = (), **options: Any
+) -> dict[str, Plan | PlanError]:
     """The searched plan and every baseline for the same model and cluster, by name; an error where there is no such plan.
 
     `options` are those of `plan`, but for `baseline`. A baseline that does not fit the memory is a plan whose `predicted.fits` is false.
     """
-    traced, cluster = _trace(model, example_inputs, options.pop("precision", None)), resolve(cluster)
+    traced, cluster = _trace(model, example_inputs, options.pop("precision", None), leaf_modules), resolve(cluster)
     found: dict[str, Plan | PlanError] = {}
     for name in (None, *BASELINES):
         try:
@@ -159,6 +166,7 @@ def parallelize(
     _check_types(model, plan)
     if unknown := plan_options.keys() - _PLAN_OPTIONS:
         raise PlanError(f"parallelize has no option `{min(unknown)}`; options for planning are {', '.join(sorted(_PLAN_OPTIONS))}")
+    leaf_modules = plan_options.pop("leaf_modules", () if plan is None else plan.leaf_modules)
     world_size = ensure_process_group(device, timeout_s)
     wanted = plan.precision if plan is not None else precision_of(model, plan_options.pop("precision", None))
     if world_size == 1 and (plan is None or plan.world_size == 1) and wanted is None and not _in_parts(plan, plan_options):
@@ -167,7 +175,7 @@ def parallelize(
     def build_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ParallelModule | PipelineModule:
         traced, problem = None, None
         try:
-            traced = trace(model, args, kwargs, precision=wanted)
+            traced = trace(model, args, kwargs, precision=wanted, leaf_modules=leaf_modules)
         except AutoparError as error:
             problem = error
         compare_ranks({}, problem, timeout_s)  # what one rank cannot trace, no rank runs
@@ -232,17 +240,19 @@ def _check_types(model: Any, plan: Any = None) -> None:
         raise PlanError(f"the plan is a {type(plan).__name__}; give a `Plan`, such as `autopar.Plan.load(path)` reads from a file")
 
 
-def _trace(model: nn.Module, example_inputs: Any, precision: Precision | Mapping[str, str] | str | None) -> TracedModel:
+def _trace(
+    model: nn.Module, example_inputs: Any, precision: Precision | Mapping[str, str] | str | None, leaf_modules: Chosen
+) -> TracedModel:
     _check_types(model)
     args, kwargs = split_example(example_inputs)
-    return trace(model, args, kwargs, precision=precision_of(model, precision))
+    return trace(model, args, kwargs, precision=precision_of(model, precision), leaf_modules=leaf_modules)
 
 
 _PLAN_OPTIONS = inspect.signature(plan).parameters.keys() - {"model", "example_inputs", "cluster"}
 
 
 def _plan_traced(traced: TracedModel, cluster: Cluster, **options: Any) -> Plan:
-    return plan_graph(with_rules(traced.graph), cluster, precision=traced.precision, **options)
+    return plan_graph(with_rules(traced.graph, traced.leaf_modules), cluster, precision=traced.precision, **options)
 
 
 def _running_cluster() -> Cluster:

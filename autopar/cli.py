@@ -134,6 +134,10 @@ def plan(
     time_limit: Annotated[
         float | None, typer.Option("--time-limit", min=0, metavar="SECONDS", help="Stop searching after this long.")
     ] = None,
+    leaf: Annotated[
+        list[str] | None,
+        typer.Option("--leaf", metavar="GLOB", help="Modules that are not traced into, such as '*.router'. May be repeated."),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Show every operation and collective.")] = False,
 ) -> None:
     """Search the best plan for MODEL on a cluster, show it, and write it with -o. Needs no GPU."""
@@ -147,6 +151,7 @@ def plan(
         "memory_limit_bytes": None if memory_limit is None else _size(memory_limit),
         "time_limit_s": time_limit,
         "alternatives": alternatives,
+        "leaf_modules": tuple(leaf or ()),
     }
     staged = {
         "schedule": None if schedule is None else _schedule(schedule),
@@ -292,7 +297,8 @@ def validate(
             from autopar.ir.trace import split_example, trace
 
             args, kwargs = split_example(inputs)
-            problems = contradictions_with(found, trace(model, args, kwargs, precision=found.precision).graph)
+            again = trace(model, args, kwargs, precision=found.precision, leaf_modules=found.leaf_modules)
+            problems = contradictions_with(found, again.graph)
     for problem in problems:
         print(f"{plan}: {problem}")
     if problems:

@@ -56,7 +56,8 @@ def errors() -> str:
 PROCESSING_ORDER = {
     "autopar": "api cli errors",
     "autopar/ir": (
-        "graph placement text trace trace_export trace_repeats trace_lower trace_expand trace_assemble canonical canonical_losses "
+        "graph placement text trace leaf_modules trace_leaves trace_export trace_repeats trace_lower trace_expand trace_assemble canonical "
+        "canonical_losses "
         "canonical_bags canonical_rows canonical_masks canonical_experts experts "
         "rewriter reshard_points trace_errors library_patches own_backward sources modes fold microbatch microbatch_ways "
         "microbatch_write stages schedules schedule_zbv "

@@ -200,6 +200,12 @@ def _is_identity(values: dict[str, Value], op: Op, readers: dict[str, list[str]]
     return False
 
 
+def _following(op: Op) -> frozenset[int]:
+    """The results of a leaf module that carry a gradient where its operands do; new values of buffers are none of them."""
+    assert isinstance(op.args[2], tuple)
+    return frozenset(index for index, follows in enumerate(op.args[2]) if follows)
+
+
 def mark_gradients(graph: Graph) -> Graph:
     """Set `requires_grad` of every result: floating, and an operand's gradient flows through the operation."""
     values = dict(graph.values)
@@ -208,6 +214,8 @@ def mark_gradients(graph: Graph) -> Graph:
         for index, name in enumerate(op.outputs):
             value = values[name]
             wanted = flows and value.dtype.startswith(_FLOATING) and (index == 0 or op.target not in FIRST_OUTPUT_ONLY)
+            if op.target == "autopar.leaf":
+                wanted = wanted and index in _following(op)
             if wanted != value.requires_grad:
                 values[name] = Value(name, value.shape, value.dtype, wanted)
     return replace(graph, values=values)

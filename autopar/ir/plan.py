@@ -336,6 +336,8 @@ class Plan(_Data):
     predicted: Predicted
     replicated: tuple[str, ...]
     """Operators without a sharding rule, which every rank runs whole."""
+    leaf_modules: tuple[str, ...] = ()
+    """Paths of the modules that are not traced into: each is an operation whose body is the module itself."""
     rules: tuple[RulePlan, ...] = ()
     """Rules that were found by trial or registered: the plan can be read and run where neither is at hand."""
     notes: tuple[str, ...] = ()

@@ -36,7 +36,6 @@ from autopar.ir.plan_stages import (
     stage_rows,
 )
 from autopar.ir.precision import Precision
-from autopar.ir.rules.given import operator_name
 
 WIDTH = 120
 LEGEND = (
@@ -346,6 +345,6 @@ def _remarks(plan: Plan) -> str:
     lines = [_entry("pinned:      ", f"{pattern} to {text}") for pattern, text in plan.pins.items()]
     if plan.replicated:
         lines.append(_entry("replicated:  ", "no sharding rule, so every rank runs all of " + ", ".join(plan.replicated)))
-    lines += [_entry("rule:        ", f"{operator_name(rule.target)}: {rule.words()}") for rule in plan.given_rules]
+    lines += [_entry("rule:        ", f"{rule.subject}: {rule.words()}") for rule in plan.given_rules]
     lines += [_entry("note:        ", note) for note in plan.notes]
     return "\n".join(lines)

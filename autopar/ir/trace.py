@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -26,12 +26,14 @@ from autopar.errors import TraceError
 from autopar.ir import trace_repeats as repeats
 from autopar.ir.canonical import ALL_TOGETHER, EACH_ALONE, run_passes, without_call_numbers
 from autopar.ir.graph import Graph
+from autopar.ir.leaf_modules import LEAF, Chosen, LeafModule, as_operators, chosen, without_values
 from autopar.ir.precision import Precision
 from autopar.ir.reshard_points import add_reshard_points
 from autopar.ir.trace_assemble import Assembled, OutputSlot, State, assemble, leaf_paths, state_of
 from autopar.ir.trace_errors import as_trace_error, chain_of
 from autopar.ir.trace_expand import expand, refuse_unsafe
 from autopar.ir.trace_export import export_program
+from autopar.ir.trace_leaves import observe, plain_numbers
 from autopar.ir.trace_precision import as_read, computing_as
 
 __all__ = ["OutputSlot", "TracedModel", "leaf_paths", "split_example", "trace"]
@@ -47,7 +49,7 @@ class TracedModel:
     `in_spec` is the tree of `(args, kwargs)`; `input_paths` names its leaves in order, and `literals` holds those that are not tensors
     (they are baked into the graph: a call must bring equal ones); the other leaves are `graph.inputs`, in the same order.
     `out_spec` is the tree of the result, `output_slots` its leaves. `constants` holds the data of `graph.constants`. `precision`: as which
-    it was traced.
+    it was traced. `leaf_modules` are the bodies of the operations `autopar.leaf`, by the path of the module that they are.
     """
 
     graph: Graph
@@ -58,6 +60,7 @@ class TracedModel:
     input_paths: tuple[str, ...]
     literals: dict[str, Any]
     precision: Precision | None = None
+    leaf_modules: dict[str, LeafModule] = field(default_factory=dict)
 
 
 def split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -79,25 +82,50 @@ def trace(
     *,
     once_per_repeat: bool = True,
     precision: Precision | None = None,
+    leaf_modules: Chosen = (),
 ) -> TracedModel:
     """Trace `model(*args, **kwargs)`, in training or evaluation mode as `model.training` says, with the shapes of these inputs.
 
     With `once_per_repeat`, repeated child modules are exported once and copied; the result is the same graph. `precision`: as the model is
-    to compute; by default in its own dtypes, without a surrounding `torch.autocast`.
+    to compute; by default in its own dtypes, without a surrounding `torch.autocast`. `leaf_modules` are not traced into: see
+    `autopar.ir.leaf_modules`.
     Raises `TraceError` for what cannot be traced, naming the user's line.
     """
 
+    leaves = chosen(model, leaf_modules) if leaf_modules else {}
+    if leaves and precision is not None:
+        raise TraceError(
+            f"leaf modules compute as they are, and the precision {precision.compute} would have them compute otherwise: plan without a "
+            "precision, or without leaf_modules"
+        )
+
     def once() -> TracedModel:
-        return _trace(model, args, dict(kwargs or {}), once_per_repeat, precision)
+        return _trace(model, args, dict(kwargs or {}), once_per_repeat, precision, leaves)
 
     with _garbage_collection_paused():
         changed: dict[tuple[str, str], tuple[float, float]] = {}
         with computing_as(model, precision):
+            if leaves:
+                _observe(model, args, dict(kwargs or {}), leaves)
             with _watched(model, changed):
                 found = once()
-            if changed:
-                _refuse_counting(model, changed, lambda: once().graph, found.graph)
+            inside = {key: value for key, value in changed.items() if not _in_leaf(key[0], leaves)}
+            if inside:
+                _refuse_counting(model, inside, lambda: once().graph, found.graph)
         return found
+
+
+def _observe(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: dict[str, LeafModule]) -> None:
+    try:
+        observe(model, args, kwargs, leaves)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise as_trace_error(error, model) from error
+
+
+def _in_leaf(path: str, leaves: Mapping[str, LeafModule]) -> bool:
+    return any(path == leaf or path.startswith(f"{leaf}.") for leaf in leaves)
 
 
 @contextmanager
@@ -107,9 +135,9 @@ def _watched(model: nn.Module, changed: dict[tuple[str, str], tuple[float, float
 
     @wraps(forward)
     def watching(*args: Any, **kwargs: Any) -> Any:
-        before = _numbers(model)
+        before = plain_numbers(model)
         result = forward(*args, **kwargs)
-        changed.update({key: (before[key], value) for key, value in _numbers(model).items() if before.get(key, value) != value})
+        changed.update({key: (before[key], value) for key, value in plain_numbers(model).items() if before.get(key, value) != value})
         return result
 
     model.__dict__["forward"] = watching
@@ -120,16 +148,6 @@ def _watched(model: nn.Module, changed: dict[tuple[str, str], tuple[float, float
             model.__dict__["forward"] = forward
         else:
             del model.__dict__["forward"]
-
-
-def _numbers(model: nn.Module) -> dict[tuple[str, str], float]:
-    """The numbers that modules hold as plain attributes, by path and name."""
-    return {
-        (path, name): value
-        for path, module in model.named_modules()
-        for name, value in module.__dict__.items()
-        if type(value) is int or type(value) is float
-    }
 
 
 def _refuse_counting(
@@ -153,10 +171,15 @@ def _refuse_counting(
 
 
 def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], once_per_repeat: bool, precision: Precision | None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    once_per_repeat: bool,
+    precision: Precision | None,
+    leaves: dict[str, LeafModule],
 ) -> TracedModel:
     with _garbage_collection_paused():
-        call = _Call(model, args, kwargs, state_of(model), once_per_repeat)
+        call = _Call(model, args, kwargs, state_of(model), once_per_repeat and not leaves, leaves)
         try:
             found = call.with_repeats_once() or call.whole()
         except TraceError:
@@ -166,14 +189,26 @@ def _trace(
         graph = as_read(run_passes(found.graph, ALL_TOGETHER), precision)
         graph = without_call_numbers(add_reshard_points(graph)).verify()
     constants = {item.value: found.constants[item.value] for item in graph.constants}
-    return TracedModel(graph, call.in_spec, found.out_spec, found.slots, constants, call.input_paths, call.literals, precision)
+    for op in graph.ops:
+        if op.target == LEAF and op.module not in leaves:
+            raise TraceError(f"leaf module {op.args[0]} is called by its `forward`; call the module itself, as in `self.router(x)`")
+    bodies = {path: replace(leaf, module=without_values(leaf.module)) for path, leaf in leaves.items()}
+    return TracedModel(graph, call.in_spec, found.out_spec, found.slots, constants, call.input_paths, call.literals, precision, bodies)
 
 
 class _Call:
     """One call of a model that is to be traced."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: State, once_per_repeat: bool) -> None:
-        self.model, self.state, self.once_per_repeat = model, state, once_per_repeat
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: State,
+        once_per_repeat: bool,
+        leaf_modules: dict[str, LeafModule],
+    ) -> None:
+        self.model, self.state, self.once_per_repeat, self.leaf_modules = model, state, once_per_repeat, leaf_modules
         leaves, self.in_spec = pytree.tree_flatten((args, kwargs))
         self.args, self.kwargs = pytree.tree_unflatten(_each_its_own(leaves), self.in_spec)
         positional, named = self.in_spec.children()
@@ -187,7 +222,8 @@ class _Call:
                 )
 
     def whole(self) -> Assembled:
-        return self._assembled(export_program(self.model, self.args, self.kwargs))
+        with as_operators(self.leaf_modules):
+            return self._assembled(export_program(self.model, self.args, self.kwargs))
 
     def _assembled(self, program: Any) -> Assembled:
         paths = [path for path in self.input_paths if path not in self.literals]

@@ -46,12 +46,25 @@ def export_program(
         stack.enter_context(library_patches(frozenset(kwargs)))
         stack.enter_context(_attributes_while_tracing(model))
         stack.enter_context(_own_backward_refused())
-        fake_args, fake_kwargs = stack.enter_context(_faked(model, args, kwargs))
+        _, fake_args, fake_kwargs = stack.enter_context(_faked(model, args, kwargs))
         program = torch.export.export(model, fake_args, fake_kwargs, strict=False)
         inline_grad_regions(program.graph_module)
         check(program)
         functional: ExportedProgram = program.run_decompositions({})
         return functional
+
+
+@contextmanager
+def running_on_fakes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Within, `model` can be called with the arguments that are given, and computes nothing; otherwise as while it is exported."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(library_patches(frozenset(kwargs)))
+        stack.enter_context(_attributes_while_tracing(model))
+        mode, fake_args, fake_kwargs = stack.enter_context(_faked(model, args, kwargs))
+        stack.enter_context(mode)
+        yield fake_args, fake_kwargs
 
 
 @contextmanager
@@ -142,7 +155,9 @@ def _attributes_while_tracing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _faked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _faked(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[FakeTensorMode, tuple[Any, ...], dict[str, Any]]]:
     """Parameters, buffers and inputs as fake tensors on one device: that of the parameters, or the CPU where that is `meta`."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True, export=True)
     device = next(
@@ -171,7 +186,7 @@ def _faked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
                     if tensor is not None:
                         undo.append((owned, name, tensor))
                         owned[name] = fake(tensor)
-        yield pytree.tree_map(fake, (args, kwargs))
+        yield mode, *pytree.tree_map(fake, (args, kwargs))
     finally:
         for owned, name, tensor in undo:
             owned[name] = tensor

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from autopar.errors import TraceError
 from autopar.ir.graph import DTYPE_BYTES, Arg, Op, Ref, Symbol, Value
+from autopar.ir.leaf_modules import LEAF, TRACED
 
 DROPPED_KWARGS = frozenset({"device", "layout", "pin_memory", "non_blocking", "generator"})
 """Where and how a tensor lies is the runtime's business; the graph says only what it is."""
@@ -115,11 +116,14 @@ class _Lowering:
                 "autopar needs fixed operations and shapes. Take the decision outside of the model, or on plain Python numbers"
             )
         self.env[node] = outputs = self.outputs_of(node)
+        args = node.args
+        if target == TRACED:
+            target, args = LEAF, (*args[:2], *args[3:])
         self.result.ops.append(
             Op(
                 name=node.name,
                 target=target,
-                args=tuple(self.arg(item, node) for item in node.args),
+                args=tuple(self.arg(item, node) for item in args),
                 kwargs=tuple((key, self.arg(item, node)) for key, item in node.kwargs.items() if key not in DROPPED_KWARGS),
                 outputs=tuple(_flatten(outputs)),
                 module=module_path(node.meta.get("nn_module_stack")),

@@ -22,7 +22,6 @@ from autopar.ir.plan_digest import (
 )
 from autopar.ir.plan_roles import GATHER_WORDS, Roles
 from autopar.ir.plan_stages import alike_stages, crossing_words, crossings, is_chosen, stage_rows
-from autopar.ir.rules.given import operator_name
 from autopar.report.terminal import heading, hold, placed, table
 
 MEMORY_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red")
@@ -226,7 +225,7 @@ def _remarks(plan: Plan) -> RenderableType | None:
     if plan.replicated:
         grid.add_row(Text("replicated", style="yellow"), "no sharding rule, so every rank runs all of " + ", ".join(plan.replicated))
     for rule in plan.given_rules:
-        grid.add_row(Text("rule", style="yellow" if rule.whole else "cyan"), f"{operator_name(rule.target)}: {rule.words()}")
+        grid.add_row(Text("rule", style="yellow" if rule.whole else "cyan"), f"{rule.subject}: {rule.words()}")
     for note in plan.notes:
         grid.add_row(Text("note", style="yellow"), note)
     return Group(grid) if grid.row_count else None

@@ -93,11 +93,12 @@ class _Seeding(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def eagerly_alike(model: nn.Module) -> Iterator[None]:
-    """Within, one forward pass of `model`, on the CPU, draws as the ranks of its plan do within `drawing_alike`."""
+def eagerly_alike(model: nn.Module, path: str = "") -> Iterator[None]:
+    """Within, one forward pass of `model`, on the CPU, draws as the ranks of its plan do within `drawing_alike`. `path`: of `model` in the
+    model that is planned."""
     running: list[str] = []
     hooks = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(prefix=path):
         hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: running.append(name)))
         hooks.append(module.register_forward_hook(lambda module, args, output: (running.pop(), None)[1], always_call=True))
     try:

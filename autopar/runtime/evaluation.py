@@ -47,7 +47,9 @@ class EvaluationCheck:
         args, kwargs = pytree.tree_unflatten(leaves, self._traced.in_spec)
         modes = {module: module.training for module in model.modules()}
         try:
-            return evaluation_differs(graph, trace(model.eval(), args, kwargs, precision=self._traced.precision).graph)
+            leaves = list(self._traced.leaf_modules.values())
+            again = trace(model.eval(), args, kwargs, precision=self._traced.precision, leaf_modules=leaves)
+            return evaluation_differs(graph, again.graph)
         except AutoparError as error:
             return f"it cannot be traced: {error}"
         finally:

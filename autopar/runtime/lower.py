@@ -22,13 +22,14 @@ from torch import fx
 from autopar.ir.assignment import Assignment
 from autopar.ir.conversion import State
 from autopar.ir.graph import Arg, Graph, Op, Ref, Symbol
+from autopar.ir.leaf_modules import LEAF, LeafModule
 from autopar.ir.placement import RP, Placement, R
 from autopar.ir.rules import given_rule, has_rule
 from autopar.ir.rules.local_args import local_args
 from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.ir.rules.neighbours import RECEIVE, SEND
 from autopar.ir.rules.operators import operator
-from autopar.runtime import dropout
+from autopar.runtime import dropout, leaf
 from autopar.runtime.alike import Draw, draws
 from autopar.runtime.convert import Place, convert, convert_value, local_steps
 from autopar.runtime.local_ops import LOCAL_OPS
@@ -78,13 +79,16 @@ def lower(
     hooks: Hooks = Hooks(),
     recompute: Sequence[range] = (),
     drawn: Mapping[str, Draw] | None = None,
+    leaf_modules: Mapping[str, LeafModule] | None = None,
 ) -> fx.GraphModule:
     """The program of the rank at `place`. `recompute`: positions in the graph of regions whose activations are computed again.
 
     `drawn`: how operations draw random numbers, by name; by default as `draws(graph)` says. Graphs that are parts of one (the stages of
-    a pipeline) need the draws of the whole, or equal positions would draw equal masks.
+    a pipeline) need the draws of the whole, or equal positions would draw equal masks. `leaf_modules`: the bodies of the graph's leaves,
+    by path.
     """
     lowering = _Lowering(graph, assignment, place, borders, device, mode, hooks, drawn)
+    lowering.leaf_modules = leaf_modules or {}
     lowering.region_at = {index: number for number, region in enumerate(recompute) for index in region}
     return lowering.run()
 
@@ -134,6 +138,7 @@ class _Lowering:
         self.fx = fx.Graph()
         self.nodes: dict[tuple[str, State], fx.Node] = {}
         self.home: dict[str, State] = {}
+        self.leaf_modules: Mapping[str, LeafModule] = {}
         self.region_at: dict[int, int] = {}
         self.region: dict[fx.Node, int] = {}
         self.position = -1
@@ -253,6 +258,11 @@ class _Lowering:
             return self.call(dropout.dropout, *args, self.part(index, wanted[0]), self.counter)
         if op.target == ATTENTION and _dropout_p(args, kwargs) > 0:
             return self.call(dropout.attention, self.part(index, wanted[0]), self.counter, *args, **kwargs)
+        if op.target == LEAF:
+            shapes = [self.shape(name, state) for name, state in zip(op.outputs, self.assignment.output_states(op), strict=True)]
+            part = self.part(index, wanted[-1] if wanted else (R,) * len(self.place.mesh))
+            function = leaf.body(self.leaf_modules[op.module], self.mode.statistics, shapes, self.device)
+            return self.call(function, part, self.draw(index).seed, self.counter, *args)
         special = self.special(op)
         if special is not None:
             return self.call(special, *args, **kwargs)
@@ -342,7 +352,7 @@ def _concrete(argument: Arg, slots: Iterator[fx.Node]) -> Any:
 
 def _returns_sequence(op: Op) -> bool:
     if op.target.startswith("autopar."):
-        return len(op.outputs) > 1
+        return len(op.outputs) > 1 or op.target == LEAF
     returns = operator(op.target)._schema.returns  # type: ignore[attr-defined]
     return len(returns) > 1 or "[]" in str(returns[0].type) or "List" in str(returns[0].type)
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from autopar.ir.assignment import Assignment
 from autopar.ir.conversion import State
 from autopar.ir.graph import Graph
+from autopar.ir.leaf_modules import LeafModule
 from autopar.ir.microbatch import Microbatched
 from autopar.ir.placement import Placement, R, S
 from autopar.ir.rules import splits
@@ -38,6 +39,7 @@ class Microbatches:
         device: torch.device,
         constants: Mapping[str, Tensor],
         reads: Collection[str],
+        leaf_modules: Mapping[str, LeafModule],
     ) -> None:
         self.count = batched.count
         self.batched = batched
@@ -50,7 +52,7 @@ class Microbatches:
         """The state in which each input of the body comes, by path."""
         self._over_time = over_time
         self._programs: dict[Mode, fx.GraphModule] = {}
-        self._lower = partial(_whole_program, batched.prologue, states, place, device)
+        self._lower = partial(_whole_program, batched.prologue, states, place, device, leaf_modules)
         if batched.prologue is not None:
             self.states |= {item.path: whole for item in batched.prologue.outputs}
 
@@ -109,11 +111,18 @@ def _of_a_part(state: State, over_time: Placement, count: int) -> State:
     return tuple(S(0) if placement == S(0, count) and over_time.dim == 0 else placement for placement in state)
 
 
-def _whole_program(graph: Graph | None, states: Mapping[str, State], place: Place, device: torch.device, mode: Mode) -> fx.GraphModule:
+def _whole_program(
+    graph: Graph | None,
+    states: Mapping[str, State],
+    place: Place,
+    device: torch.device,
+    leaf_modules: Mapping[str, LeafModule],
+    mode: Mode,
+) -> fx.GraphModule:
     """The program that runs `graph` whole on every rank, from inputs in `states`."""
     assert graph is not None
     whole: State = (R,) * len(place.mesh)
     replicate = {op.name: (splits(graph, op)[0],) * len(place.mesh) for op in graph.ops}
     assignment = Assignment(tuple(str(axis) for axis in range(len(place.mesh))), place.mesh, replicate, {})
     borders = Borders({item.value: states[item.path] for item in graph.inputs}, {}, (whole,) * len(graph.outputs))
-    return lower(graph, assignment, place, borders, device, mode)
+    return lower(graph, assignment, place, borders, device, mode, leaf_modules=leaf_modules)

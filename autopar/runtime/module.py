@@ -84,7 +84,7 @@ class ParallelModule(DistributedModule):
         self._programs: dict[tuple[Mode, bool, bool], fx.GraphModule] = {}
         paths, reads = [item.path for item in traced.graph.inputs], [item.path for item in graph.inputs]
         given = dict.fromkeys(paths, whole) | given_states(plan, self._inputs)
-        self._microbatches = Microbatches(batched, paths, given, self._place, self._device, self._constants, reads)
+        self._microbatches = Microbatches(batched, paths, given, self._place, self._device, self._constants, reads, traced.leaf_modules)
         states = self._microbatches.states
         self._borders = Borders(
             {item.value: states[item.path] for item in graph.inputs}, {use.value: use.leaf for use in self._uses}, self._outputs
@@ -249,7 +249,17 @@ class ParallelModule(DistributedModule):
                 assert self._loss is not None
                 graph = replace(graph, outputs=(graph.outputs[self._loss],))
                 borders = replace(borders, outputs=(self._outputs[self._loss],))
-            self._programs[key] = lower(graph, self._assignment, self._place, borders, self._device, mode, hooks, self._regions)
+            self._programs[key] = lower(
+                graph,
+                self._assignment,
+                self._place,
+                borders,
+                self._device,
+                mode,
+                hooks,
+                self._regions,
+                leaf_modules=self._traced.leaf_modules,
+            )
         return self._programs[key]
 
     @torch.no_grad()

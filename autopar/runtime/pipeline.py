@@ -130,7 +130,7 @@ class PipelineModule(DistributedModule):
         orders = schedule.orders(groups, len(self._stage_groups) // groups, count)
         check(orders, self._stage_groups, count)
         drawn = draws(self._traced.graph)
-        sources = Sources(self._parameters_of, self._constants, self._buffer)
+        sources = Sources(self._parameters_of, self._constants, self._buffer, self._traced.leaf_modules)
         self._stages: list[PipelineStage] = []
         for index in self._mine:
             assignment = self._expanded.assignments[index]
@@ -221,7 +221,9 @@ class PipelineModule(DistributedModule):
         if not _reads_prologue(graphs):
             batched = replace(batched, prologue=None)  # not for this rank
         reads = {item.path for graph in graphs for item in graph.inputs}
-        self._microbatches = Microbatches(batched, paths, given, self._place, self._device, self._constants, reads)
+        self._microbatches = Microbatches(
+            batched, paths, given, self._place, self._device, self._constants, reads, self._traced.leaf_modules
+        )
         self._binder = self._binder_of(given, self._place)
         return self._microbatches.states
 

@@ -27,6 +27,7 @@ from torch.distributed.pipelining._backward import (
 from autopar.ir.assignment import Assignment
 from autopar.ir.conversion import State
 from autopar.ir.graph import Graph, Op
+from autopar.ir.leaf_modules import LeafModule
 from autopar.ir.placement import R
 from autopar.ir.plan import SegmentPlan
 from autopar.ir.stages import RECEIVE, SEND, Stage
@@ -42,11 +43,13 @@ from autopar.runtime.recompute import regions_of
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What a stage reads besides inputs and received values: parameters by name, constants by value, and how to look up a buffer."""
+    """What a stage reads besides inputs and received values: parameters by name, constants by value, how to look up a buffer, and the
+    bodies of leaf modules by path."""
 
     parameters: Mapping[str, nn.Parameter]
     constants: Mapping[str, Tensor]
     buffer: Callable[[str], Tensor]
+    leaf_modules: Mapping[str, LeafModule]
 
 
 @dataclass(slots=True)
@@ -304,8 +307,9 @@ class LiveStage:
             inputs = {item.value: self._inputs[item.path] for item in graph.inputs}
             borders = Borders(inputs, {use.value: use.leaf for use in self._uses}, (whole,) * len(graph.outputs))
             hooks = hooks_of(self._buckets, self._gatherer, self._reducer.begin)
+            regions = self.regions if train else ()
             self._programs[key] = lower(
-                graph, self.assignment, self.place, borders, self.device, mode, hooks, self.regions if train else (), self.drawn
+                graph, self.assignment, self.place, borders, self.device, mode, hooks, regions, self.drawn, self.sources.leaf_modules
             )
         return self._programs[key]
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import AutoparError, RanksFailedError, VerifyError
 from autopar.ir.assignment import Expanded, expand_stages
 from autopar.ir.graph import Graph
+from autopar.ir.leaf_modules import Chosen
 from autopar.ir.microbatch import microbatched
 from autopar.ir.plan import Plan
 from autopar.ir.precision import Precision
@@ -51,6 +52,7 @@ def verify(
     tolerance: float | None = None,
     ranks: RankPool | None = None,
     timeout_s: float = 600.0,
+    leaf_modules: Chosen | None = None,
 ) -> VerifyReport:
     """Train `model` for `steps` steps on one device and under `plan` on as many local processes as it has ranks, and compare all numbers.
 
@@ -59,11 +61,12 @@ def verify(
     `step`. `example_inputs` is a global batch as for `autopar.plan`; later
     steps draw their batches from its rows. A model without a loss is given one where `step` is not needed: its outputs, weighted at random
     and added up.
-    A model on `meta` is initialised first. `model` is not changed. `ranks`: a pool to use instead of starting processes.
+    A model on `meta` is initialised first. `model` is not changed. `ranks`: a pool to use instead of starting processes. `leaf_modules`: by
+    default those of the plan.
 
     Raises `PlanMismatchError` or `PlanError` where `plan` is not one for this model, and `VerifyError` where a side cannot run.
     """
-    subject = prepare(model, example_inputs, dtype, plan.precision)
+    subject = prepare(model, example_inputs, dtype, plan.precision, plan.leaf_modules if leaf_modules is None else leaf_modules)
     return compare(subject, plan, steps=steps, optimizer=optimizer, tolerance=tolerance, ranks=ranks, timeout_s=timeout_s)
 
 
@@ -82,13 +85,21 @@ class Subject:
     notes: tuple[str, ...]
 
 
-def prepare(model: nn.Module, example_inputs: Any, dtype: torch.dtype = torch.float64, precision: Precision | None = None) -> Subject:
-    """What `compare` needs of `model`, which is not changed, for plans with this `precision`. Raises `TraceError`, and `VerifyError`
-    where the model cannot be copied."""
+def prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    dtype: torch.dtype = torch.float64,
+    precision: Precision | None = None,
+    leaf_modules: Chosen = (),
+) -> Subject:
+    """What `compare` needs of `model`, which is not changed, for plans with this `precision`; `leaf_modules` as for `trace`.
+
+    Raises `TraceError`, and `VerifyError` where the model cannot be copied.
+    """
     if dtype not in TOLERANCE:
         raise VerifyError(f"verify compares in torch.float64 or torch.float32, not in {dtype}; leave `dtype` out for float64")
     args, kwargs = split_example(example_inputs)
-    planned = trace(model, args, kwargs, precision=precision)
+    planned = trace(model, args, kwargs, precision=precision, leaf_modules=leaf_modules)
     reference, notes = _one_device_copy(model, dtype)
     args, kwargs = pytree.tree_map(lambda leaf: _cast(leaf, dtype), (args, kwargs))
     traced = _traced_in(dtype, reference, planned, args, kwargs)
@@ -122,7 +133,7 @@ def compare(
     batches = _batches(traced, subject.args, subject.kwargs, steps)
     named: dict[str, Tensor] = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     state = {name: tensor.detach().clone() for name, tensor in named.items()}
-    draws = any(op.target in RANDOM for op in traced.graph.ops)
+    draws = bool(traced.leaf_modules) or any(op.target in RANDOM for op in traced.graph.ops)
     job = Job(_flat(traced), plan, _again(expanded, traced.graph), state, batches, optimizers, dtype, subject.training, dtypes, draws)
     expected = on_one_device(job, reference, traced)
     try:
@@ -255,7 +266,7 @@ def _traced_in(
     """The traced model in `dtype`: traced anew if that gives the same operations (its constants then have all digits), else converted."""
     try:
         with computing_in(dtype):
-            anew = in_dtype(trace(reference, args, kwargs), dtype)
+            anew = in_dtype(trace(reference, args, kwargs, leaf_modules=list(planned.leaf_modules.values())), dtype)
     except AutoparError:
         return in_dtype(planned, dtype)
     same = [_shape_of(anew.graph), anew.input_paths, anew.in_spec] == [_shape_of(planned.graph), planned.input_paths, planned.in_spec]

@@ -25,6 +25,7 @@ from autopar.ir.trace import TracedModel, leaf_paths
 from autopar.runtime.alike import drawing_alike, eagerly_alike
 from autopar.runtime.checkpoint import whole_tensor
 from autopar.runtime.dropout import without_dropout
+from autopar.runtime.leaf import leaves_run_within
 from autopar.runtime.loss import NO_LOSS
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.one_dtype import EveryDtype, computing_in
@@ -108,7 +109,8 @@ def on_a_rank(job: Job) -> tuple[Facts | None, dict[Key, float]]:
         for kind in job.optimizers:
             module = _module(job)
             module.train(job.training)
-            with without_dropout(module), drawing_alike(), EveryDtype() if _grouped(job) else nullcontext():
+            own = EveryDtype() if _grouped(job) else nullcontext()
+            with without_dropout(module), drawing_alike(), leaves_run_within(lambda: computing_in(job.dtype)), own:
                 found |= _train(job, kind, module, lambda module, batch: list(module(*batch)))
     distances = {}
     handles = [dist.new_group(list(ranks)) for ranks in groups] if len(groups) > 1 else [dist.group.WORLD]

@@ -32,6 +32,7 @@ from autopar.ir.plan import (
     SegmentPlan,
 )
 from autopar.ir.rules import unruled
+from autopar.ir.rules.neighbours import LEAF
 from autopar.search.account import Account, Run
 from autopar.search.costs import Costs, home
 from autopar.search.segments import Row, decided_rows, segment_costs
@@ -84,6 +85,7 @@ def describe(graph: Graph, cluster: Cluster, rows: Rows, predicted: Predicted, *
             name=cluster.name, device=device.name, devices_per_node=cluster.devices_per_node, nodes=cluster.nodes,
             memory_bytes=device.memory_bytes, felt_share=device.felt_share,
         ),
+        leaf_modules=tuple(dict.fromkeys(op.module for op in graph.ops if op.target == LEAF)),
         predicted=predicted, replicated=unruled(graph), rules=tuple(map(RulePlan.of, graph.rules)),
         inputs=rows.inputs, outputs=rows.outputs, parameters=rows.parameters, segments=rows.segments, collectives=rows.collectives,
         **fields,

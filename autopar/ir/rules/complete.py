@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -18,11 +19,12 @@ from torch import Tensor
 import autopar
 from autopar.errors import PlanMismatchError, RuleError
 from autopar.ir.graph import Arg, Graph, Input, Op, Ref, Value
+from autopar.ir.leaf_modules import LEAF, LeafModule
 from autopar.ir.rules import remembered, unruled_kinds
 from autopar.ir.rules.discover import BUDGET_S, checked, discover
 from autopar.ir.rules.given import GivenRule, form, operator_name
-from autopar.ir.rules.operators import operator
-from autopar.ir.rules.register import ALL, Registered
+from autopar.ir.rules.operators import leaf_at_hand, operator
+from autopar.ir.rules.register import ALL, Registered, key_of
 from autopar.ir.rules.table import RANDOM
 
 SWITCH = "AUTOPAR_DISCOVERY"
@@ -32,12 +34,14 @@ MODEL_BUDGET_S = 30.0
 _OUT_OF_TIME = "too long"
 
 
-def with_rules(graph: Graph) -> Graph:
+def with_rules(graph: Graph, leaf_modules: Mapping[str, LeafModule] | None = None) -> Graph:
     """`graph` with its registered rules, each checked with the shapes at hand, and with what trial finds for operators that have none.
 
+    `leaf_modules`: the bodies of its leaves, by path. They are split where a rule is registered for their class, not by trial: who keeps
+    a module from being traced has reasons that random values may not show.
     Raises `RuleError` where a registered rule is refuted.
     """
-    rules = _registered(graph)
+    rules = _registered(graph, leaf_modules or {})
     if rules:
         graph = replace(graph, rules=rules)
     if os.environ.get(SWITCH) == "0":
@@ -45,7 +49,7 @@ def with_rules(graph: Graph) -> Graph:
     found: list[GivenRule] = []
     deadline_s = perf_counter() + MODEL_BUDGET_S
     for op in unruled_kinds(graph):
-        if op.target in ALL or op.target in RANDOM or any(rule.fits(op, graph.values) for rule in found):
+        if op.target == LEAF or op.target in ALL or op.target in RANDOM or any(rule.fits(op, graph.values) for rule in found):
             continue
         found.append(_found(op, graph, min(BUDGET_S, deadline_s - perf_counter())))
     return replace(graph, rules=(*rules, *found)) if found else graph
@@ -87,20 +91,26 @@ def _key(op: Op, graph: Graph) -> str:
 _PASSED: dict[tuple[GivenRule, str], GivenRule] = {}
 
 
-def _registered(graph: Graph) -> tuple[GivenRule, ...]:
+def _registered(graph: Graph, leaf_modules: Mapping[str, LeafModule]) -> tuple[GivenRule, ...]:
     """The registered rules for the operators of `graph`, each once, with the checks it passed for all its calls there."""
     passed: dict[GivenRule, int] = {}
     untried: dict[GivenRule, str] = {}
     seen: set[str] = set()
     for op in graph.ops if ALL else ():
-        if op.target in ALL and (text := form(op, graph.values)) not in seen:
+        if key_of(op) in ALL and (text := form(op, graph.values)) not in seen:
             seen.add(text)
-            written = ALL[op.target].given(op, graph.values)
-            rule = _checked(written, op, graph)
+            written = ALL[key_of(op)].given(op, graph.values)
+            with leaf_at_hand(leaf_modules[op.module].run) if op.target == LEAF else nullcontext():
+                rule = _checked(written, op, graph)
             passed[written] = passed.get(written, 0) + rule.checks
             if rule.why:
                 untried[written] = rule.why
     return tuple(replace(rule, checks=checks, why=untried.get(rule, "")) for rule, checks in passed.items())
+
+
+def subject(op: Op) -> str:
+    """What a message calls the operator of `op`."""
+    return f"leaf module {op.args[0]}" if op.target == LEAF else operator_name(op.target)
 
 
 def _checked(rule: GivenRule, op: Op, graph: Graph) -> GivenRule:
@@ -110,7 +120,7 @@ def _checked(rule: GivenRule, op: Op, graph: Graph) -> GivenRule:
         passed, refuted, untried = checked(rule, op, graph)
         if refuted:
             raise RuleError(
-                f"the rule registered for {operator_name(op.target)}, `{rule.notation or '; '.join(rule.splits)}`, is wrong for "
+                f"the rule registered for {subject(op)}, `{rule.notation or '; '.join(rule.splits)}`, is wrong for "
                 f"{form(op, graph.values)}: {refuted}. Put loops that cannot be split in brackets, as in `[k]`"
             )
         why = rule.why if rule.whole or passed else f"not checked: {untried}"
@@ -124,10 +134,10 @@ def check_samples(entry: Registered, samples: Sequence[Sequence[Any]]) -> None:
         graph, op = _call(entry.target, tuple(arguments))
         rule = entry.given(op, graph.values)
         if not rule.whole and not _fits(rule, op, graph):
-            raise RuleError(f"the rule `{rule.notation}` for {operator_name(op.target)} does not fit {form(op, graph.values)}")
+            raise RuleError(f"the rule `{rule.notation}` for {subject(op)} does not fit {form(op, graph.values)}")
         passed = _checked(rule, op, graph)
         if not passed.whole and not passed.checks:
-            raise RuleError(f"the rule for {operator_name(op.target)} could not be checked with {form(op, graph.values)}: {passed.why}")
+            raise RuleError(f"the rule for {subject(op)} could not be checked with {form(op, graph.values)}: {passed.why}")
 
 
 def _fits(rule: GivenRule, op: Op, graph: Graph) -> bool:
@@ -171,12 +181,14 @@ def _call(target: str, arguments: tuple[Any, ...]) -> tuple[Graph, Op]:
 def confirm(rules: Sequence[GivenRule], graph: Graph) -> None:
     """Check the rules that a plan brings, as far as its operators run here. Raises `PlanMismatchError` where one is refuted."""
     for rule in rules:
+        if rule.target == LEAF:
+            continue  # its body is in no operator; what it gives is checked by shape in every call
         op = None if rule.whole else next((item for item in graph.ops if rule.fits(item, graph.values)), None)
         if op is None:
             continue
         _, refuted, _ = checked(rule, op, graph)
         if refuted:
             raise PlanMismatchError(
-                f"the plan's rule for {operator_name(op.target)}, `{rule.notation or '; '.join(rule.splits)}`, is wrong here: {refuted}; "
+                f"the plan's rule for {subject(op)}, `{rule.notation or '; '.join(rule.splits)}`, is wrong here: {refuted}; "
                 "the operator is another one than the plan was made with, or the rule was edited. Plan again"
             )

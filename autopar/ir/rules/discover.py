@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
-from autopar.ir.graph import Graph, Op
+from autopar.ir.graph import Graph, Op, refs
 from autopar.ir.placement import P, Placement, S
 from autopar.ir.rules import notation
 from autopar.ir.rules.given import GivenRule, form
+from autopar.ir.rules.neighbours import LEAF
 from autopar.ir.rules.nest import FLOATS, Call, Nest, lacking, nest_splits
 from autopar.ir.rules.split import PARTIAL, REPLICATE, Split
 from autopar.ir.rules.trial import DRAWS, Refused, Shape, Trial, longer
@@ -60,9 +61,13 @@ def discover(op: Op, graph: Graph, budget_s: float = BUDGET_S) -> GivenRule:
 def checked(rule: GivenRule, op: Op, graph: Graph, budget_s: float = BUDGET_S) -> tuple[int, str, str]:
     """How many checks the splits of `rule` passed for `op`; why one is refuted (else empty); why none could be made (else empty)."""
     try:
-        trial = Trial(op, graph, perf_counter() + budget_s)
-        trial.sizes = dict(trial._find_sizes())
-        trial.smooth = trial._find_smooth()
+        trial = Trial(op, graph, perf_counter() + budget_s, _sizes_of_state(op, graph))
+        trial.find()
+        if op.target == LEAF:
+            try:
+                trial.is_a_function(may_look=True)
+            except Refused as refused:
+                return 0, str(refused), ""
     except Refused as refused:
         return 0, "", str(refused)
     call = Call(op, tuple(trial.operands), tuple(trial.results))
@@ -75,6 +80,12 @@ def checked(rule: GivenRule, op: Op, graph: Graph, budget_s: float = BUDGET_S) -
     except Refused:
         pass
     return trial.checks, "", "" if trial.checks or nest is None else "no split could be tried"
+
+
+def _sizes_of_state(op: Op, graph: Graph) -> frozenset[int]:
+    """Sizes in the parameters and buffers of a leaf module, which are what they are."""
+    names = refs(op.args[3]) if op.target == LEAF else ()
+    return frozenset(size for name in names for size in graph.values[name].shape)
 
 
 def _decided(nest: Nest, call: Call) -> Iterator[Split]:

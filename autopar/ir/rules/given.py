@@ -72,6 +72,12 @@ class GivenRule:
         operands = tuple(((),) * len(value.shape) for value in call.operands)
         return Nest({}, operands, tuple(((),) * len(value.shape) for value in call.outputs), extra=extra)
 
+    @property
+    def subject(self) -> str:
+        """Whose rule it is, in words: `mylib::scale`, or a class of leaf modules."""
+        leaf = _LEAF_FORM.match(self.form)
+        return f"leaf module {leaf[1]}" if leaf else operator_name(self.target)
+
     def words(self) -> str:
         """What is split and how sure that is, in words."""
         if self.whole:
@@ -79,6 +85,9 @@ class GivenRule:
         what = self.notation or "; ".join(self.splits)
         how = "found by trial" if self.origin == FOUND else "registered"
         return f"splits {how}: {what} ({f'checked {self.checks} times' if self.checks else self.why or 'not checked'})"
+
+
+_LEAF_FORM = re.compile(r"autopar\.leaf\('([^']*)'")
 
 
 def operator_name(target: str) -> str:

@@ -15,6 +15,9 @@ from autopar.ir.rules.nest import Blocks, Nest, Term
 
 RESHARD = "autopar.reshard"
 RECEIVE, SEND = "autopar.receive", "autopar.send"
+LEAF = "autopar.leaf"
+"""A module of the user's that is not traced into; see `autopar.ir.leaf_modules`."""
+
 Wish = tuple[int, int]
 AT_MOST = 3
 """So many wishes a value; further ones are dropped."""

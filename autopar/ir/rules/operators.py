@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -68,6 +69,24 @@ def expert_rows(rows: Tensor, expert: Tensor) -> Tensor:
     return rows[expert]
 
 
+_at_hand: list[Callable[..., list[Tensor]]] = []
+
+
+@contextmanager
+def leaf_at_hand(body: Callable[..., list[Tensor]]) -> Iterator[None]:
+    """Within, `autopar.leaf` runs `body`: which module it is, its arguments do not say."""
+    _at_hand.append(body)
+    try:
+        yield
+    finally:
+        _at_hand.pop()
+
+
+def leaf(kind: str, nth: int, follows: list[bool], state: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """A module of the user's as a function of its parameters and buffers (`state`) and its inputs."""
+    return _at_hand[-1](kind, nth, follows, state, inputs)
+
+
 _OWN: dict[str, Callable[..., Any]] = {
     "autopar.reshard": reshard,
     "autopar.dropout": dropout,
@@ -79,6 +98,7 @@ _OWN: dict[str, Callable[..., Any]] = {
     "autopar.expert_rows": expert_rows,
     "autopar.receive": receive,
     "autopar.send": send,
+    "autopar.leaf": leaf,
 }
 
 

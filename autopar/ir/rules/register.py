@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from autopar.errors import RuleError
-from autopar.ir.graph import Op, Value
+from autopar.ir.graph import Op, Value, refs
 from autopar.ir.rules import notation
 from autopar.ir.rules.given import REGISTERED, GivenRule, form, operator_name, read_split, write_split
-from autopar.ir.rules.nest import Call
+from autopar.ir.rules.neighbours import LEAF
+from autopar.ir.rules.nest import Call, lacking
 from autopar.ir.rules.split import Split
 
 Written = str | Sequence[Split | str]
@@ -35,6 +36,8 @@ class Registered:
 
     def given(self, op: Op, values: dict[str, Value]) -> GivenRule:
         """What the rule says of `op`. Raises `RuleError` where a function gives something that is no rule."""
+        if op.target == LEAF:
+            return _of_leaf(_given(LEAF, cast(Written, self.rule), self.uneven, self.linear), op, values)
         if not callable(self.rule):
             return _given(self.target, self.rule, self.uneven, self.linear)
         call = Call(op, tuple(values[name] for name in op.operands), tuple(values[name] for name in op.outputs))
@@ -65,7 +68,9 @@ def register_rule(
 ) -> None:
     """Say how the operator `op` can be split, in place of what autopar's table says or discovery finds.
 
-    `op`: `"mylib::scale"`, or the operator itself: `torch.ops.mylib.scale`, or what `torch.library.custom_op` gave.
+    `op`: `"mylib::scale"`, or the operator itself: `torch.ops.mylib.scale`, or what `torch.library.custom_op` gave. Or the class of a leaf
+    module (see `leaf_modules` of `plan`): then the terms of `rule` are its tensor inputs and results, `"b ... -> b ..."` where every row
+    has its own result.
     `rule`: index notation (`"m k, k n -> m n"`); or a list of splits, each a line of placements of operands and results
     (`"S(0) R/P -> S(0)"`) or a `Split`; an empty list: always replicated. Or a function of the call (operation, operands, results) that
     returns either, or None where the operator is to run replicated.
@@ -77,16 +82,46 @@ def register_rule(
     Raises `RuleError` for an operator or notation that cannot be read, and where a check refutes the rule: it names operator, split and
     the difference. Without `samples` that is when a plan is made for a model which has the operator.
     """
-    target = _target(op)
+    is_module = isinstance(op, type) and hasattr(op, "named_parameters")
+    if is_module and (callable(rule) or samples):
+        raise RuleError(f"the rule of leaf module {op.__qualname__} is a line or a list of splits, and is checked when a plan is made")
+    target = leaf_key(op.__qualname__) if is_module else _target(op)
     together = tuple(tuple(item) for item in linear)
     entry = Registered(target, rule, uneven, together)
     if not callable(rule):
         _given(target, rule, uneven, together)
-    if samples:
+    if samples and not is_module:
         from autopar.ir.rules.complete import check_samples  # with torch
 
         check_samples(entry, samples)
     ALL[target] = entry
+
+
+def leaf_key(kind: str) -> str:
+    """Under which name the rule for leaf modules of class `kind` is registered."""
+    return f"{LEAF}:{kind}"
+
+
+def key_of(op: Op) -> str:
+    """Under which name a rule for `op` is registered."""
+    return leaf_key(str(op.args[0])) if op.target == LEAF else op.target
+
+
+def _of_leaf(rule: GivenRule, op: Op, values: dict[str, Value]) -> GivenRule:
+    """`rule`, which speaks of the inputs of a leaf module, for the operation, which reads its parameters and buffers before them."""
+    state = [values[name] for name in refs(op.args[3])]
+    terms = [" ".join(f"[p{slot}_{dim}]" for dim in range(len(value.shape))) for slot, value in enumerate(state)]
+    if rule.notation:
+        linear = tuple(tuple(term + len(state) for term in together) for together in rule.linear)
+        rule = replace(rule, notation=", ".join([*terms, rule.notation]), linear=linear)
+    else:
+        lacks = " ".join(str(lacking(value)) for value in state)
+        rule = replace(rule, splits=tuple(f"{lacks} {line}".strip() for line in rule.splits))
+    if isinstance(op.args[2], tuple) and len(op.outputs) > len(op.args[2]) and not rule.whole:
+        raise RuleError(
+            f"leaf module {op.args[0]} changes its buffers, so that it must run whole; register [] for it, or keep it from that"
+        )
+    return replace(rule, form=form(op, values, rule.free_dims(op, values)))
 
 
 def _given(target: str, written: Written, uneven: str, linear: tuple[tuple[int, ...], ...]) -> GivenRule:

@@ -48,10 +48,13 @@ class Refused(Exception):
 
 
 class Trial:
-    """`op` of `graph`, to be tried until `deadline_s` (of `perf_counter`). Raises `Refused` where it is not to be tried at all."""
+    """`op` of `graph`, to be tried until `deadline_s` (of `perf_counter`); sizes in `fixed` stay as they are.
 
-    def __init__(self, op: Op, graph: Graph, deadline_s: float) -> None:
-        self.op, self.graph, self.deadline_s = op, graph, deadline_s
+    Raises `Refused` where it is not to be tried at all.
+    """
+
+    def __init__(self, op: Op, graph: Graph, deadline_s: float, fixed: frozenset[int] = frozenset()) -> None:
+        self.op, self.graph, self.deadline_s, self.fixed = op, graph, deadline_s, fixed
         self.operands: list[Value] = [graph.values[name] for name in op.operands]
         self.results: list[Value] = [graph.values[name] for name in op.outputs]
         self.smooth: tuple[bool, ...] = ()
@@ -62,6 +65,8 @@ class Trial:
     # ---- what is not tried ------------------------------------------------------------------------------------------------------
 
     def refuse(self) -> None:
+        if self.op.target.startswith("aten._"):
+            raise Refused("it is private to PyTorch and may end the process on sizes that it does not expect")
         function: Any = operator(self.op.target)
         schema = getattr(function, "_schema", None)
         if schema is not None and any(item.alias_info is not None and item.alias_info.is_write for item in schema.arguments):
@@ -73,7 +78,7 @@ class Trial:
             raise Refused("it takes or gives no tensor")
         if any(value.dtype.startswith(("complex", "float8")) for value in values):
             raise Refused("it computes with numbers that the check does not know (complex or float8)")
-        if len(self.operands) > _MOST_OPERANDS or len(set(self.op.operands)) < len(self.op.operands):
+        if (len(self.operands) > _MOST_OPERANDS and not self.fixed) or len(set(self.op.operands)) < len(self.op.operands):
             raise Refused(f"it takes one tensor twice, or more than {_MOST_OPERANDS}")
         if any(0 in value.shape for value in values):
             raise Refused("it takes empty tensors")
@@ -127,25 +132,30 @@ class Trial:
     # ---- what it is -------------------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Find stand-in sizes and which operands have a gradient. Raises `Refused` where the operator is no function of its operands."""
+        """What `find` does. Raises `Refused` also where the operator is no function of its operands."""
+        self.find()
+        self.is_a_function()
+
+    def find(self) -> None:
+        """Find stand-in sizes and which operands have a gradient. Raises `Refused` where there are none."""
         self.sizes = dict(self._find_sizes())
-        self._is_a_function()
         self.smooth = self._find_smooth()
 
     def _find_sizes(self) -> Sizes:
         real = list(dict.fromkeys(size for value in self.operands for size in value.shape if size > 1))
         if not real:
             raise Refused("its operands are single numbers")
-        if len(real) > _MOST_SIZES:
+        if len(real) - len(self.fixed & set(real)) > _MOST_SIZES:
             raise Refused(f"its operands have more than {_MOST_SIZES} different sizes")
-        small = dict(zip(real, _SMALL, strict=False))
+        small = dict(zip((size for size in real if size not in self.fixed), _SMALL, strict=False))
+        small |= {size: size for size in real if size in self.fixed}
         literals = sorted({item for item in _ints((*self.op.args, *(arg for _, arg in self.op.kwargs))) if 1 < item <= _LARGEST_KEPT})
         choices = []
         for size in real:
             tied = [small[other] * (size // other) for other in real if other < size and size % other == 0 and size // other <= 8]
             multiples = [2 * item for item in literals if size % (2 * item) == 0] + [item for item in literals if size % item == 0]
             kept = [size] if size <= _LARGEST_KEPT else []
-            choices.append(list(dict.fromkeys([small[size], *tied, *multiples, *kept])))
+            choices.append([size] if size in self.fixed else list(dict.fromkeys([small[size], *tied, *multiples, *kept])))
         picked = itertools.islice(itertools.product(*map(range, map(len, choices))), 4096)
         why = ""
         for picks in sorted(picked, key=lambda picks: (sum(map(bool, picks)), picks))[:256]:
@@ -163,8 +173,9 @@ class Trial:
                 return sizes
         raise Refused(f"it runs on no small stand-in of its operands here{f' ({why[:120]})' if why else ''}")
 
-    def _is_a_function(self) -> None:
-        """Raises `Refused` where results depend on more than the operands, or an operand is changed, or its values are looked at."""
+    def is_a_function(self, may_look: bool = False) -> None:
+        """Raises `Refused` where results depend on more than the operands, or an operand is changed, or (unless it `may_look`) its values
+        are looked at."""
         shapes = self.shapes(self.sizes)
         varied = [False] * len(self.results)
         for kind in range(DRAWS):
@@ -181,7 +192,7 @@ class Trial:
                 raise Refused("it changes its arguments")
             if any(not _same(one, other) for one, other in zip(first, second, strict=True)):
                 raise Refused("it gives other results for the same operands (random, or with a memory)")
-            if looked:
+            if looked and not may_look:
                 raise Refused(f"it looks at the values of tensors (`{looked[0]}`)")
             for position, item in enumerate(first):
                 varied[position] |= _varies(item)
