@@ -1,11 +1,11 @@
-"""Causal work shared evenly: every rank trades half of its block of the sequence for one of the other end.
+"""Causal work shared evenly: every rank swaps half of its block of the sequence with the rank at the mirrored place.
 
 Row `i` of causal attention sees `i + 1` keys, so that of contiguous blocks the last rank's would take twice the mean. In half-blocks
-`0 ... 2n-1`, rank `r` works on `r` and `2n-1-r`, which together are as much for all (Llama Team 2024, "The Llama 3 herd of models",
-section 3.3.2). Outside of attention values stay in contiguous blocks: `exchange` is one all-to-all on the way in and one on the way out.
+`0 ... 2n-1`, the block of rank `r` is `2r` and `2r+1`. It keeps `2r` and swaps the other for `2n-1-2r`, which rank `n-1-r` has: together
+they are as much work for all, as in Llama 3's training (Llama Team 2024, "The Llama 3 herd of models", section 3.3.2), and half of a
+block moves. Outside of attention values stay in contiguous blocks: there is one such exchange on the way in and one on the way out.
 
-Where several axes split the sequence, one within the other, the innermost is traded so, and along every outer axis the second half goes
-to the rank of mirrored index: again the two halves of every rank add up to `2n-1`.
+Where several axes split the sequence, one within the other, the half goes to the mirrored place on one axis after the other.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ class Blocks:
 
     def lower(self, block: int) -> int:
         """The lower of the two half-blocks that the rank of `block` works on; the upper is `2 n - 1` less it."""
-        inner = self.axes[-1].size
-        first = block // inner * 2 * inner + block % inner
-        return min(first, 2 * self.count - 1 - first)
+        return min(2 * block, 2 * self.count - 1 - 2 * block)
+
+    @property
+    def upper_first(self) -> bool:
+        """Whether the half that this rank keeps is the upper one of the two that it works on."""
+        return self.lower(self.own) != 2 * self.own
 
     def packed(self) -> tuple[list[str], list[int], list[int]]:
         """Plain arguments of an operator: groups, sizes, indices."""
@@ -60,30 +63,24 @@ def unpacked(groups: Sequence[str], sizes: Sequence[int], indices: Sequence[int]
 
 def _to_zigzag(xs: Sequence[Tensor], groups: Sequence[str], sizes: Sequence[int], indices: Sequence[int]) -> list[Tensor]:
     blocks = unpacked(groups, sizes, indices)
-    first, second = (_pack(xs, half) for half in (0, 1))
-    inner = blocks.axes[-1]
-    first, second = _trade(first, second, inner, back=False)
-    for axis in blocks.axes[:-1]:
-        second = _mirror(second, axis)
-    if _swapped(blocks):
-        first, second = second, first
-    return _unpack(first, second, xs)
+    kept, other = _pack(xs, 0), _swapped(_pack(xs, 1), blocks)
+    return _unpack(other, kept, xs) if blocks.upper_first else _unpack(kept, other, xs)
 
 
 def _from_zigzag(xs: Sequence[Tensor], groups: Sequence[str], sizes: Sequence[int], indices: Sequence[int]) -> list[Tensor]:
     blocks = unpacked(groups, sizes, indices)
-    first, second = (_pack(xs, half) for half in (0, 1))
-    if _swapped(blocks):
-        first, second = second, first
-    for axis in blocks.axes[:-1]:
-        second = _mirror(second, axis)
-    first, second = _trade(first, second, blocks.axes[-1], back=True)
-    return _unpack(first, second, xs)
+    kept, other = _pack(xs, int(blocks.upper_first)), _pack(xs, int(not blocks.upper_first))
+    return _unpack(kept, _swapped(other, blocks), xs)
 
 
-def _swapped(blocks: Blocks) -> bool:
-    inner = blocks.axes[-1].size
-    return blocks.lower(blocks.own) != blocks.own // inner * 2 * inner + blocks.own % inner
+def _swapped(x: Tensor, blocks: Blocks) -> Tensor:
+    """What the rank at the mirrored place has; where that is this rank, its own."""
+    for axis in blocks.axes:
+        sizes = [x.numel() if rank == axis.size - 1 - axis.index else 0 for rank in range(axis.size)]
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, sizes, sizes, group=resolve(axis.group))
+        x = out
+    return x
 
 
 def _pack(xs: Sequence[Tensor], half: int) -> Tensor:
@@ -110,33 +107,6 @@ def _empty(x: Tensor) -> Tensor:
     if x.dim() < 3:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     return x.new_empty((*x.shape[:-3], x.shape[-2], x.shape[-3], x.shape[-1])).transpose(-3, -2)
-
-
-def _trade(first: Tensor, second: Tensor, axis: AxisContext, back: bool) -> tuple[Tensor, Tensor]:
-    """From half-blocks `2 r` and `2 r + 1` to `r` and `2 n - 1 - r`, or back."""
-    n, r, size = axis.size, axis.index, first.numel()
-    contiguous, traded = [half // 2 for half in range(2 * n)], [min(half, 2 * n - 1 - half) for half in range(2 * n)]
-    source, target = (traded, contiguous) if back else (contiguous, traded)
-    mine = [half for half in range(2 * n) if source[half] == r]  # in the order of `first`, `second`
-    wanted = [half for half in range(2 * n) if target[half] == r]
-    sends = [sum(target[half] == rank for half in mine) * size for rank in range(n)]
-    receives = [sum(source[half] == rank for half in wanted) * size for rank in range(n)]
-    # On the wire, halves for one rank stand beside each other in their order, ranks in theirs.
-    ordered = [part for _, part in sorted(zip(mine, (first, second), strict=True), key=lambda pair: (target[pair[0]], pair[0]))]
-    out = first.new_empty(2 * size)
-    dist.all_to_all_single(out, torch.cat(ordered), receives, sends, group=resolve(axis.group))
-    arrived = sorted(wanted, key=lambda half: (source[half], half))
-    parts = dict(zip(arrived, out.split(size), strict=True))  # type: ignore[no-untyped-call]
-    return parts[wanted[0]], parts[wanted[1]]
-
-
-def _mirror(x: Tensor, axis: AxisContext) -> Tensor:
-    """Swap with the rank of mirrored index."""
-    other = axis.size - 1 - axis.index
-    sizes = [x.numel() if rank == other else 0 for rank in range(axis.size)]
-    out = torch.empty_like(x)
-    dist.all_to_all_single(out, x, sizes, sizes, group=resolve(axis.group))
-    return out
 
 
 _library = torch.library.Library("autopar", "FRAGMENT")  # type: ignore[no-untyped-call]

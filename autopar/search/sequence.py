@@ -81,9 +81,8 @@ class SequenceSplit:
         return tuple(wire for wire in found if wire.times)
 
     def _trades(self, phase: str, one: int, other: int) -> list[Wire]:
-        """The innermost axis trades both halves, every outer one the second."""
-        last = self.axes[-1]
-        return [Wire(axis, phase, size // (1 if axis == last else 2), 1, False) for axis in self.axes for size in (one, other)]
+        """Half of every block goes to the mirrored place, along one axis after the other."""
+        return [Wire(axis, phase, size // 2, 1, False) for axis in self.axes for size in (one, other)]
 
     def merging_bytes(self) -> tuple[float, float]:
         """Bytes read and written to merge results of blocks forward, to add up gradients backward."""

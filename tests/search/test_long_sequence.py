@@ -90,8 +90,8 @@ def test_the_wires_of_attention_add_up() -> None:
         phase: sorted((wire.bytes // 2**20, wire.times, wire.hidden) for wire in ring.wires(True) if wire.phase == phase)
         for phase in ("forward", "backward")
     }
-    assert by_phase["forward"] == [(32, 7, True), (64, 1, False), (96, 1, False)]
-    assert by_phase["backward"] == [(32, 7, True), (64, 1, False), (64, 7, True), (96, 1, False), (128, 1, False)]
+    assert by_phase["forward"] == [(32, 1, False), (32, 7, True), (48, 1, False)]
+    assert by_phase["backward"] == [(32, 7, True), (48, 1, False), (64, 1, False), (64, 1, False), (64, 7, True)]
     both = sequence_split(("ring_attention",) * 2, (2, 4), (q, k, k), (q,), "float32")
     assert both is not None
     # Around the inner axis in each of two turns; two turns of three bring the inner offset to 6, two places from home.
