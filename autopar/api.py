@@ -53,6 +53,7 @@ def plan(
     pins: Mapping[str, str] | None = None,
     effort: Effort = "fast",
     optimizer: str = "adamw",
+    expert_imbalance: float | None = None,
     memory_limit_bytes: int | None = None,
     time_limit_s: float | None = None,
     alternatives: bool = False,
@@ -77,6 +78,7 @@ def plan(
     placement or split, `{"linear_0": "n@tp"}`.
     `effort`: `"fast"` (Lagrange multipliers under a memory limit; the gap is reported) or `"exact"` (proven by HiGHS).
     `optimizer`: whose state is counted: `"adamw"`, `"sgd-momentum"` or `"sgd"`.
+    `expert_imbalance`: rows of the fullest rank over their mean where routed experts are split; by default the cluster's (1.04).
     `memory_limit_bytes`: per device; by default what the device has, less a reserve.
     `alternatives`: also price every other storage of every parameter, for `autopar explain`.
     `precision`: `"bfloat16"` to compute in it with parameters, gradients and optimizer in float32, or a dict (`autopar.ir.precision`);
@@ -102,6 +104,7 @@ def plan(
         pins=pins,
         effort=effort,
         optimizer=optimizer,
+        expert_imbalance=expert_imbalance,
         memory_limit_bytes=memory_limit_bytes,
         time_limit_s=time_limit_s,
         alternatives=alternatives,

@@ -130,6 +130,12 @@ def plan(
         str | None, typer.Option("--memory-limit", metavar="SIZE", help="Memory of a rank that may be used: 70GB, 64GiB.")
     ] = None,
     optimizer: Annotated[Optimizer, typer.Option("--optimizer", help="Whose state is counted.")] = Optimizer.adamw,
+    expert_imbalance: Annotated[
+        float | None,
+        typer.Option(
+            "--expert-imbalance", min=1, metavar="FACTOR", help="Rows of the fullest rank over their mean, where experts are split."
+        ),
+    ] = None,
     alternatives: Annotated[bool, typer.Option("--alternatives", help="Price every other storage too, for `autopar explain`.")] = False,
     time_limit: Annotated[
         float | None, typer.Option("--time-limit", min=0, metavar="SECONDS", help="Stop searching after this long.")
@@ -159,6 +165,7 @@ def plan(
         "stages": stages,
         "cuts": None if cuts is None else _cuts(cuts),
         "recompute": None if recompute is None else recompute.value,
+        "expert_imbalance": expert_imbalance,
     }
     options |= {name: value for name, value in staged.items() if value is not None}
     if precision is not None:

@@ -40,6 +40,7 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Bytes = Size
 Seconds = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
 class _Data(BaseModel):
@@ -67,6 +68,8 @@ class ClusterInfo(_Data):
     """Memory of one device; the budget is `Predicted.memory_limit_bytes`."""
     felt_share: Share = 0.0
     """Of the time of traffic that runs beside computing, so much is felt by what computes (`autopar.ir.cluster.Device`)."""
+    expert_imbalance: Factor = 1.0
+    """Where routed experts are split over ranks, the fullest was taken to have so many times the mean of their rows."""
 
 
 class InputPlan(_Data):

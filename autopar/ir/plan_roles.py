@@ -13,8 +13,8 @@ from autopar.ir.plan import OpPlan, ParameterPlan, Plan
 
 GATHER_WORDS = {"never": "", "step": "per step", "use": "per use"}
 _ROLE_ORDER = (
-    "batch", "sequence", "tokens", "attention heads", "queries", "ring of keys", "out features", "in features", "channels", "kernel",
-    "image rows", "image columns", "hidden", "vocabulary",
+    "batch", "sequence", "tokens", "tokens and experts", "experts", "attention heads", "queries", "ring of keys",
+    "features of experts", "out features", "in features", "channels", "kernel", "image rows", "image columns", "hidden", "vocabulary",
 )  # fmt: skip
 
 # What a split of an operator's first output means, by dim. Operators that hold a weight are told by the weight instead (see `role`).
@@ -25,6 +25,8 @@ _DIM_ROLES = {
     "native_batch_norm": ("batch", "channels", "image rows", "image columns"),
     "embedding": ("batch", "sequence", "hidden"),
 }
+# Routed experts, by split; where both are split, tokens travel to their experts.
+_EXPERT_ROLES = {"n": "tokens", "e": "experts", "n+e": "tokens and experts", "f": "features of experts"}
 _TOKEN_DIMS = ("batch", "sequence")
 _HEAVY = (
     "linear",
@@ -38,6 +40,7 @@ _HEAVY = (
     "embedding",
     "cross_entropy",
     "batch_norm",
+    "experts",
 )
 
 
@@ -87,6 +90,8 @@ class Roles:
         output = parse(op.output[axis])
         if kind == "scaled_dot_product_attention" and op.split[axis] == "ring":
             return "ring of keys"
+        if kind == "experts":
+            return _EXPERT_ROLES.get(op.split[axis].partition(":")[0].partition("/")[0].rstrip("0123456789"), "")
         if kind == "cross_entropy":
             return "tokens" if output.is_partial else "vocabulary"
         if kind == "embedding" and output.is_partial:

@@ -83,7 +83,7 @@ def describe(graph: Graph, cluster: Cluster, rows: Rows, predicted: Predicted, *
         ),
         cluster=ClusterInfo(
             name=cluster.name, device=device.name, devices_per_node=cluster.devices_per_node, nodes=cluster.nodes,
-            memory_bytes=device.memory_bytes, felt_share=device.felt_share,
+            memory_bytes=device.memory_bytes, felt_share=device.felt_share, expert_imbalance=cluster.expert_imbalance,
         ),
         leaf_modules=tuple(dict.fromkeys(op.module for op in graph.ops if op.target == LEAF)),
         predicted=predicted, replicated=unruled(graph), rules=tuple(map(RulePlan.of, graph.rules)),

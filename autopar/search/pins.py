@@ -23,7 +23,7 @@ from autopar.search.build import Built, Restriction, empty_nodes
 from autopar.search.meshes import AXES
 from autopar.search.strategies import Allowed
 
-_NAME = re.compile(r"[a-z][\w.:/]*")
+_NAME = re.compile(r"[a-z][\w.:/+]*")
 _WHOLE = (REPLICATE, REPLICATE_PARTIAL_GRADIENT, PARTIAL)
 
 Wanted = Placement | str

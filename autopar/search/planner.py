@@ -8,10 +8,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from time import perf_counter
 
 from autopar.errors import PlanError
-from autopar.ir.cluster import Cluster
+from autopar.ir.cluster import Cluster, resolve
 from autopar.ir.graph import Graph
 from autopar.ir.microbatch import microbatched
 from autopar.ir.plan import Plan
@@ -46,6 +47,7 @@ def plan_graph(
     pins: Mapping[str, str] | None = None,
     effort: Effort = "fast",
     optimizer: str = "adamw",
+    expert_imbalance: float | None = None,
     memory_limit_bytes: int | None = None,
     time_limit_s: float | None = None,
     alternatives: bool = False,
@@ -64,6 +66,8 @@ def plan_graph(
     for name, value in (("memory_limit_bytes", memory_limit_bytes), ("microbatches", microbatches), ("stages", stages)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    if expert_imbalance is not None:
+        cluster = resolve(replace(cluster, expert_imbalance=expert_imbalance))
     wanted = read_mesh(mesh, cluster)
     deadline_s = None if time_limit_s is None else perf_counter() + time_limit_s
     settings = Settings(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from autopar.ir import experts as routed
 from autopar.ir.graph import DTYPE_BYTES, Graph, Op, Value
+from autopar.ir.rules.families import contractions
+from autopar.ir.rules.nest import Call
 
 if TYPE_CHECKING:
     from autopar.search.experts import Experts
@@ -194,6 +196,11 @@ def _flops(name: str, op: Op, operands: list[Value], outputs: list[Value]) -> tu
     elif name in ("addmm", "baddbmm"):
         flops = 2.0 * out * operands[1].shape[-1]
         trained = sum(value.requires_grad for value in operands[1:3])
+    elif name in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"):
+        flops = 2.0 * out * operands[0].shape[-1]
+    elif name == "einsum" and len(operands) > 1:
+        nest = contractions.einsum(Call(op, tuple(operands), tuple(outputs)))
+        flops = 0.0 if nest is None else 2.0 * (len(operands) - 1) * prod(nest.loops.values())
     elif name.startswith("conv") and len(operands) > 1:
         transposed = bool(op.arg(6, "transposed", False)) if name == "convolution" else False
         positions = operands[0].numel / max(operands[0].shape[1], 1) if transposed else out / max(outputs[0].shape[1], 1)
