@@ -115,17 +115,21 @@ def describe(op: Op, operands: list[Value], outputs: list[Value]) -> Experts:
     weight = 0 if first == 2 else slots * DTYPE_BYTES[operands[2].dtype]
     row_bytes = width * DTYPE_BYTES[operands[0].dtype]
     result_bytes = outputs[0].size_bytes // max(outputs[0].shape[0], 1)
-    travelling = Size(2.0 * row_bytes + 2.0 * result_bytes)  # taken, and brought back by way of a place of its own
+    alone = operands[first].shape[0] == slots == 1  # nothing is sorted: a dense layer
+    if alone:
+        kept.discard(next(item.value for item in body.inputs if item.path == routed.X))  # as the operand that it is
+    # Rows are taken, and brought back by way of a place of their own.
+    travelling = Size() if alone else Size(2.0 * row_bytes + 2.0 * result_bytes)
     total, total_backward = travelling, travelling
     for name, times in moved.items():
         total += _times(size({name}), times)
     for name, times in moved_backward.items():
         total_backward += _times(size({name}), times)
     largest = max((size({name}) for name in root), key=lambda item: item.outer + item.inner)
-    kernels = ROUTING_KERNELS + sum(not works.is_view(item) for item in body.ops)
+    kernels = (0 if alone else ROUTING_KERNELS) + sum(not works.is_view(item) for item in body.ops)
     return Experts(
         tokens, slots, operands[first].shape[0], first, forward, backward, total, total_backward,
-        size(kept) + Size(float(POSITIONS * INDEX_BYTES)), largest + Size(float(row_bytes + 2 * result_bytes)),
+        size(kept) + Size(0.0 if alone else float(POSITIONS * INDEX_BYTES)), largest + Size(float(row_bytes + 2 * result_bytes)),
         row_bytes + slots * INDEX_BYTES + weight,
         (row_bytes if operands[0].requires_grad else 0) + (weight if first == 3 and operands[2].requires_grad else 0),
         result_bytes, kernels,

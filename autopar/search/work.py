@@ -137,7 +137,8 @@ def _experts(graph: Graph, op: Op, operands: list[Value], outputs: list[Value]) 
     found = describe(op, operands, outputs)
     rows = found.tokens * found.slots
     trains = graph.training and outputs[0].requires_grad
-    keeps = frozenset(range(found.first_tensor, len(operands))) if trains else frozenset[int]()
+    alone = found.count == found.slots == 1
+    keeps = frozenset(range(0 if alone else found.first_tensor, len(operands))) if trains else frozenset[int]()
     backward = rows * found.trained if trains else 0.0
     return Work(rows * found.flops, backward, False, keeps, frozenset(), None, trains, found.kernels, experts=found)
 

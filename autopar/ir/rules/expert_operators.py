@@ -122,9 +122,14 @@ def _has_kernel(rows: Tensor, matrix: Tensor) -> bool:
     return torch.cuda.get_device_capability(rows.device) >= (8, 0) and all(size % 8 == 0 for size in matrix.shape[1:])
 
 
-def experts_of(x: Tensor, ids: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], body: str, find: Find, first: int = 0) -> Tensor:
-    """`autopar.experts` with those experts alone that `tensors` hold: their ids begin at `first`. All other ids add nothing."""
+def experts_of(
+    x: Tensor, ids: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], body: str, find: Find, first: int = 0, alone: bool = False
+) -> Tensor:
+    """`autopar.experts` with those experts only that `tensors` hold: their ids begin at `first`. All other ids add nothing. `alone`: there
+    is but one expert, so that nothing need be sorted."""
     count, slots = tensors[0].shape[0], ids.shape[1]
+    if alone and slots == 1:
+        return _alone(x, ids, weights, tensors, body, find)
     local = ids.reshape(-1) - first
     key = torch.where((local >= 0) & (local < count), local, count)
     expert, order = torch.sort(key, stable=True)
@@ -140,6 +145,14 @@ def experts_of(x: Tensor, ids: Tensor, weights: Tensor | None, tensors: Sequence
         values[experts.WEIGHT] = spread(weights.reshape(-1), order, order, 1)
     result = _run(graph, values, layout, tensors, find)
     return collect(result, token, order, ids.shape[0], slots)
+
+
+def _alone(x: Tensor, ids: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], body: str, find: Find) -> Tensor:
+    """One expert for every token: a dense layer."""
+    count = x.shape[0]
+    layout = Sorted(ids.new_zeros(count), (count,), ids.new_full((1,), count, dtype=torch.int32))
+    values = {experts.X: x} if weights is None else {experts.X: x, experts.WEIGHT: weights.reshape(-1)}
+    return _run(experts.read(body), values, layout, tensors, find).masked_fill(ids != 0, 0.0)
 
 
 def _run(graph: Graph, values: dict[str, Tensor], layout: Sorted, tensors: Sequence[Tensor], find: Find) -> Tensor:

@@ -55,7 +55,7 @@ def batch_norm(
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], body: str) -> Tensor:
     """`x` `(n, h)`, `ids` and `weights` `(n, k)`; see `autopar.ir.experts`. Returns `(n, o)`."""
-    return experts_of(x, ids, weights, tensors, body, operator)
+    return experts_of(x, ids, weights, tensors, body, operator, alone=tensors[0].shape[0] == 1)
 
 
 def expert_linear(rows: Tensor, matrix: Tensor, expert: Tensor, transposed: bool) -> Tensor:
