@@ -21,7 +21,7 @@ import transformers
 
 from autopar.runtime.launch import RankPool
 from zoo import BESIDES, MODELS
-from zoo.page import replaced, summary, table
+from zoo.page import line, replaced, summary, table
 from zoo.run import Found, Trial, run
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
 def tell(name: str, trial: Trial) -> None:
     first = trial.error.splitlines()[0] if trial.error else f"{trial.worst:.1e}, one rank does {trial.share:.0%}"
     verdict = "ok" if trial.ok else "NOT OK"
-    print(f"{name:16}{trial.way.title:18}{verdict:8}{first}  ({trial.seconds:.1f} s)", file=sys.stderr, flush=True)
+    print(f"{name:16} {trial.way.title:18}{verdict:8}{first}  ({trial.seconds:.1f} s)", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -58,11 +58,15 @@ def main() -> None:
             if not chosen:
                 continue
             started = time.perf_counter()
-            found: list[Found] = [run(row, pools.__getitem__, tell=partial(tell, row.name)) for row in chosen]
-            text = f"{summary(found, time.perf_counter() - started)}\n{table(found)}"
+            found: list[Found] = []
+            print(table([]), end="", flush=True)
+            for row in chosen:
+                found.append(run(row, pools.__getitem__, tell=partial(tell, row.name)))
+                print(line(found[-1]), flush=True)
+            told = summary(found, time.perf_counter() - started)
+            print(f"\n{told}")
             wrong |= title == "models" and not all(item.ok for item in found)
-            page = replaced(page, title, text)
-            print(text)
+            page = replaced(page, title, f"{told}\n{table(found)}")
     if not options.models:
         PAGE.write_text(page, "utf-8")
         print(f"wrote {PAGE.name}", file=sys.stderr)

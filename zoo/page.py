@@ -18,9 +18,13 @@ _FEATURES = ("out features", "in features", "channels", "hidden", "kernel")
 def table(found: Iterable[Found]) -> str:
     """One line a model."""
     heads = ("model", "operations", "folds", *(way.title for way in WAYS), "what the 4 ranks split", "stayed whole", "notes")
-    lines = [_line(heads), _line("---" for _ in heads)]
-    lines += [_line(_cells(item)) for item in found]
+    lines = [_line(heads), _line("---" for _ in heads), *map(line, found)]
     return "\n".join(lines) + "\n"
+
+
+def line(found: Found) -> str:
+    """The line of one model."""
+    return _line(_cells(found))
 
 
 def _line(cells: Iterable[str]) -> str:

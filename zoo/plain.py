@@ -182,6 +182,83 @@ class WideNet(nn.Module):
         return scores if target is None else F.cross_entropy(scores.flatten(0, 1), target.flatten())
 
 
+@torch.library.custom_op("zoo::leaky_norm", mutates_args=())
+def leaky_norm(x: Tensor, weight: Tensor, slope: float) -> Tensor:
+    """A user's kernel: rows `(..., width)` divided by their root mean square, times `weight` `(width,)`, negative numbers times `slope`."""
+    y = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+    return torch.where(y > 0, y, slope * y)
+
+
+@leaky_norm.register_fake
+def _leaky_norm_fake(x: Tensor, weight: Tensor, slope: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _leaky_norm_backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight = context.saved_tensors
+    with torch.enable_grad():
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        y = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+        y = torch.where(y > 0, y, context.slope * y)
+    return *torch.autograd.grad(y, (x, weight), gradient), None
+
+
+def _leaky_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.slope = inputs[2]
+
+
+leaky_norm.register_autograd(_leaky_norm_backward, setup_context=_leaky_norm_context)
+
+
+class CustomOperator(nn.Module):
+    """A perceptron around an operator of the user's own."""
+
+    def __init__(self, width: int = 32, layers: int = 2) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(layers))
+        self.scale = nn.ParameterList(torch.rand(2 * width) + 0.5 for _ in range(layers))
+        self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers))
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Any:
+        for up, scale, down in zip(self.up, self.scale, self.down, strict=True):
+            x = x + down(leaky_norm(up(x), scale, 0.1))
+        return x if target is None else F.mse_loss(x, target)
+
+
+class Swish(torch.autograd.Function):
+    """`x * sigmoid(x)`, keeping `x` alone for the backward pass."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        context.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = context.saved_tensors
+        s = x.sigmoid()
+        return gradient * s * (1 + x * (1 - s))
+
+
+class CustomFunction(nn.Module):
+    """A perceptron whose activation is a `torch.autograd.Function` of the user's own."""
+
+    def __init__(self, width: int = 32, layers: int = 2) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(layers))
+        self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(layers))
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Any:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(Swish.apply(up(x)))
+        return x if target is None else F.mse_loss(x, target)
+
+
+def _vectors(model: nn.Module, batch: int) -> dict[str, Any]:
+    return {"x": floats(batch, SEQUENCE, 32), "target": floats(batch, SEQUENCE, 32, seed=2)}
+
+
 PLAIN = (
     Row("nn.Transformer", "sequence to sequence", plain(Translator), _pair),
     Row("lstm", "next token", plain(LstmLanguageModel), _tokens),
@@ -189,4 +266,6 @@ PLAIN = (
     Row("graph network", "class of every node", plain(GraphNetwork), _graph, note="the batch is the nodes of all graphs", microbatches=1),
     Row("dlrm", "click or not", plain(DLRM), _clicks),
     Row("widenet", "next token", plain(WideNet), _tokens, note="one attention and one set of experts for all layers"),
+    Row("custom operator", "numbers", plain(CustomOperator), _vectors, note="no rule was written for it"),
+    Row("custom autograd.Function", "numbers", plain(CustomFunction), _vectors),
 )

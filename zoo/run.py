@@ -19,6 +19,7 @@ from autopar.ir.cluster import DEVICES, Cluster, Link
 from autopar.ir.fold import fold
 from autopar.ir.graph import Graph, Op
 from autopar.ir.plan_roles import Roles, operator
+from autopar.ir.rules.complete import with_rules
 from autopar.runtime.launch import RankPool
 from autopar.runtime.verify import Subject, compare, prepare
 from autopar.search.planner import plan_graph
@@ -109,7 +110,7 @@ def run(
             if way.training not in subjects:
                 subjects[way.training] = subject_of(row, way.training)
             subject = subjects[way.training]
-            graph = subject.planned.graph
+            graph = with_rules(subject.planned.graph)
             if way.training or not found.operations:
                 folds = tuple(f"{item.count} x {item.length} ops" for item in fold(graph) if item.count > 1)
                 found = replace(found, operations=len(graph.ops), folds=folds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zoo import experts, language, plain, vision
+from zoo import besides, experts, language, plain, vision
 from zoo.row import Row
 
 _LISTED = (
@@ -15,5 +15,5 @@ _LISTED = (
     *plain.PLAIN,
 )
 MODELS: dict[str, Row] = {row.name: row for row in _LISTED}
-BESIDES: dict[str, Row] = {}
+BESIDES: dict[str, Row] = {row.name: row for row in besides.BESIDES_ROWS}
 assert len(MODELS) == len(_LISTED)

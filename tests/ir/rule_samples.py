@@ -418,6 +418,9 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
         (f(2, 4, 6), -1, i(5), f(2, 4, 5), {"alpha": 2}),
         (f(6), 0, i(4), f(4)),
     ],
+    "unfold.default": [(f(4, 6), 1, 3, 2), (f(4, 6, 3), -2, 2, 2), (f(6), 0, 2, 1)],
+    "unfold_copy.default": [(f(4, 6), 1, 3, 2)],
+    "_weight_norm.default": [(f(6, 4, 3), f(6, 1, 1)), (f(6, 4, 3), f(1, 1, 3), 2), (f(6, 4), f(1, 1), -1)],
     "bucketize.Tensor": [(f(4, 6), f(5)), (f(6), f(3), {"right": True})],
     "searchsorted.Tensor": [(f(4, 5), f(4, 6)), (f(3), f(6))],
     "lstm.input": [

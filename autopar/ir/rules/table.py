@@ -134,6 +134,7 @@ family(views.t, "t.default t_copy.default mT.default adjoint.default numpy_T.def
 family(views.movedim, "movedim.int movedim.intlist")
 family(views.repeat, "repeat.default tile.default")
 family(views.repeat_interleave, "repeat_interleave.self_int")
+family(views.unfold, "unfold.default unfold_copy.default")
 
 # Cutting, joining, moving along a dim.
 family(cuts.slice_, "slice.Tensor slice_copy.Tensor narrow.default narrow_copy.default")
@@ -191,6 +192,7 @@ family(
     reductions.layer_norm,
     "layer_norm.default native_layer_norm.default rms_norm.default _fused_rms_norm.default",
 )
+family(reductions.weight_norm, "_weight_norm.default")
 family(reductions.group_norm, "group_norm.default instance_norm.default")
 family(reductions.native_group_norm, "native_group_norm.default")
 family(reductions.batch_norm_inference, "_native_batch_norm_legit_no_training.default _native_batch_norm_legit.no_stats")

@@ -65,6 +65,17 @@ def everything(call: Call) -> Nest | None:
     return _reduced(call, frozenset(range(len(call.operands[0].shape))), False, linear=False)
 
 
+def weight_norm(call: Call) -> Nest | None:
+    """`_weight_norm(v, g, dim)`: `v` over its norm along all dims but `dim`, times `g`, whose other dims are 1. Which dims are left says
+    `dim`; -1 is none."""
+    shape = call.operands[0].shape
+    dim = call.int(2, "dim")
+    term: Term = tuple((f"d{d}",) if d == dim else () for d in range(len(shape)))
+    if len(call.operands[1].shape) != len(shape):
+        return None
+    return Nest({f"d{dim}": shape[dim]} if dim >= 0 else {}, (term, term), (term,))
+
+
 def layer_norm(call: Call) -> Nest | None:
     """`layer_norm(x, normalized_shape, weight, bias)`, `rms_norm`, native forms: the normalised dims are needed whole."""
     shape = call.operands[0].shape

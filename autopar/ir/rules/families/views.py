@@ -175,6 +175,17 @@ def repeat(call: Call) -> Nest | None:
     return _repeated(call, outside=True, dims=None)
 
 
+def unfold(call: Call) -> Nest | None:
+    """`unfold(x, dim, size, step)`: windows along `dim`, which is whole; each is a new last dim."""
+    shape = call.operands[0].shape
+    if not shape:
+        return None
+    dim = positive(call.int(1, "dimension"), len(shape))
+    kept: Term = tuple(() if d == dim else (f"d{d}",) for d in range(len(shape)))
+    loops = {f"d{d}": size for d, size in enumerate(shape) if d != dim}
+    return Nest(loops, (kept,), ((*kept, ()),), linear=((0,),))
+
+
 def repeat_interleave(call: Call) -> Nest | None:
     """`repeat_interleave` by a number: result dim `(d r)`, every element r times."""
     dim = call.op.arg(2, "dim")
