@@ -12,12 +12,14 @@ knows), `reshard_points`.
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -40,6 +42,9 @@ __all__ = ["OutputSlot", "TracedModel", "leaf_paths", "split_example", "trace"]
 
 _MOST_ATTEMPTS = 8
 """Attempts to trace repeats once before tracing whole; each learns one thing about the model."""
+
+_THROWS = 3
+"""How often a model that draws from Python's random numbers is traced again, to see whether it matters."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +107,19 @@ def trace(
     def once() -> TracedModel:
         return _trace(model, args, dict(kwargs or {}), once_per_repeat, precision, leaves)
 
-    with _garbage_collection_paused():
+    with _garbage_collection_paused(), _dice_kept():
         changed: dict[tuple[str, str], tuple[float, float]] = {}
+        dice: list[str] = []
         with computing_as(model, precision):
             if leaves:
                 _observe(model, args, dict(kwargs or {}), leaves)
-            with _watched(model, changed):
+            with _watched(model, changed, dice):
                 found = once()
             inside = {key: value for key, value in changed.items() if not _in_leaf(key[0], leaves)}
             if inside:
                 _refuse_counting(model, inside, lambda: once().graph, found.graph)
+            if dice:
+                _refuse_dice(model, dice[0], lambda: once().graph, found.graph)
         return found
 
 
@@ -129,14 +137,44 @@ def _in_leaf(path: str, leaves: Mapping[str, LeafModule]) -> bool:
 
 
 @contextmanager
-def _watched(model: nn.Module, changed: dict[tuple[str, str], tuple[float, float]]) -> Iterator[None]:
-    """Note the plain numbers of modules that `forward` changes, by path and name: (before, after). Tracing itself puts them back."""
+def _dice_kept() -> Iterator[None]:
+    """Python's and numpy's random numbers go on afterwards as if nothing had been traced."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _thrown() -> tuple[Any, ...]:
+    """Where the random numbers of `random` and of `numpy.random` are."""
+    _, keys, position, *rest = np.random.get_state()
+    return random.getstate(), (np.asarray(keys).tobytes(), position, *rest)
+
+
+def _refuse_dice(model: nn.Module, which: str, traced_again: Callable[[], Graph], first: Graph) -> None:
+    """Raise `TraceError` where `forward`, which draws from `which`, computes something else when it draws other numbers."""
+    if all(traced_again().fingerprint() == first.fingerprint() for _ in range(_THROWS)):
+        return
+    raise TraceError(
+        f"the forward of {type(model).__name__} draws random numbers from `{which}`, and what it computes depends on them; a program would "
+        "compute with the first draw for ever. Draw with PyTorch, as in `torch.rand(())`, and choose with `torch.where`, or leave the "
+        "module that draws as it is: leaf_modules=[...]"
+    )
+
+
+@contextmanager
+def _watched(model: nn.Module, changed: dict[tuple[str, str], tuple[float, float]], dice: list[str]) -> Iterator[None]:
+    """Note the plain numbers of modules that `forward` changes, by path and name: (before, after); tracing itself puts them back. And in
+    `dice` the generators other than PyTorch's that it draws from."""
     forward, own = model.forward, "forward" in model.__dict__
 
     @wraps(forward)
     def watching(*args: Any, **kwargs: Any) -> Any:
-        before = plain_numbers(model)
+        before, thrown = plain_numbers(model), _thrown()
         result = forward(*args, **kwargs)
+        dice.extend(name for name, one, other in zip(("random", "numpy.random"), thrown, _thrown(), strict=True) if one != other)
         changed.update({key: (before[key], value) for key, value in plain_numbers(model).items() if before.get(key, value) != value})
         return result
 

@@ -18,24 +18,41 @@ _REGISTER = "register its type with `torch.utils._pytree.register_pytree_node`"
 
 @dataclass(frozen=True, slots=True)
 class _Cause:
-    """If one of `words` is in an exception, `meaning` is what happened and `remedy` what to do."""
+    """If one of `words` is in an exception, `meaning` is what happened and `remedy` what to do; `opaque`: a leaf module may do it."""
 
     words: tuple[str, ...]
     meaning: str
     remedy: str
+    opaque: bool = False
 
+
+_STAY_IN_TENSORS = "stay in tensors: choose with `torch.where` or a mask of fixed shape, or make it depend on Python numbers"
 
 _CAUSES = (
     _Cause(
         ("is an `autograd.Function`",),
         "the model has a backward pass of its own, which a trace of its forward would lose",
         "write the forward in PyTorch's operations and leave the backward to autograd (`detach` or `x + (y - x).detach()` for a "
-        "straight-through estimate), or register it by `torch.library.custom_op` and `register_autograd`",
+        "straight-through estimate)",
+        opaque=True,
+    ),
+    _Cause(
+        ("numpy() is not supported", "numpy() on tensor", "Tensor.__array__", "__array__"),
+        "the model hands a tensor to numpy, which a trace cannot follow",
+        "do the same with PyTorch's operations",
+        opaque=True,
+    ),
+    _Cause(
+        ("unsupported format string passed to FakeTensor", "unhashable type: non-nested SymInt"),
+        "the model looks at the values of a tensor (to print or look something up)",
+        "leave the print to the code around the model; " + _STAY_IN_TENSORS,
+        opaque=True,
     ),
     _Cause(
         ("GuardOnDataDependentSymNode", "data-dependent", "Could not guard", "DynamicOutputShape", "DataDependentOutput"),
-        "the model looks at the values of a tensor (as in `if x.sum() > 0`, `.item()`, `int(x)`, boolean indexing or `nonzero`)",
-        "choose with `torch.where` or a mask of fixed shape, take the decision outside of the model, or make it depend on Python numbers",
+        "the model looks at the values of a tensor (as in `if x.sum() > 0`, `.item()`, `int(x)`, `.tolist()`, `x[mask]` or `nonzero`)",
+        _STAY_IN_TENSORS,
+        opaque=True,
     ),
     _Cause(
         ("nsupported output type", "output type", "It looks like one of the outputs", "in output, which is not a known type"),
@@ -81,8 +98,47 @@ def as_trace_error(error: BaseException, model: nn.Module) -> TraceError:
     cause = next((cause for cause in _CAUSES if any(word in text for word in cause.words)), None)
     meaning = f"{type(error).__name__}: {said}" if cause is None else f"{cause.meaning}: {said}"
     where = _user_line(chain)
-    remedy = _OTHER_REMEDY if cause is None else cause.remedy
-    return TraceError(f"{where + ': ' if where else ''}{type(model).__name__} cannot be traced: {meaning}\n  Remedy: {remedy}")
+    if cause is not None and cause.opaque:
+        path, name = _module_of(chain, model)
+        where += f" (in `{path}`, a {name})" if path and where else ""
+        remedy = ways_out(path, cause.remedy)
+    else:
+        remedy = f"  Remedy: {_OTHER_REMEDY if cause is None else cause.remedy}"
+    return TraceError(f"{where + ': ' if where else ''}{type(model).__name__} cannot be traced: {meaning}\n{remedy}")
+
+
+def ways_out(path: str, first: str = _STAY_IN_TENSORS) -> str:
+    """What to do about what cannot be traced in the module at `path` (empty: the model itself), `first` and what may be done instead."""
+    leaf = (
+        f'leave the module as it is, one operation whose body is your code: leaf_modules=["{path}"] (or `--leaf {path}`)'
+        if path
+        else 'move it into a module of its own, and leave that as it is: leaf_modules=["name_of_it"]'
+    )
+    return "\n".join(
+        (
+            f"  Remedy: 1. {first};",
+            f"  2. {leaf};",
+            "  3. make it an operator by `torch.library.custom_op` and `register_autograd`: its splits are found by trial, or give it a rule, "
+            "`autopar.register_rule`;",
+            "  4. split the model there: return what is decided on, and decide in the code that calls it",
+        )
+    )
+
+
+def _module_of(chain: list[BaseException], model: nn.Module) -> tuple[str, str]:
+    """Path and class of the innermost module of the user's whose forward was under way."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for error in chain:
+        found = ("", "")
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+            module = frame.f_locals.get(names[0]) if names else None
+            known = isinstance(module, nn.Module) and id(module) in paths
+            if known and not type(module).__module__.startswith("torch.") and frame.f_code.co_name == "forward":
+                found = (paths[id(module)], type(module).__name__)
+        if found[1]:
+            return found
+    return "", ""
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:

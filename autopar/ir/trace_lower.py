@@ -17,6 +17,7 @@ from torch.fx import Node
 from autopar.errors import TraceError
 from autopar.ir.graph import DTYPE_BYTES, Arg, Op, Ref, Symbol, Value
 from autopar.ir.leaf_modules import LEAF, TRACED
+from autopar.ir.trace_errors import ways_out
 
 DROPPED_KWARGS = frozenset({"device", "layout", "pin_memory", "non_blocking", "generator"})
 """Where and how a tensor lies is the runtime's business; the graph says only what it is."""
@@ -112,8 +113,9 @@ class _Lowering:
             return
         if not isinstance(node.target, torch._ops.OpOverload):
             raise TraceError(
-                f"{_where(node)}: `{getattr(node.target, '__name__', target)}` is control flow or arithmetic that depends on data; "
-                "autopar needs fixed operations and shapes. Take the decision outside of the model, or on plain Python numbers"
+                _mutating(node)
+                or f"{_where(node)}: `{getattr(node.target, '__name__', target)}` is control flow or arithmetic that depends on data; "
+                f"autopar needs fixed operations and shapes\n{ways_out(_path(node))}"
             )
         self.env[node] = outputs = self.outputs_of(node)
         args = node.args
@@ -142,8 +144,8 @@ class _Lowering:
             if value is None:
                 return None
             raise TraceError(
-                f"{_where(node)}: `{node.target}` gives a Python number that depends on data ({value}); "
-                "keep it a tensor (no `.item()`, `int(x)`, `float(x)`, `.tolist()` in forward)"
+                f"{_where(node)}: `{node.target}` gives a Python number that depends on data ({value})\n"
+                + ways_out(_path(node), "keep it a tensor (no `.item()`, `int(x)`, `float(x)`, `.tolist()` in forward)")
             )
 
         return name(node.meta.get("val"), node.name)
@@ -155,8 +157,8 @@ class _Lowering:
         dtype = str(tensor.dtype).removeprefix("torch.")
         if not all(type(size) is int for size in shape):
             raise TraceError(
-                f"{_where(node)}: the shape of `{node.target}` depends on the values of a tensor: {list(shape)}; autopar needs fixed ones. "
-                "Use a mask of fixed shape instead of `nonzero`, boolean indexing or `unique`"
+                f"{_where(node)}: the shape of `{node.target}` depends on the values of a tensor: {list(shape)}; autopar needs fixed ones\n"
+                + ways_out(_path(node), "use a mask of fixed shape instead of `nonzero`, boolean indexing or `unique`")
             )
         if dtype not in DTYPE_BYTES:
             raise TraceError(f"{_where(node)}: `{name}` has dtype {dtype}, which autopar does not know; known: {', '.join(DTYPE_BYTES)}")
@@ -180,7 +182,8 @@ class _Lowering:
             return None
         if isinstance(item, torch.SymInt | torch.SymFloat | torch.SymBool):
             raise TraceError(
-                f"{_where(node)}: `{node.target}` has an argument that depends on data ({item}); autopar needs fixed arguments"
+                f"{_where(node)}: `{node.target}` has an argument that depends on data ({item}); autopar needs fixed arguments\n"
+                f"{ways_out(_path(node))}"
             )
         raise TraceError(f"{_where(node)}: `{node.target}` has an argument of type {type(item).__name__}, which autopar cannot write down")
 
@@ -239,7 +242,23 @@ def source_line(stack_trace: str) -> str:
     return ""
 
 
+def _path(node: Node) -> str:
+    """The user's module that `node` comes from."""
+    return bare_path(module_path(node.meta.get("nn_module_stack")))
+
+
+def _mutating(node: Node) -> str:
+    """What is wrong with an operator that changes its arguments; empty where `node` is none."""
+    name = getattr(node.target, "__name__", "")
+    if not name.startswith("auto_functionalized") or not node.args:
+        return ""
+    return (
+        f"{_where(node)}: `{node.args[0]}` changes its arguments in place; a program of splits cannot follow that. Let the operator return "
+        f'the new values instead (`mutates_args=()`), or leave its module as it is: leaf_modules=["{_path(node)}"]'
+    )
+
+
 def _where(node: Node) -> str:
     source = source_line(node.meta.get("stack_trace") or "")
-    module = bare_path(module_path(node.meta.get("nn_module_stack")))
+    module = _path(node)
     return f"{source or 'forward'} (in `{module}`)" if module else source or "forward"

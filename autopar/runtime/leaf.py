@@ -6,10 +6,12 @@ own autograd, the same gradients. Where a rule splits its rows, each rank runs i
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -17,7 +19,7 @@ from torch.utils import _pytree as pytree
 from autopar.errors import RuntimeSetupError
 from autopar.ir.leaf_modules import LeafModule
 from autopar.runtime.alike import draws_alike, eagerly_alike
-from autopar.runtime.dropout import drawing
+from autopar.runtime.dropout import drawing, seeded
 
 Shape = tuple[int, ...]
 
@@ -39,7 +41,7 @@ def body(leaf: LeafModule, training: bool, shapes: Sequence[Shape], device: torc
     `counter`, as `dropout.drawing` takes them. `shapes`: of its results here, then of the new values of its buffers."""
 
     def leaf_module(part: int, seed: int, counter: Tensor, *args: Any) -> list[Tensor]:
-        found: list[Tensor] = drawing(_run, device, part, seed, counter, leaf, training, shapes, *args)
+        found: list[Tensor] = drawing(_run, device, part, seed, counter, leaf, training, shapes, device, *args)
         return found
 
     return leaf_module
@@ -49,6 +51,7 @@ def _run(
     leaf: LeafModule,
     training: bool,
     shapes: Sequence[Shape],
+    device: torch.device,
     kind: str,
     nth: int,
     follows: list[bool],
@@ -62,7 +65,7 @@ def _run(
     versions = {name: item._version for name, item in given.items()}
     before = [item._version for item in inputs]
     args, kwargs = call.arguments(inputs)
-    with _mode(leaf.module, training), _drawing(leaf), _inside():
+    with _mode(leaf.module, training), _all_seeded(device), _drawing(leaf), _inside():
         result = torch.func.functional_call(leaf.module, given, args, kwargs)
     results = [item for item in pytree.tree_leaves(result) if isinstance(item, Tensor)]
     if [tuple(item.shape) for item in results] != list(shapes[: len(call.results)]):
@@ -95,6 +98,21 @@ def _mode(module: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for item, mode in before:
             item.training = mode
+
+
+@contextmanager
+def _all_seeded(device: torch.device) -> Iterator[None]:
+    """Within, all generators that a module may draw from are seeded as that of `device` is: the CPU's, Python's and numpy's too."""
+    seed = torch.cuda.initial_seed() if device.type == "cuda" else torch.initial_seed()
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        with seeded(torch.device("cpu"), seed):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _drawing(leaf: LeafModule) -> AbstractContextManager[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,81 @@ def item_as_number(model: Any, x: Tensor) -> Tensor:
 
 def selects(model: Any, x: Tensor) -> Tensor:
     return model.linear(x)[x > 0].sum()  # selects
+
+
+def to_list(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x) * x.sum(0).tolist()[0]  # to_list
+
+
+def to_numpy(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x) + torch.from_numpy(x.detach().numpy())  # to_numpy
+
+
+def prints(model: Any, x: Tensor) -> Tensor:
+    print(f"{x.mean():.2f}")  # prints
+    return model.linear(x)
+
+
+def repeats_until(model: Any, x: Tensor) -> Tensor:
+    while x.norm() > 1:  # repeats_until
+        x = model.linear(x) / 2
+    return x
+
+
+def counts_places(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x) * len(x.round().unique())  # counts_places
+
+
+def slices_to_a_value(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x)[:, : int(x.abs().max())]  # slices_to_a_value
+
+
+def nonzero_rows(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x)[x[:, 0].nonzero().squeeze(1)]  # nonzero_rows
+
+
+LOOKING = [branches, takes_item, item_as_number, selects, to_list, to_numpy, prints]
+LOOKING += [repeats_until, counts_places, slices_to_a_value, nonzero_rows]
+
+
+@pytest.mark.parametrize("run", LOOKING)
+def test_what_looks_at_values_is_told_all_ways_out(run: Callable[..., Any]) -> None:
+    model = nn.ModuleDict({"decider": Model(run)})
+    model.forward = lambda x: model["decider"](x)  # type: ignore[method-assign]
+    example = (torch.randn(3, 4),)
+    with pytest.raises(TraceError) as caught:
+        trace(model, example)
+    message = str(caught.value)
+    assert "`decider`" in message and 'leaf_modules=["decider"]' in message, message
+    assert "torch.library.custom_op" in message and "register_rule" in message and "split the model there" in message
+    assert message.count("\n") == 4 and len(message) < 1200
+    if run not in (selects, slices_to_a_value, nonzero_rows, repeats_until):  # what follows would have no fixed shape, or no end
+        assert trace(model, example, leaf_modules=["decider"]).graph.ops[0].target == "autopar.leaf"
+
+
+def rolls_dice(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x) * random.random()
+
+
+def rolls_numpy_dice(model: Any, x: Tensor) -> Tensor:
+    return model.linear(x) * float(np.random.rand())
+
+
+def rolls_for_nothing(model: Any, x: Tensor) -> Tensor:
+    y: Tensor = model.linear(x)
+    return y if random.random() < 2 else -y
+
+
+@pytest.mark.parametrize(("run", "which"), [(rolls_dice, "random"), (rolls_numpy_dice, "numpy.random")])
+def test_random_numbers_that_are_not_torchs_are_refused_where_they_matter(run: Callable[..., Any], which: str) -> None:
+    with pytest.raises(TraceError, match=f"draws random numbers from `{which}`"):
+        trace(Model(run), (torch.randn(3, 4),))
+
+
+def test_random_numbers_that_change_nothing_do_no_harm() -> None:
+    state = random.getstate()
+    assert trace(Model(rolls_for_nothing), (torch.randn(3, 4),)).graph.ops
+    assert random.getstate() == state
 
 
 def opaque(model: Any, x: Tensor) -> Any:
