@@ -118,8 +118,8 @@ def ways_out(path: str, first: str = _STAY_IN_TENSORS) -> str:
         (
             f"  Remedy: 1. {first};",
             f"  2. {leaf};",
-            "  3. make it an operator by `torch.library.custom_op` and `register_autograd`: its splits are found by trial, or give it a rule, "
-            "`autopar.register_rule`;",
+            "  3. make it an operator by `torch.library.custom_op` and `register_autograd`: its splits are found by trial, or "
+            "give it a rule, `autopar.register_rule`;",
             "  4. split the model there: return what is decided on, and decide in the code that calls it",
         )
     )
