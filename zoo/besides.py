@@ -322,6 +322,8 @@ BESIDES_ROWS = (
             **_ENDS,
         ),
         tokens,
+        microbatches=1,
+        leaf_modules=("*.rg_lru",),
     ),
     Row(
         "granitemoe",
@@ -329,7 +331,14 @@ BESIDES_ROWS = (
         hf("GraniteMoeForCausalLM", "GraniteMoeConfig", **_GROUPED, num_local_experts=4, num_experts_per_tok=2, **_ENDS),
         tokens,
     ),
-    Row("phimoe", NEXT, hf("PhimoeForCausalLM", "PhimoeConfig", **_GROUPED, num_local_experts=4, num_experts_per_tok=2, **_ENDS), tokens),
+    Row(
+        "phimoe",
+        NEXT,
+        hf("PhimoeForCausalLM", "PhimoeConfig", **_GROUPED, num_local_experts=4, num_experts_per_tok=2, **_ENDS),
+        tokens,
+        microbatches=1,
+        leaf_modules=("*.router",),
+    ),
     Row(
         "jetmoe",
         NEXT,
@@ -347,6 +356,8 @@ BESIDES_ROWS = (
             **_ENDS,
         ),
         tokens,
+        microbatches=1,
+        leaf_modules=("*.self_attention", "*.mlp"),
     ),
     Row(
         "dbrx",
@@ -364,6 +375,8 @@ BESIDES_ROWS = (
             **_ENDS,
         ),
         tokens,
+        microbatches=1,
+        leaf_modules=("*.ffn.experts",),
     ),
     Row(
         "switch_transformers",
@@ -379,11 +392,14 @@ BESIDES_ROWS = (
             num_decoder_layers=2,
             num_sparse_encoder_layers=1,
             num_sparse_decoder_layers=1,
+            router_jitter_noise=0.0,
             num_experts=4,
             vocab_size=96,
             decoder_start_token_id=0,
         ),
         _masked_pair,
+        microbatches=1,
+        leaf_modules=("*.mlp",),
     ),
     Row(
         "blip",

@@ -41,7 +41,7 @@ def _cells(found: Found) -> list[str]:
         *(_numbers(by_title.get(way.title)) for way in WAYS),
         _axes(four) if four else "",
         _whole(found.trials),
-        _escaped("; ".join(filter(None, (found.row.note, *_refusals(found.trials))))),
+        _escaped("; ".join(filter(None, (found.row.note, _leaves(found), *_refusals(found.trials))))),
     ]
 
 
@@ -75,6 +75,11 @@ def _whole(trials: Sequence[Trial]) -> str:
     return "; ".join(parts) or "none"
 
 
+def _leaves(found: Found) -> str:
+    """Which modules are leaves of the trace."""
+    return f"leaf modules: {', '.join(f'`{name}`' for name in found.row.leaf_modules)}" if found.row.leaf_modules else ""
+
+
 def _refusals(trials: Sequence[Trial]) -> list[str]:
     """What is wrong, by way; ways with the same error together."""
     by_error: dict[str, list[str]] = {}
@@ -87,7 +92,7 @@ def _refusals(trials: Sequence[Trial]) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def summary(found: Sequence[Found], seconds: float) -> str:

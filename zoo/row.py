@@ -19,7 +19,8 @@ class Row:
     drawn from seed 0; `changes` are options of the model's configuration. `example(model, batch) -> inputs` by name, with what a loss
     needs. `note`: what a reader of the table should know of the row.
 
-    `microbatches`: of a pipeline; 1 where the rows of a batch depend on each other.
+    `microbatches`: of a pipeline; 1 where the rows of a batch depend on each other. `leaf_modules`: what cannot be traced, see
+    `autopar.plan`.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Row:
     example: Callable[[nn.Module, int], Inputs]
     note: str = ""
     microbatches: int = 2
+    leaf_modules: tuple[str, ...] = ()
 
     def inputs(self, model: nn.Module, batch: int = 4) -> Inputs:
         """Inputs with which `model` gives a loss; floats in its dtype."""

@@ -132,7 +132,8 @@ def run(
 def subject_of(row: Row, training: bool) -> Subject:
     """The row's model and example, made ready for verifying: with a loss in training mode, without one in evaluation mode."""
     model = row.build().train(training)
-    return prepare(model, row.inputs(model, BATCH) if training else row.questions(model, BATCH))
+    example = row.inputs(model, BATCH) if training else row.questions(model, BATCH)
+    return prepare(model, example, leaf_modules=row.leaf_modules)
 
 
 def _described(trial: Trial, plan: autopar.Plan, graph: Graph) -> Trial:
