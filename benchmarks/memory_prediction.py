@@ -28,18 +28,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.zoo import ZOO
 
+ATTENTION = "scaled_dot_product_attention_*"
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gpt2": ({"layers": 6, "n_embd": 256, "n_head": 4, "vocab_size": 4096, "n_positions": 128}, {"batch": 16, "sequence": 128}),
     "llama": (
         {"layers": 6, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 4096, "num_attention_heads": 4},
         {"batch": 16, "sequence": 128},
     ),
+    "llama, long": (
+        {"layers": 4, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4},
+        {"batch": 1, "sequence": 2048},
+    ),
     "t5": ({"layers": 4, "d_model": 256, "d_ff": 1024, "d_kv": 64, "vocab_size": 4096}, {"batch": 16, "sequence": 64}),
     "vit": ({"layers": 6, "hidden_size": 256, "intermediate_size": 1024, "patch_size": 4}, {"batch": 32}),
     "resnet-tuned": ({"layers": 3, "embedding_size": 64, "hidden_sizes": [64, 128]}, {"batch": 256}),
     "unet-groups": ({"layers": 3, "width": 32}, {"batch": 192}),
 }
-"""Options of `build` and of `inputs`."""
+"""Options of `build` and of `inputs`; what stands before a comma is the name in the zoo."""
 
 PLANS: dict[str, dict[str, Any]] = {
     "ddp": {"baseline": "ddp"},
@@ -52,15 +57,23 @@ PLANS: dict[str, dict[str, Any]] = {
     "1f1b": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "1f1b", "microbatches": 4},
     "interleaved-1f1b": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "interleaved-1f1b", "microbatches": 4},
     "zbv": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "zbv", "microbatches": 4},
+    "heads": {"mesh": (1, 2), "microbatches": 1, "pins": {ATTENTION: "h@tp"}},
+    "gathered keys": {"mesh": (1, 2), "microbatches": 1, "pins": {ATTENTION: "l@tp"}},
+    "ring": {"mesh": (1, 2), "microbatches": 1, "pins": {ATTENTION: "ring@tp"}},
+    "ring, recompute": {"mesh": (1, 2), "microbatches": 1, "pins": {ATTENTION: "ring@tp"}, "recompute": "all"},
     "1f1b, recompute": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "1f1b", "microbatches": 4, "recompute": "all"},
 }
 """Options of `autopar.plan`; those that are given no mesh have two ranks."""
 
+LONG = ("heads", "gathered keys", "ring", "ring, recompute")
+"""Plans of long sequences, which the model with one has, and no other."""
+
 
 def model_and_batch(name: str) -> tuple[torch.nn.Module, Any]:
     build, inputs = SIZES[name]
-    model = ZOO[name].build(**build)
-    return model, ZOO[name].inputs(model, **inputs)
+    entry = ZOO[name.split(",")[0]]
+    model = entry.build(**build)
+    return model, entry.inputs(model, **inputs)
 
 
 def measure_rank(name: str, plan: autopar.Plan) -> int:
@@ -113,7 +126,7 @@ def main() -> None:
     rows = []
     with RankPool(2, threads=1) as pool:
         for name in options.models:
-            for plan_name in options.plans:
+            for plan_name in (plan for plan in options.plans if (plan in LONG) == ("long" in name)):
                 rows.append(case(name, plan_name, pool))
                 print(line(rows[-1]), file=sys.stderr, flush=True)
     worst = max((abs(ratio - 1) for row in rows for ratio in row.get("ratios", ())), default=0.0)
