@@ -54,6 +54,7 @@ def plan(
     effort: Effort = "fast",
     optimizer: str = "adamw",
     expert_imbalance: float | None = None,
+    expert_capacity: float | None = None,
     memory_limit_bytes: int | None = None,
     time_limit_s: float | None = None,
     alternatives: bool = False,
@@ -79,6 +80,8 @@ def plan(
     `effort`: `"fast"` (Lagrange multipliers under a memory limit; the gap is reported) or `"exact"` (proven by HiGHS).
     `optimizer`: whose state is counted: `"adamw"`, `"sgd-momentum"` or `"sgd"`.
     `expert_imbalance`: rows of the fullest rank over their mean where routed experts are split; by default the cluster's (1.04).
+    `expert_capacity`: allow that routed experts take at most so many times the mean of rows from every rank and drop what is beyond
+    (GShard, Switch); then tokens can be sent in parts of a fixed size. By default nothing is ever dropped.
     `memory_limit_bytes`: per device; by default what the device has, less a reserve.
     `alternatives`: also price every other storage of every parameter, for `autopar explain`.
     `precision`: `"bfloat16"` to compute in it with parameters, gradients and optimizer in float32, or a dict (`autopar.ir.precision`);
@@ -105,6 +108,7 @@ def plan(
         effort=effort,
         optimizer=optimizer,
         expert_imbalance=expert_imbalance,
+        expert_capacity=expert_capacity,
         memory_limit_bytes=memory_limit_bytes,
         time_limit_s=time_limit_s,
         alternatives=alternatives,

@@ -136,6 +136,10 @@ def plan(
             "--expert-imbalance", min=1, metavar="FACTOR", help="Rows of the fullest rank over their mean, where experts are split."
         ),
     ] = None,
+    expert_capacity: Annotated[
+        float | None,
+        typer.Option("--expert-capacity", min=0, metavar="FACTOR", help="Let experts drop rows beyond so many times the mean: 1.25."),
+    ] = None,
     alternatives: Annotated[bool, typer.Option("--alternatives", help="Price every other storage too, for `autopar explain`.")] = False,
     time_limit: Annotated[
         float | None, typer.Option("--time-limit", min=0, metavar="SECONDS", help="Stop searching after this long.")
@@ -166,6 +170,7 @@ def plan(
         "cuts": None if cuts is None else _cuts(cuts),
         "recompute": None if recompute is None else recompute.value,
         "expert_imbalance": expert_imbalance,
+        "expert_capacity": expert_capacity,
     }
     options |= {name: value for name, value in staged.items() if value is not None}
     if precision is not None:

@@ -80,7 +80,7 @@ PROCESSING_ORDER = {
         "stage_workload pipeline place recompute segments workload simulate flows timeline quick predict"
     ),
     "autopar/runtime": (
-        "build handshake process_mesh lower convert collectives local_ops attention_blocks zigzag ring_attention experts "
+        "build handshake process_mesh lower convert collectives local_ops attention_blocks zigzag ring_attention experts experts_even "
         "dropout alike recompute "
         "module distributed one_device microbatches "
         "inputs parameters gather gradients pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied "

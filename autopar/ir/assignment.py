@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from autopar.errors import PlanError, PlanMismatchError
 from autopar.ir import folded_names, schedules, units
 from autopar.ir.conversion import State
+from autopar.ir.experts import with_capacity
 from autopar.ir.graph import Graph, Op
 from autopar.ir.microbatch import Microbatched, microbatched
 from autopar.ir.placement import Placement, R, parse
@@ -90,6 +91,7 @@ def expand_stages(plan: Plan, graph: Graph) -> Expanded:
     Raises as `expand` does, and `PlanError` where the batch cannot be divided as the plan says, where the stages do not tile the
     operations of one microbatch or lie on other groups of ranks than the schedule puts them on, and where rows are for no stage.
     """
+    graph = with_capacity(graph, plan.expert_capacity)
     _check_model(plan, graph)
     if graph.rules != (rules := plan.given_rules):
         graph = replace(graph, rules=rules)

@@ -11,6 +11,9 @@ them, each with all experts along its leading dim. Two operators exist only ther
 - `autopar.expert_rows(tensor (e, c), expert (r,))`: for every row the row of its expert: a bias.
 
 An id outside of `[0, e)` is an expert that is not there: it adds nothing.
+
+A sixth argument is a capacity that the user allows (`with_capacity`): then tokens may be sent to experts in parts of a fixed size, and
+what is beyond them dropped. It changes nothing on one device.
 """
 
 from __future__ import annotations
@@ -49,7 +52,20 @@ def body_of(op: Op) -> Graph:
 
 
 def with_body(op: Op, body: Graph) -> Op:
-    return replace(op, args=(*op.args[:4], write(body)))
+    return replace(op, args=(*op.args[:4], write(body), *op.args[5:]))
+
+
+def with_capacity(graph: Graph, capacity: float | None) -> Graph:
+    """`graph` whose experts may each take `capacity` times the mean of rows from every rank, and no more. None: as many as come."""
+    given = () if capacity is None else (float(capacity),)
+    ops = tuple(replace(op, args=(*op.args[:5], *given)) if op.target == EXPERTS else op for op in graph.ops)
+    return graph if ops == graph.ops else replace(graph, ops=ops)
+
+
+def capacity_of(graph: Graph) -> float | None:
+    """What `with_capacity` gave."""
+    found = next((op.args[5] for op in graph.ops if op.target == EXPERTS and len(op.args) > 5), None)
+    return found if isinstance(found, float) else None
 
 
 def tensors_of(op: Op) -> tuple[str, ...]:

@@ -341,6 +341,8 @@ class Plan(_Data):
     """Operators without a sharding rule, which every rank runs whole."""
     leaf_modules: tuple[str, ...] = ()
     """Paths of the modules that are not traced into: each is an operation whose body is the module itself."""
+    expert_capacity: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The capacity that the user allows experts: operations split `n+e/...` drop rows beyond it."""
     rules: tuple[RulePlan, ...] = ()
     """Rules that were found by trial or registered: the plan can be read and run where neither is at hand."""
     notes: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ import textwrap
 from collections import Counter
 
 from autopar.ir import units
+from autopar.ir.experts import EXPERTS
 from autopar.ir.folded_names import pattern
 from autopar.ir.plan import InputPlan, OutputPlan, Plan, SegmentPlan
 from autopar.ir.plan_digest import (
@@ -103,6 +104,14 @@ def pipeline_rows(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
+def dropping_words(plan: Plan) -> str:
+    """Whether experts may drop rows under the plan; empty where they cannot."""
+    dropping = any(
+        name.startswith("n+e/") for segment in plan.segments for op in segment.ops if op.target == EXPERTS for name in op.split.values()
+    )
+    return f"may drop rows: each takes at most {plan.expert_capacity:g} times the mean from every rank" if dropping else ""
+
+
 def precision_words(precision: Precision) -> str:
     """`bfloat16, by autocast; parameters stored in float32, gradients reduced in float32`."""
     return (
@@ -120,6 +129,7 @@ def _header(plan: Plan, roles: Roles) -> str:
         *axis_rows(plan, roles),
         *pipeline_rows(plan),
         *([("precision", precision_words(plan.precision))] if plan.precision else []),
+        *([("experts", dropping)] if (dropping := dropping_words(plan)) else []),
         ("time", time_words(plan)),
         ("proof", gap_words(plan)),
         ("memory", memory_words(plan)),

@@ -73,6 +73,8 @@ def _header(plan: Plan, roles: Roles, width: int) -> RenderableType:
         grid.add_row(name, words)
     if plan.precision is not None:
         grid.add_row("precision", plan_text.precision_words(plan.precision))
+    if dropping := plan_text.dropping_words(plan):
+        grid.add_row("experts", dropping)
     step, rest = plan_text.time_words(plan).split(" a step", 1)
     grid.add_row("time", Text.assemble((step, "bold"), f" a step{rest}"))
     grid.add_row("proof", Text(gap_words(plan), style="green" if plan.predicted.fits and plan.gap < 0.01 else "yellow"))

@@ -30,15 +30,15 @@ NOWHERE = -1
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class Way:
     """Rows on their way over the ranks of a group: how many this rank sends to each and gets from each."""
 
     sent: tuple[int, ...]
     received: tuple[int, ...]
     group: str
 
-    def back(self) -> _Way:
-        return _Way(self.received, self.sent, self.group)
+    def back(self) -> Way:
+        return Way(self.received, self.sent, self.group)
 
     def move(self, rows: Tensor) -> Tensor:
         """Rows `(sum(sent), ...)` in the order of where they go -> rows `(sum(received), ...)` in the order of where they are from."""
@@ -49,7 +49,7 @@ class _Way:
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, way: _Way) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, way: Way) -> Tensor:
         ctx.way = way
         return way.move(rows)
 
@@ -58,7 +58,7 @@ class _Move(torch.autograd.Function):
         return ctx.way.back().move(gradients[0]), None
 
 
-def _move(rows: Tensor, way: _Way) -> Tensor:
+def move(rows: Tensor, way: Way) -> Tensor:
     moved: Tensor = _Move.apply(rows, way)  # type: ignore[no-untyped-call]
     return moved
 
@@ -83,7 +83,7 @@ def owners(count: int, sizes: tuple[int, ...], position: int) -> tuple[int, ...]
 
 def experts(args: Sequence[Any], kwargs: Mapping[str, Any], context: LocalContext) -> Tensor:
     """`autopar.experts(x (n_local, h), ids (n_local, k), weights (n_local, k) or None, [tensors (e_local, ...)], body)`."""
-    x, ids, weights, tensors, body = args
+    x, ids, weights, tensors, body = args[:5]
     first = 2 if weights is None else 3
     count = context.operand_shapes[first][0]
     sizes = tuple(axis.size for axis in context.axes)
@@ -119,15 +119,15 @@ def _over(
     way = _way(there.sum(1), axis)
     sent = ids[token].masked_fill(ranks[token] != rank[:, None], NOWHERE)
     received = way.move(sent)
-    rows = _move(spread(x, token, place, slots), way)
-    their_weights = None if weights is None else _move(spread(weights, token, place, slots), way)
+    rows = move(spread(x, token, place, slots), way)
+    their_weights = None if weights is None else move(spread(weights, token, place, slots), way)
     given = _over(inner, rows, received, their_weights, tensors, body, context)
-    return collect(_move(given, way.back()), token, place, tokens, slots)
+    return collect(move(given, way.back()), token, place, tokens, slots)
 
 
-def _way(counts: Tensor, axis: AxisContext) -> _Way:
+def _way(counts: Tensor, axis: AxisContext) -> Way:
     """What goes to and comes from every rank of `axis`, of which this rank sends `counts`. The host waits for it."""
     theirs = torch.empty_like(counts)
     dist.all_to_all_single(theirs, counts.contiguous(), group=resolve(axis.group))
     sent, received = torch.stack((counts, theirs)).tolist()
-    return _Way(tuple(sent), tuple(received), axis.group)
+    return Way(tuple(sent), tuple(received), axis.group)

@@ -15,6 +15,7 @@ from torch import Tensor
 from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.runtime import local_classes
 from autopar.runtime.experts import experts
+from autopar.runtime.experts_even import experts_even
 from autopar.runtime.local_reduce import all_gather, all_reduce, refuse_outside, wide
 from autopar.runtime.ring_attention import causal_queries, ring_attention
 
@@ -226,5 +227,6 @@ LOCAL_OPS: dict[str, Callable[[Sequence[Any], Kwargs, LocalContext], Any]] = {
     "ring_attention": ring_attention,
     "causal_ring_attention": ring_attention,
     "experts": experts,
+    "experts_even": experts_even,
 }
 """Local implementations by the names that splits use."""

@@ -23,7 +23,7 @@ from autopar.ir.assignment import Assignment
 from autopar.ir.conversion import State
 from autopar.ir.graph import Arg, Graph, Op, Ref, Symbol
 from autopar.ir.leaf_modules import LEAF, LeafModule
-from autopar.ir.placement import RP, Placement, R
+from autopar.ir.placement import RP, Placement, R, local_shape
 from autopar.ir.rules import given_rule, has_rule
 from autopar.ir.rules.local_args import local_args
 from autopar.ir.rules.local_context import AxisContext, LocalContext
@@ -299,6 +299,7 @@ class _Lowering:
             op.target,
             shapes,
             tuple(AxisContext(place.groups[axis], place.mesh[axis], place.coordinate[axis], choice[axis].name) for axis in axes),
+            tuple(local_shape(shape, state, place.mesh) for shape, state in zip(shapes, self.assignment.operand_states(op), strict=True)),
         )
         function = LOCAL_OPS[name]
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import AutoparError, RanksFailedError, VerifyError
 from autopar.ir.assignment import Expanded, expand_stages
+from autopar.ir.experts import with_capacity
 from autopar.ir.graph import Graph
 from autopar.ir.leaf_modules import Chosen
 from autopar.ir.microbatch import microbatched
@@ -127,7 +128,7 @@ def compare(
     dtype, reference = subject.dtype, subject.reference
     expanded = expand_stages(plan, subject.planned.graph)
     rules = tuple(rule_in_dtype(rule, dtype) for rule in plan.given_rules)
-    traced = replace(subject.traced, graph=replace(subject.traced.graph, rules=rules))
+    traced = replace(subject.traced, graph=with_capacity(replace(subject.traced.graph, rules=rules), plan.expert_capacity))
     dtypes = dtypes_of(plan.precision, subject.planned.graph).all_in(dtype)
     optimizers: tuple[Optimizer, ...] = ("sgd", "adamw") if optimizer == "both" else (optimizer,)
     batches = _batches(traced, subject.args, subject.kwargs, steps)

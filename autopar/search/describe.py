@@ -14,6 +14,7 @@ from autopar.ir import folded_names
 from autopar.ir.assignment import Assignment
 from autopar.ir.cluster import Cluster
 from autopar.ir.conversion import State
+from autopar.ir.experts import capacity_of
 from autopar.ir.graph import Graph
 from autopar.ir.placement import R
 from autopar.ir.plan import (
@@ -86,7 +87,7 @@ def describe(graph: Graph, cluster: Cluster, rows: Rows, predicted: Predicted, *
             memory_bytes=device.memory_bytes, felt_share=device.felt_share, expert_imbalance=cluster.expert_imbalance,
         ),
         leaf_modules=tuple(dict.fromkeys(op.module for op in graph.ops if op.target == LEAF)),
-        predicted=predicted, replicated=unruled(graph), rules=tuple(map(RulePlan.of, graph.rules)),
+        expert_capacity=capacity_of(graph), predicted=predicted, replicated=unruled(graph), rules=tuple(map(RulePlan.of, graph.rules)),
         inputs=rows.inputs, outputs=rows.outputs, parameters=rows.parameters, segments=rows.segments, collectives=rows.collectives,
         **fields,
     )  # fmt: skip

@@ -186,11 +186,15 @@ def share(experts: Experts, choice: Choice, mesh: tuple[int, ...], imbalance: fl
     """What the fullest rank of `mesh` has to do under `choice`."""
     tokens, inside = float(experts.tokens), 1.0
     parts = travelling = 1
+    allowed = ""
     exchanging = []
     for axis, (split, size) in enumerate(zip(choice, mesh, strict=True)):
         if size == 1 or split.work != "split":
             continue
         kind = split.name.partition(":")[0]
+        kind, _, allowed = kind.partition("/")
+        if allowed:
+            imbalance = float(allowed)  # as many rows are computed and sent, full or not
         if kind in ("n", "n+e"):
             tokens /= size
         if kind in ("e", "n+e"):
@@ -207,5 +211,6 @@ def share(experts: Experts, choice: Choice, mesh: tuple[int, ...], imbalance: fl
     sent, cells = [], 1
     for axis, size in exchanging:
         cells *= size
-        sent.append((axis, tokens * cells * experts.hit(cells * masked) * fuller))
+        copies = experts.slots if allowed else cells * experts.hit(cells * masked)
+        sent.append((axis, tokens * copies * fuller))
     return Share(rows, inside, tuple(sent))

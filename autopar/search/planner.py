@@ -6,6 +6,7 @@ What is claimed is what `account` adds up from the expanded decisions, not what 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from time import perf_counter
 
 from autopar.errors import PlanError
 from autopar.ir.cluster import Cluster, resolve
+from autopar.ir.experts import with_capacity
 from autopar.ir.graph import Graph
 from autopar.ir.microbatch import microbatched
 from autopar.ir.plan import Plan
@@ -48,6 +50,7 @@ def plan_graph(
     effort: Effort = "fast",
     optimizer: str = "adamw",
     expert_imbalance: float | None = None,
+    expert_capacity: float | None = None,
     memory_limit_bytes: int | None = None,
     time_limit_s: float | None = None,
     alternatives: bool = False,
@@ -68,6 +71,10 @@ def plan_graph(
             raise PlanError(f"{name} is {value!r}; it must be a whole number of at least 1")
     if expert_imbalance is not None:
         cluster = resolve(replace(cluster, expert_imbalance=expert_imbalance))
+    if expert_capacity is not None:
+        if not isinstance(expert_capacity, int | float) or isinstance(expert_capacity, bool) or not 0 < expert_capacity < math.inf:
+            raise PlanError(f"expert_capacity is {expert_capacity!r}; it must be a finite number above 0, such as 1.25")
+        graph = with_capacity(graph, expert_capacity)
     wanted = read_mesh(mesh, cluster)
     deadline_s = None if time_limit_s is None else perf_counter() + time_limit_s
     settings = Settings(

@@ -14,7 +14,7 @@ from tests.runtime.simulated import simulate
 
 TALKING = {
     "vocab_cross_entropy", "sync_batch_norm", "split_softmax", "split_logsumexp", "split_amax", "split_max", "split_argmax",
-    "split_cross_entropy", "causal_queries", "ring_attention", "causal_ring_attention", "experts",
+    "split_cross_entropy", "causal_queries", "ring_attention", "causal_ring_attention", "experts", "experts_even",
 }  # fmt: skip
 
 

@@ -452,6 +452,7 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "autopar.experts": [
         (f(6, 8), i(6, 2), f(6, 2), (f(4, 12, 8), f(4, 12), f(4, 6, 10), f(4, 10)), GATED),
         (f(7, 4), i(7, 3), None, (f(5, 4, 6),), PLAIN),
+        (f(8, 8), i(8, 2), f(8, 2), (f(4, 12, 8), f(4, 12), f(4, 6, 10), f(4, 10)), GATED, 4.0),
         (f(6, 4), i(6, 1), None, (f(1, 4, 6),), PLAIN.replace("[5, 4, 6]", "[1, 4, 6]")),
     ],
     "autopar.expert_linear": [(f(6, 8), f(4, 8, 6), i(6), False), (f(6, 8), f(4, 6, 8), i(6), True)],

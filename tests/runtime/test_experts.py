@@ -15,6 +15,7 @@ from autopar.ir.experts import EXPERTS
 from autopar.ir.placement import chunk
 from autopar.ir.rules import splits
 from autopar.runtime.experts import owners
+from autopar.runtime.experts_even import places
 from autopar.runtime.launch import RankPool
 from tests.ir.checking import check
 from tests.ir.rule_samples import samples
@@ -30,6 +31,15 @@ def test_every_pair_of_splits_is_right() -> None:
                 check(graph, op, pair, mesh)
                 tried.add(tuple(split.name for split in pair))
     assert {("n+e", "n+e"), ("n+e", "e"), ("n+e", "f"), ("n", "n+e"), ("e", "n+e"), ("f", "e")} <= tried
+    assert {("n+e/4", "n+e/4"), ("n", "n+e/4"), ("n+e/4", "f")} <= tried
+    assert ("n+e/4", "n+e") not in tried
+
+
+def test_first_choices_and_earlier_tokens_are_kept() -> None:
+    ids = torch.tensor([[0, 1], [0, 1], [1, 0], [0, 2]])
+    # Expert 0 is the first choice of tokens 0, 1, 3 and the second of 2; each expert takes two.
+    assert places(ids, 3, 2).tolist() == [[0, 3], [1, 6], [2, 6], [6, 4]]
+    assert places(torch.full((2, 2), -1), 3, 2).tolist() == [[6, 6], [6, 6]]
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(8, (2, 2)), (7, (2, 3)), (5, (4,)), (16, (3, 2))])
@@ -52,6 +62,15 @@ def mixtral(**sizes: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **{**small, **sizes})).double().train()
     ids = torch.randint(0, 48, (8, 8))
     return model, {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.processes
+def test_a_capacity_that_drops_nothing_is_the_same_model(ranks2: RankPool) -> None:
+    model, example = mixtral()
+    plan = autopar.plan(model, example, talkative(2), mesh=(2, 1), expert_capacity=4.0, pins={"experts_*": "n+e/4@dp"})
+    assert "may drop rows: each takes at most 4 times" in str(plan)
+    report = autopar.verify(model, example, autopar.Plan.parse(plan.text()), ranks=ranks2, steps=2, optimizer="sgd")
+    assert report.ok and report.max_relative_error < 1e-10, report
 
 
 @pytest.mark.processes

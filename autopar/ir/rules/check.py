@@ -126,8 +126,9 @@ class _Check:
             local_shape(tuple(y.shape), state, self.mesh, coordinate) for y, state in zip(self.wholes, self.outputs, strict=True)
         )
         args, kwargs = local_args(self.op, tuple(tuple(x.shape) for x in own), shapes)
+        firsts = tuple(local_shape(shape, state, self.mesh) for shape, state in zip(self.shapes, self.inputs, strict=True))
         axes = tuple(AxisContext(groups[axis], self.mesh[axis], coordinate[axis], self.names[axis]) for axis in self.talking)
-        results = run(self.op, own, args, kwargs, self.implementation, LocalContext(self.op.target, self.shapes, axes))
+        results = run(self.op, own, args, kwargs, self.implementation, LocalContext(self.op.target, self.shapes, axes, firsts))
         for position, (result, shape) in enumerate(zip(results, shapes, strict=True)):
             if tuple(result.shape) != shape:
                 raise Refuted(f"result {position} has shape {list(result.shape)} on rank {number}, not {list(shape)}")

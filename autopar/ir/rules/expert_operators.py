@@ -143,7 +143,7 @@ def experts_of(
     values = {experts.X: spread(x, token, order, slots)}
     if weights is not None:
         values[experts.WEIGHT] = spread(weights.reshape(-1), order, order, 1)
-    result = _run(graph, values, layout, tensors, find)
+    result = run_body(graph, values, layout, tensors, find)
     return collect(result, token, order, ids.shape[0], slots)
 
 
@@ -152,10 +152,10 @@ def _alone(x: Tensor, ids: Tensor, weights: Tensor | None, tensors: Sequence[Ten
     count = x.shape[0]
     layout = Sorted(ids.new_zeros(count), (count,), ids.new_full((1,), count, dtype=torch.int32))
     values = {experts.X: x} if weights is None else {experts.X: x, experts.WEIGHT: weights.reshape(-1)}
-    return _run(experts.read(body), values, layout, tensors, find).masked_fill(ids != 0, 0.0)
+    return run_body(experts.read(body), values, layout, tensors, find).masked_fill(ids != 0, 0.0)
 
 
-def _run(graph: Graph, values: dict[str, Tensor], layout: Sorted, tensors: Sequence[Tensor], find: Find) -> Tensor:
+def run_body(graph: Graph, values: dict[str, Tensor], layout: Sorted, tensors: Sequence[Tensor], find: Find) -> Tensor:
     """The rows that the body `graph` gives for the rows in `values`."""
     names: dict[str, Any] = {item.path: item.value for item in graph.inputs}
     known: dict[str, Any] = {names[path]: value for path, value in values.items()}

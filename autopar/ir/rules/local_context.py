@@ -21,11 +21,13 @@ class AxisContext:
 @dataclass(frozen=True, slots=True)
 class LocalContext:
     """`target`: the operator. `operand_shapes`: global shapes of the operands, in `op.operands` order. `axes`: the axes whose split
-    chose the implementation, outermost first; other axes may split the operands too, by loops that need no implementation."""
+    chose the implementation, outermost first; other axes may split the operands too, by loops that need no implementation.
+    `first_shapes`: local shapes of the operands on the first rank, which has the largest parts."""
 
     target: str
     operand_shapes: tuple[tuple[int, ...], ...]
     axes: tuple[AxisContext, ...]
+    first_shapes: tuple[tuple[int, ...], ...] = ()
 
     def part(self, size: int) -> tuple[int, int]:
         """Start and length of this rank's part of `size` elements that all `axes` split, one within the other."""

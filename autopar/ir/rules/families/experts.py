@@ -5,6 +5,7 @@
 - `n`: every rank has its tokens and all experts;
 - `e`: every rank has all tokens and its experts; what the others' add is a term of a sum;
 - `n+e`: tokens and experts both; tokens travel to their experts and back (expert parallelism: Lepikhin et al. 2020, "GShard");
+- `n+e/1.25`: the same in parts of a fixed size, only where the user allows such a capacity, since rows beyond it are dropped;
 - `f`: dims inside of the experts, as tensor parallelism splits a dense layer. Which these are is read off the body, whose operations
   have rules like all others: a split of each, such that what one makes is what the next one reads.
 """
@@ -16,7 +17,7 @@ from math import gcd
 
 from autopar.ir import experts as routed
 from autopar.ir.graph import Graph, Op
-from autopar.ir.placement import RP, P, Placement, R
+from autopar.ir.placement import RP, P, Placement, R, S
 from autopar.ir.rules.local_args import LOCAL_ARGS
 from autopar.ir.rules.nest import Call, Nest, Term, replicate_partial_gradient
 from autopar.ir.rules.split import Split
@@ -53,9 +54,19 @@ def experts(call: Call) -> Nest | None:
         (per_token(2),),
         uneven=frozenset(loops),
         implementations={"e": "experts"},
-        extra=tuple(_inside(call, first)),
+        extra=(*_even(call, first), *_inside(call, first)),
         joint=(("n", "e"),),
     )
+
+
+def _even(call: Call, first: int) -> Iterator[Split]:
+    """Split `n+e/1.25`, where the user allows that capacity: parts of equal size are sent, whatever the router says."""
+    if len(call.op.args) < 6:
+        return
+    size = gcd(call.operands[0].shape[0], call.operands[first].shape[0])
+    if size > 1:
+        states = tuple(S(0) for _ in call.operands)
+        yield Split(f"n+e/{call.op.args[5]:g}", states, (S(0),), size, implementation="experts_even")
 
 
 def _inside(call: Call, first: int) -> Iterator[Split]:
