@@ -81,6 +81,7 @@ def owners(count: int, sizes: tuple[int, ...], position: int) -> tuple[int, ...]
     return tuple(map(index_of, range(count)))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes that depend on data
 def experts(args: Sequence[Any], kwargs: Mapping[str, Any], context: LocalContext) -> Tensor:
     """`autopar.experts(x (n_local, h), ids (n_local, k), weights (n_local, k) or None, [tensors (e_local, ...)], body)`."""
     x, ids, weights, tensors, body = args[:5]

@@ -53,6 +53,7 @@ def batch_norm(
     return y, new_mean, new_var
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes that depend on data
 def experts(x: Tensor, ids: Tensor, weights: Tensor | None, tensors: Sequence[Tensor], body: str, capacity: float | None = None) -> Tensor:
     """`x` `(n, h)`, `ids` and `weights` `(n, k)`; see `autopar.ir.experts`. Returns `(n, o)`."""
     return experts_of(x, ids, weights, tensors, body, operator, alone=tensors[0].shape[0] == 1)
