@@ -1,4 +1,4 @@
-"""The command line: `autopar plan | show | explain | diff | simulate | validate | verify | clusters | schema`.
+"""The command line: `autopar plan | show | explain | diff | simulate | validate | verify | clusters | rules | schema`.
 
 Exit codes: 0 for success, 1 where `diff` finds a difference, `validate` a contradiction, `verify` a deviation, or `plan` nothing that fits;
 2 for errors of use, each told in one message on stderr (AUTOPAR_DEBUG=1 adds the traceback). Reports go to stdout, all else to stderr.
@@ -345,6 +345,15 @@ def clusters() -> None:
     from autopar.report.terminal import console
 
     show_clusters(console())
+
+
+@app.command(short_help="List the sharding rules.")
+def rules(pattern: Annotated[str, typer.Argument(metavar="[GLOB]", help="Operators, such as 'aten::*mm*'.")] = "*") -> None:
+    """List the sharding rules that autopar has, and those that it has found by trial on this machine."""
+    from autopar.report.rules import rules as show_rules
+    from autopar.report.terminal import console
+
+    show_rules(console(), pattern)
 
 
 @app.command(short_help="Print the JSON schema of plan files.")

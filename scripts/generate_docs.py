@@ -88,8 +88,8 @@ PROCESSING_ORDER = {
         "verify_runs verify_report one_dtype launch rank_process"
     ),
     "autopar/report": (
-        "show explain explain_stage diff diff_stages validate simulate timeline chrome_trace schedule_svg compare clusters progress "
-        "terminal"
+        "show explain explain_stage diff diff_stages validate simulate timeline chrome_trace schedule_svg compare clusters rules "
+        "progress terminal"
     ),
 }
 

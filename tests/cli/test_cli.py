@@ -72,6 +72,11 @@ def test_validate(capsys: pytest.CaptureFixture[str], plan: str, tmp_path: Path)
     assert "add up to" in out
 
 
+def test_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, _ = run(capsys, "rules", "aten::m*m*")
+    assert code == 0 and "m k, k n -> m n" in printed and "aten::matmul" in printed and "aten::linear" not in printed
+
+
 def test_clusters_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "clusters")
     assert code == 0

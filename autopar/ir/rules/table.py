@@ -14,6 +14,9 @@ from autopar.ir.rules.nest import Call, Nest
 RULES: dict[str, Family] = {}
 """Family of every operator that has a rule."""
 
+LINES: dict[str, str] = {}
+"""The notation of those whose rule is a line."""
+
 _RANDOM = """
     bernoulli.default bernoulli.p rand.default randn.default randint.default randint.low randperm.default rand_like.default
     randn_like.default randint_like.default randint_like.low_dtype normal.Tensor_Tensor normal.float_float multinomial.default
@@ -41,6 +44,7 @@ def rule(targets: str, text: str, uneven: str = "", linear: tuple[tuple[int, ...
         return notation.bind(pattern, call, loops, linear)
 
     family(bound, targets)
+    LINES.update((name if name.startswith("autopar.") or name.count(".") == 2 else f"aten.{name}", text) for name in targets.split())
 
 
 def replicated(call: Call) -> Nest | None:
