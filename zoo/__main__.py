@@ -47,7 +47,7 @@ def tell(name: str, trial: Trial) -> None:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", category=FutureWarning)
     page = PAGE.read_text("utf-8")
     wrong = False

@@ -22,9 +22,14 @@ def floats(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=_generator(seed), dtype=torch.float64)
 
 
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.vocab_size)
+
+
 def tokens(model: nn.Module, batch: int) -> dict[str, Any]:
     """`input_ids`, `labels`: `(batch, SEQUENCE)`; some labels are ignored (-100), unevenly over the rows."""
-    vocabulary = model.config.vocab_size
+    vocabulary = _vocabulary(model)
     labels = numbers(1, vocabulary, batch, SEQUENCE, seed=2)
     labels[0, : SEQUENCE // 2] = -100
     return {"input_ids": numbers(1, vocabulary, batch, SEQUENCE), "labels": labels}
@@ -33,7 +38,7 @@ def tokens(model: nn.Module, batch: int) -> dict[str, Any]:
 def tokens_to_tokens(model: nn.Module, batch: int) -> dict[str, Any]:
     """As `tokens`, and `decoder_input_ids`: `(batch, SEQUENCE // 2)` as the labels."""
     found = tokens(model, batch)
-    vocabulary = model.config.vocab_size
+    vocabulary = _vocabulary(model)
     return {
         "input_ids": found["input_ids"],
         "decoder_input_ids": numbers(1, vocabulary, batch, SEQUENCE // 2, seed=3),

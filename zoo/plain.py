@@ -128,6 +128,7 @@ class DLRM(nn.Module):
         self.bottom = nn.Sequential(nn.Linear(numeric, 32), nn.ReLU(), nn.Linear(32, width), nn.ReLU())
         fields = len(rows) + 1
         self.top = nn.Sequential(nn.Linear(width + fields * (fields - 1) // 2, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.pairs: Tensor
         self.register_buffer("pairs", torch.tril_indices(fields, fields, -1), persistent=False)
 
     def forward(self, numeric: Tensor, categories: Tensor, target: Tensor | None = None) -> Any:
@@ -169,12 +170,12 @@ class WideNet(nn.Module):
         self.embed = nn.Embedding(vocabulary, width)
         self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
         self.experts = Experts(width, 2 * width, experts, 2)
-        self.norms = nn.ModuleList(nn.ModuleList((nn.LayerNorm(width), nn.LayerNorm(width))) for _ in range(layers))
+        self.before, self.between = (nn.ModuleList(nn.LayerNorm(width) for _ in range(layers)) for _ in range(2))
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor, target: Tensor | None = None) -> Any:
         x = self.embed(tokens)
-        for before, between in self.norms:
+        for before, between in zip(self.before, self.between, strict=True):
             y = before(x)
             x = x + self.attention(y, y, y, need_weights=False)[0]
             x = x + self.experts(between(x))
@@ -194,13 +195,13 @@ def _leaky_norm_fake(x: Tensor, weight: Tensor, slope: float) -> Tensor:
     return torch.empty_like(x)
 
 
-def _leaky_norm_backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-    x, weight = context.saved_tensors
-    with torch.enable_grad():
-        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        y = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
-        y = torch.where(y > 0, y, context.slope * y)
-    return *torch.autograd.grad(y, (x, weight), gradient), None
+def _leaky_norm_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight = ctx.saved_tensors
+    scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    z = x * scale
+    gradient = torch.where(z * weight > 0, gradient, ctx.slope * gradient)
+    inner = gradient * weight
+    return scale * (inner - z * (inner * z).mean(-1, keepdim=True)), (gradient * z).flatten(0, -2).sum(0), None
 
 
 def _leaky_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -230,13 +231,13 @@ class Swish(torch.autograd.Function):
     """`x * sigmoid(x)`, keeping `x` alone for the backward pass."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        context.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x * x.sigmoid()
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = context.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
         s = x.sigmoid()
         return gradient * s * (1 + x * (1 - s))
 
@@ -251,7 +252,7 @@ class CustomFunction(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> Any:
         for up, down in zip(self.up, self.down, strict=True):
-            x = x + down(Swish.apply(up(x)))
+            x = x + down(Swish.apply(up(x)))  # type: ignore[no-untyped-call]
         return x if target is None else F.mse_loss(x, target)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -117,8 +117,7 @@ def run(
             options = way.options | ({"microbatches": row.microbatches} if "microbatches" in way.options else {})
             plan = plan_graph(graph, workshop(way.ranks), **options)
             trial = _described(trial, plan, graph)
-            steps, optimizer = (STEPS, "adamw") if way.training else (1, "sgd")
-            report = compare(subject, plan, steps=steps, optimizer=optimizer, ranks=pools(way.ranks))
+            report = compare(subject, plan, steps=STEPS if way.training else 1, optimizer="adamw", ranks=pools(way.ranks))
             worst = report.worst
             trial = replace(trial, ok=report.ok, worst=report.max_relative_error, where=f"{worst.kind} {worst.where}")
         except autopar.AutoparError as error:
@@ -142,7 +141,7 @@ def _described(trial: Trial, plan: autopar.Plan, graph: Graph) -> Trial:
     axes = {axis: roles.axis(axis).split(";")[0] for axis, size in plan.mesh.items() if size > 1 and axis != "pp"}
     expanded = expand_stages(plan, graph)
     done = total = 0.0
-    whole: Counter[str] = Counter()
+    whole: dict[str, float] = defaultdict(float)
     for stage, assignment in zip(expanded.stages, expanded.assignments, strict=True):
         for op in stage.graph.ops:
             amount, part = _work(stage.graph, op), _share(assignment.choices[op.name], assignment.mesh)
@@ -150,7 +149,8 @@ def _described(trial: Trial, plan: autopar.Plan, graph: Graph) -> Trial:
             done += amount * part
             if part == 1.0 and axes:
                 whole[operator(op.target)] += amount
-    named = tuple((name, amount / total) for name, amount in whole.most_common() if amount >= LARGE * total)
+    largest = sorted(whole.items(), key=lambda item: -item[1])
+    named = tuple((name, amount / total) for name, amount in largest if amount >= LARGE * total)
     return replace(trial, axes=axes, share=done / total / len(plan.groups), whole=named, unruled=plan.replicated)
 
 
