@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from autopar.ir.rules.table import RANDOM
 
 SWITCH = "AUTOPAR_DISCOVERY"
 MODEL_BUDGET_S = 30.0
-"""Seconds for all operators of a model."""
+"""CPU seconds for all operators of a model."""
 
 _OUT_OF_TIME = "too long"
 
@@ -47,11 +47,11 @@ def with_rules(graph: Graph, leaf_modules: Mapping[str, LeafModule] | None = Non
     if os.environ.get(SWITCH) == "0":
         return graph
     found: list[GivenRule] = []
-    deadline_s = perf_counter() + MODEL_BUDGET_S
+    deadline_s = thread_time() + MODEL_BUDGET_S
     for op in unruled_kinds(graph):
         if op.target == LEAF or op.target in ALL or op.target in RANDOM or any(rule.fits(op, graph.values) for rule in found):
             continue
-        found.append(_found(op, graph, min(BUDGET_S, deadline_s - perf_counter())))
+        found.append(_found(op, graph, min(BUDGET_S, deadline_s - thread_time())))
     return replace(graph, rules=(*rules, *found)) if found else graph
 
 

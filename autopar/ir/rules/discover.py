@@ -16,7 +16,7 @@ import itertools
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from time import perf_counter
+from time import thread_time
 
 from autopar.ir.graph import Graph, Op, refs
 from autopar.ir.placement import P, Placement, S
@@ -28,7 +28,7 @@ from autopar.ir.rules.split import PARTIAL, REPLICATE, Split
 from autopar.ir.rules.trial import DRAWS, Refused, Shape, Trial, longer
 
 BUDGET_S = 4.0
-"""Seconds for one operator. Typical ones take some tenths."""
+"""CPU seconds for one operator: a busy machine finds no less. Typical ones take some tenths."""
 
 _PARTS = (2, 3)
 _MOST_CHOICES = 600
@@ -50,7 +50,7 @@ def discover(op: Op, graph: Graph, budget_s: float = BUDGET_S) -> GivenRule:
     """The rule of `op` for arguments as it has them; one without splits, which says why, where none is certain enough."""
     search: _Search | None = None
     try:
-        trial = Trial(op, graph, perf_counter() + budget_s)
+        trial = Trial(op, graph, thread_time() + budget_s)
         trial.settle()
         search = _Search(trial)
         return search.rule()
@@ -61,7 +61,7 @@ def discover(op: Op, graph: Graph, budget_s: float = BUDGET_S) -> GivenRule:
 def checked(rule: GivenRule, op: Op, graph: Graph, budget_s: float = BUDGET_S) -> tuple[int, str, str]:
     """How many checks the splits of `rule` passed for `op`; why one is refuted (else empty); why none could be made (else empty)."""
     try:
-        trial = Trial(op, graph, perf_counter() + budget_s, _sizes_of_state(op, graph))
+        trial = Trial(op, graph, thread_time() + budget_s, _sizes_of_state(op, graph))
         trial.find()
         if op.target == LEAF:
             try:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Refused(Exception):
 
 
 class Trial:
-    """`op` of `graph`, to be tried until `deadline_s` (of `perf_counter`); sizes in `fixed` stay as they are.
+    """`op` of `graph`, to be tried until `deadline_s` of this thread's CPU time; sizes in `fixed` stay as they are.
 
     Raises `Refused` where it is not to be tried at all.
     """
@@ -84,7 +84,7 @@ class Trial:
             raise Refused("it takes empty tensors")
 
     def in_time(self) -> None:
-        if perf_counter() > self.deadline_s:
+        if thread_time() > self.deadline_s:
             raise Refused("trying it took too long")
 
     # ---- values -----------------------------------------------------------------------------------------------------------------
