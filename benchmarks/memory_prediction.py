@@ -2,7 +2,8 @@
 
     python benchmarks/memory_prediction.py [--models gpt2 t5 ...] [--plans ddp 1f1b ...]
 
-Every plan trains the model for two steps on two local processes (gloo), forward, backward and fused AdamW, in float32. On each rank
+Every plan trains the model for two steps on two local processes (gloo), forward, backward and fused AdamW, in float32 or with
+float32 masters. On each rank
 the largest sum of live storages of the second is taken (`memory.py`) and set beside the prediction for the rank's group. Models are those
 of the zoo, at a size where a rank holds tens of megabytes. Prints a line per case to stderr and JSON at the end: a ratio above 1.0
 predicts more than is measured.
@@ -61,6 +62,12 @@ PLANS: dict[str, dict[str, Any]] = {
     "gathered keys": {"mesh": (1, 2), "microbatches": 1, "pins": {ATTENTION: "l@tp"}},
     "ring": {"mesh": (1, 2), "microbatches": 1, "pins": {ATTENTION: "ring@tp"}},
     "ring, recompute": {"mesh": (1, 2), "microbatches": 1, "pins": {ATTENTION: "ring@tp"}, "recompute": "all"},
+    "ddp, bfloat16": {"baseline": "ddp", "precision": "bfloat16"},
+    "fsdp, bfloat16": {"baseline": "fsdp", "precision": "bfloat16"},
+    "tensor, bfloat16": {"mesh": (1, 2), "microbatches": 1, "precision": "bfloat16"},
+    "accumulation, bfloat16": {"mesh": (2, 1), "microbatches": 4, "precision": {"compute": "bfloat16", "reduce": "bfloat16"}},
+    "1f1b, bfloat16": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "1f1b", "microbatches": 4, "precision": "bfloat16"},
+    "fsdp, autocast": {"baseline": "fsdp", "precision": {"compute": "bfloat16", "by": "autocast"}},
     "1f1b, recompute": {"mesh": {"pp": 2, "dp": 1, "tp": 1}, "schedule": "1f1b", "microbatches": 4, "recompute": "all"},
 }
 """Options of `autopar.plan`; those that are given no mesh have two ranks."""
@@ -113,7 +120,7 @@ def case(name: str, plan_name: str, pool: RankPool) -> dict[str, Any]:
 def line(row: dict[str, Any]) -> str:
     ratios = "  ".join(f"{ratio:.3f}" for ratio in row.get("ratios", ()))
     sizes = "  ".join(f"{size / 2**20:.1f}" for size in row.get("measured_bytes", ()))
-    return f"{row['model']:14} {row['plan']:18} {ratios or row['error'].splitlines()[0]}  of {sizes} MiB"
+    return f"{row['model']:14} {row['plan']:22} {ratios or row['error'].splitlines()[0]}  of {sizes} MiB"
 
 
 def main() -> None:

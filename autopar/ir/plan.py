@@ -148,7 +148,8 @@ class SegmentCost(_Data):
     `backward_workspace_bytes`: in its backward pass, beyond what was there when that began (with one microbatch, gradients of parameters
     that have come by then are among it), or `input_workspace_bytes` where only gradients of inputs are made. `postponed_bytes`: held
     beside its activations from gradients of its inputs to those of its parameters where a schedule makes them apart. `unreduced_bytes`:
-    of gradients beyond `gradient_bytes`, until they are reduced. `unkept_bytes`: in place of `workspace_bytes` where the repeat is
+    of gradients beyond `gradient_bytes`, until they are reduced. `message_bytes`: of gradients as they travel, and `scattered_bytes` of
+    those that are scattered, where the plan's precision says the dtype. `unkept_bytes`: in place of `workspace_bytes` where the repeat is
     recomputed. `sent_bytes`: of what it sends to the next stage, as much as is not kept.
     """
 
@@ -172,6 +173,8 @@ class SegmentCost(_Data):
     backward_workspace_bytes: Bytes = 0
     postponed_bytes: Bytes = 0
     unreduced_bytes: Bytes = 0
+    message_bytes: Bytes = 0
+    scattered_bytes: Bytes = 0
     input_workspace_bytes: Bytes = 0
     unkept_bytes: Bytes = 0
     sent_bytes: Bytes = 0

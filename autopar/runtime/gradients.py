@@ -88,7 +88,7 @@ class Message:
         assert id(leaf) not in self.gradients and not self.sent
         for step in reductions(leaf)[: self.first]:
             gradient = step.run_backward(gradient)
-        self.gradients[id(leaf)] = gradient.to(leaf.reduced)
+        self.gradients[id(leaf)] = gradient  # in the dtype it came in: the message casts while it packs
 
     def send(self) -> None:
         # In the leaves' own order, which all ranks share, not in that of arrival.
@@ -97,9 +97,13 @@ class Message:
             return
         gradients = [self.gradients[id(leaf)] for leaf in self.sent]
         self.gradients = {}
+        dtype = self.sent[0].reduced
         if not self.scatters:
             self.shapes = [gradient.shape for gradient in gradients]
-            self.buffer = gradients[0].contiguous().view(-1) if len(gradients) == 1 else torch.cat([g.reshape(-1) for g in gradients])
+            if len(gradients) == 1 and gradients[0].dtype == dtype:
+                self.buffer = gradients[0].contiguous().view(-1)
+            else:
+                self.buffer = _packed([gradient.unsqueeze(0) for gradient in gradients], dtype).view(-1)
             self._work = dist.all_reduce(self.buffer, group=self.group, async_op=True)
             return
         steps = [reductions(leaf)[self.first] for leaf in self.sent]
@@ -109,7 +113,7 @@ class Message:
         ]
         self.shapes = [stacked.shape[1:] for stacked in cut]
         parts = self.group.size()
-        rows = cut[0].contiguous() if len(cut) == 1 else torch.cat([stacked.reshape(parts, -1) for stacked in cut], 1)
+        rows = cut[0].contiguous() if len(cut) == 1 and cut[0].dtype == dtype else _packed(cut, dtype)
         self.buffer = rows.new_empty((rows.numel() // parts,))
         self._work = collectives.reduce_scatter_into(self.buffer, rows, self.group, async_op=True)
 
@@ -141,6 +145,19 @@ class Message:
             found.append((leaf, local.contiguous()))
         self.clear()
         return found
+
+
+def _packed(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """`(rows, ...)` each, side by side in one message `(rows, all)` of `dtype`, without a copy on the way."""
+    rows = tensors[0].shape[0]
+    sizes = [tensor.numel() // rows for tensor in tensors]
+    message = tensors[0].new_empty((rows, sum(sizes)), dtype=dtype)
+    start = 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        place = message.narrow(1, start, size)
+        place.view(tensor.shape).copy_(tensor)
+        start += size
+    return message
 
 
 def _wait(work: Any) -> None:

@@ -493,6 +493,11 @@ class Costs:
         dtype = self.precision.stored if self.precision is not None and self.is_cast(value) else value.dtype
         return self.local_bytes(value.shape, dtype, state)
 
+    def reduced_bytes(self, value: Value, state: State) -> int:
+        """Bytes of a parameter's gradient in `state` as it travels to be reduced."""
+        dtype = self.precision.reduce if self.precision is not None and self.is_cast(value) else value.dtype
+        return self.local_bytes(value.shape, dtype, state)
+
     def traffic(self, value: Value, storage: Storage, targets: tuple[State, ...], regather: bool) -> Traffic:
         """A parameter on its way from storage to use in states `targets`, and its gradient back. `regather`: the backward pass reads it."""
         rows, copies_s = self._conversions(value, storage, targets)

@@ -85,6 +85,7 @@ class OpCosts:
         self.workspace, self.gathered = np.zeros(size), np.zeros(size)
         # Gradients of parameters as their readers make them; results whose gradients wait for those of weights; what is reduced away.
         self.graded, self.postponed, self.unreduced = np.zeros(size), np.zeros(size), np.zeros(size)
+        self.message, self.scattered = np.zeros(size), np.zeros(size)
         self._operations()
         self._edges()
         self._parameters()
@@ -149,6 +150,10 @@ class OpCosts:
                     self.graded[ends] += whole
                     if costs.microbatches == 1:
                         self.unreduced[ends] += max(0, whole - costs.stored_bytes(value, storage.stored))
+                    if costs.precision is not None:
+                        message = sum(costs.reduced_bytes(value, target) for target in targets)
+                        self.message[ends] += message
+                        self.scattered[ends] += message if costs.of(value, storage.stored) < whole else 0
                     results = structure.classes[structure.class_of[int(ends[0])]].outputs
                     states = [tuple(split.outputs[slot] for split in choice) for slot in range(len(results))]
                     sizes = [costs.of(result, state) for result, state in zip(results, states, strict=True)]
@@ -228,6 +233,8 @@ class OpCosts:
             "gathered_bytes": gathered,
             "postponed_bytes": float(self.postponed[here].sum()) / row.count,
             "unreduced_bytes": float(self.unreduced[here].sum()) / row.count,
+            "message_bytes": float(self.message[here].sum()) / row.count,
+            "scattered_bytes": float(self.scattered[here].sum()) / row.count,
         }
 
     def _sent_bytes(self, here: slice, dropped: Bools | None) -> float:

@@ -166,9 +166,9 @@ class _Messages:
         """A piece's gradients are there; returns what packing takes if a message leaves now: a copy, and where parts of it go to
         different ranks one more, in their order. (Of these at least a half is beyond what stays.)"""
         if piece.reduce:
-            whole = piece.gradient_bytes + piece.unreduced_bytes
+            whole = piece.message_bytes or piece.gradient_bytes + piece.unreduced_bytes
             self._packed += whole
-            self._scattered += min(whole, 2 * piece.unreduced_bytes)
+            self._scattered += piece.scattered_bytes if piece.message_bytes else min(whole, 2 * piece.unreduced_bytes)
         if not self._packed or (not last and (self._packed < MESSAGE_BYTES or not leaves)):
             return 0.0
         self._flying.append(self._packing)

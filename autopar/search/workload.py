@@ -69,6 +69,8 @@ class Piece:
     backward_workspace_bytes: float = 0.0
     postponed_bytes: float = 0.0
     unreduced_bytes: float = 0.0
+    message_bytes: float = 0.0
+    scattered_bytes: float = 0.0
     input_workspace_bytes: float = 0.0
     unkept_bytes: float = 0.0
     sent_bytes: float = 0.0

@@ -76,6 +76,8 @@ def peak_bytes(model: torch.nn.Module, batch: Any, plan: autopar.Plan) -> int:
         ("unet-groups", {**STAGES, "schedule": "1f1b", "recompute": "all"}, (0,)),
         ("unet-groups", {**STAGES, "schedule": "zbv"}, (1,)),
         ("bert", {**STAGES, "schedule": "gpipe"}, (0,)),
+        ("llama", {"baseline": "fsdp", "precision": "bfloat16"}, (0,)),
+        ("llama", {**STAGES, "schedule": "zbv", "precision": "bfloat16"}, (0,)),
     ],
     ids=lambda value: str(value.get("schedule") or value.get("baseline") or "accumulation") if isinstance(value, dict) else str(value),
 )
