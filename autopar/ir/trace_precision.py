@@ -15,10 +15,16 @@ from torch.utils import _pytree as pytree
 from autopar.errors import PlanError, TraceError
 from autopar.ir.canonical import plain_names
 from autopar.ir.graph import Graph, Symbol
-from autopar.ir.precision import Precision, read_precision
+from autopar.ir.precision import FLOATS, Precision, read_precision
 from autopar.ir.rewriter import Rewriter
 
 _CAST = "aten._to_copy.default"
+_PRODUCTS = frozenset(
+    {
+        "aten.linear.default", "aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default", "aten.matmul.default",
+        "aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default", "aten.convolution.default",
+    }
+)  # fmt: skip
 
 
 def device_type_of(model: nn.Module) -> str:
@@ -121,11 +127,21 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             model.__dict__.pop("forward", None)
 
 
+def _refuse_mixed(graph: Graph) -> None:
+    """Tracing lets products of unlike dtypes pass; torch's kernels do not."""
+    for op in graph.ops:
+        dtypes = dict.fromkeys(graph.values[name].dtype for name in op.operands if graph.values[name].dtype in FLOATS)
+        if op.target in _PRODUCTS and len(dtypes) > 1:
+            where = f" (in `{op.module}`)" if op.module else ""
+            raise TraceError(f"{op.source or 'forward'}{where}: `{op.target}` of {' and '.join(dtypes)}, which torch does not multiply")
+
+
 def as_read(graph: Graph, precision: Precision | None) -> Graph:
     """`graph` with a parameter that is only read through casts to the precision's dtype in that dtype, and without the casts: they are done
     where the parameter is stored, before it is gathered. Those that are read in another dtype too stay as they are."""
     if precision is None:
         return graph
+    _refuse_mixed(graph)
     readers: dict[str, list[str]] = {}
     wanted, target = {}, Symbol(f"torch.{precision.compute}")
     for op in graph.ops:
@@ -134,11 +150,10 @@ def as_read(graph: Graph, precision: Precision | None) -> Graph:
         if op.target == _CAST and op.kwarg("dtype") == target and len(op.operands) == 1:
             wanted[op.name] = op.outputs[0]
     returned = {item.value for item in graph.outputs}
-    floats = {"float16", "bfloat16", "float32", "float64"}
     cast = {
         item.value
         for item in graph.parameters
-        if graph.values[item.value].dtype in floats
+        if graph.values[item.value].dtype in FLOATS
         and item.value in readers
         and item.value not in returned
         and all(reader in wanted for reader in readers[item.value])

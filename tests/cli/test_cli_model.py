@@ -50,6 +50,26 @@ def test_a_plan_with_a_pipeline(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert run(capsys, "show", str(path), "--full")[0] == 0
 
 
+def test_a_plan_with_a_precision(capsys: pytest.CaptureFixture[str], tmp_path: Path, made: Path) -> None:
+    path = tmp_path / "plan.json"
+    options = ["--mesh", "2x2", "--precision", "compute=bf16,reduce=bf16,by=autocast"]
+    code, out, _ = run(capsys, "plan", MODEL, "-c", "cpu:4", *options, "-o", str(path))
+    assert code == 0
+    assert "bfloat16, by autocast; what is read so is stored in float32, and its gradients reduced in bfloat16" in " ".join(out.split())
+    plan = Plan.load(path)
+    assert plan.precision is not None and plan.precision.model_dump() == {
+        "compute": "bfloat16", "stored": "float32", "reduce": "bfloat16", "by": "autocast",
+    }  # fmt: skip
+    assert run(capsys, "validate", str(path), MODEL)[:2] == (0, f"{path}: sound, and a plan for {MODEL}\n")
+    code, out, _ = run(capsys, "diff", str(made), str(path))
+    assert code == 1 and "precision compute" in out and "bfloat16" in out
+    path.write_text(path.read_text().replace('"by": "autocast"', '"by": "autocast", "stored": "float3"'))
+    code, _, err = run(capsys, "show", str(path))
+    assert code == 2 and "precision.stored: `float3` is no dtype to compute in; did you mean `float32`?" in err
+    code, _, err = run(capsys, "plan", MODEL, "-c", "cpu:4", "--precision", "bf15")
+    assert code == 2 and "`bf15` is no dtype" in err
+
+
 def test_gradients_may_add_up_over_microbatches(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     code, out, _ = run(capsys, "plan", MODEL, "-c", "cpu:2", "--microbatches", "2", "-o", str(path))

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.func import functional_call
 
 import autopar
-from autopar.errors import PlanError, RuntimeSetupError
+from autopar.errors import PlanError, RuntimeSetupError, TraceError
 from autopar.ir.assignment import expand_stages
 from autopar.ir.plan import Plan
 from autopar.ir.trace import split_example, trace
@@ -280,6 +280,73 @@ def test_surrounding_autocast() -> None:
         exact = float(model(**example).detach())
     assert on_ranks(model, example, plan, story) == [[exact, exact]]
     assert on_ranks(model, example, plain, refused) == [True]
+
+
+class Inside(nn.Module):
+    """An autocast inside of `forward`, around layers that repeat and a part without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in self.layers:
+                x = layer(x).relu()
+            with torch.no_grad():
+                scale = x.float().mean()
+        return F.mse_loss(self.head(x.float()) * (1 + scale), y)
+
+
+def test_autocast_inside_of_forward_is_traced() -> None:
+    torch.manual_seed(0)
+    model, example = Inside(), {"x": torch.randn(8, 16), "y": torch.randn(8, 1)}
+    plan = autopar.plan(model, example, talkative(2), mesh={"dp": 1, "tp": 2})
+    loss = model(**example)
+    loss.backward()
+
+    def story(module: ParallelModule) -> dict[str, Tensor]:
+        ours = module(**example)
+        assert abs(float(ours.detach()) - float(loss.detach())) < 2e-2 * float(loss.detach())
+        ours.backward()
+        return {name: whole_tensor(parameter.grad) for name, parameter in module.named_parameters()}
+
+    for found in on_ranks(model, example, plan, story):
+        for name, parameter in model.named_parameters():
+            assert float((found[name] - parameter.grad).norm() / parameter.grad.norm()) < 2e-2
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.scale).sum()
+
+
+def test_a_model_that_mixes_dtypes_is_told_the_ways_out() -> None:
+    with pytest.raises(TraceError, match=r"in `layer`.* of float32 and bfloat16, which torch does not multiply\n.*Try by autocast"):
+        autopar.plan(Mixing(), (torch.randn(2, 4),), talkative(1), precision="bfloat16")
+    autopar.plan(Mixing(), (torch.randn(2, 4),), talkative(1), precision=AUTOCAST)
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("bf16", "did you mean `bfloat16`"),
+        ({"compute": "bfloat16", "by": "hand"}, "write 'parameters' or 'autocast'"),
+        ({"compute": "float32", "by": "autocast"}, "computes in bfloat16 or float16"),
+        ({"compute": "float32", "stored": "bfloat16"}, "narrower than float32"),
+        ({"dtype": "bfloat16"}, "no field `dtype`"),
+        (torch.bfloat16, "precision is a dtype"),
+    ],
+)
+def test_what_is_no_precision_is_refused(option: Any, words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        autopar.plan(Net(), inputs(), talkative(1), precision=option)
 
 
 def parallelized(precision: dict[str, str], options: dict[str, Any]) -> tuple[Numbers, list[str]]:
