@@ -56,12 +56,14 @@ def errors() -> str:
 PROCESSING_ORDER = {
     "autopar": "api cli errors",
     "autopar/ir": (
-        "graph placement text trace leaf_modules trace_leaves trace_export trace_repeats trace_lower trace_expand trace_assemble trace_precision canonical "
+        "graph placement text trace leaf_modules trace_leaves trace_export trace_repeats trace_lower trace_expand trace_assemble "
+        "trace_precision canonical "
         "canonical_losses "
         "canonical_bags canonical_rows canonical_masks canonical_experts experts "
         "rewriter reshard_points trace_errors library_patches own_backward sources modes fold microbatch microbatch_ways "
         "microbatch_write stages schedules schedule_zbv "
-        "schedule_check conversion cluster precision plan plan_json plan_check plan_stages assignment folded_names plan_roles plan_digest plan_text "
+        "schedule_check conversion cluster precision "
+        "plan plan_json plan_check plan_stages assignment folded_names plan_roles plan_digest plan_text "
         "units"
     ),
     "autopar/ir/rules": (
@@ -80,10 +82,12 @@ PROCESSING_ORDER = {
         "stage_workload pipeline place recompute segments workload simulate flows timeline quick predict"
     ),
     "autopar/runtime": (
-        "build handshake process_mesh lower convert collectives local_ops local_classes local_reduce attention_blocks zigzag ring_attention experts experts_even "
+        "build handshake process_mesh lower convert collectives local_ops local_classes local_reduce "
+        "attention_blocks zigzag ring_attention experts experts_even "
         "dropout alike recompute "
         "module distributed one_device microbatches "
-        "inputs precision parameters gather gradients pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied "
+        "inputs precision parameters gather gradients "
+        "pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied "
         "materialize initialise shards strided_shards deferred evaluation sampler clip checkpoint parts parts_checkpoint verify "
         "verify_runs verify_report one_dtype launch rank_process"
     ),
