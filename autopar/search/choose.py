@@ -26,13 +26,18 @@ _FULL = 0.9
 
 Flat = Callable[[Mesh, int], Plan]
 """The best plan without a pipeline on a mesh, with so many microbatches."""
+Bound = Callable[[int, float], float]
+"""What no plan without a pipeline takes less than, with so many microbatches; not looked for above the second number."""
 
 
 def with_pipelines(
-    graph: Graph, settings: Settings, pins: Pins, flat: Plan, flat_on: Flat, schedule: str | None = None, microbatches: int | None = None
-) -> Plan:
+    graph: Graph, settings: Settings, pins: Pins, flat: Plan, flat_on: Flat, bound_on: Bound, schedule: str | None = None,
+    microbatches: int | None = None,
+) -> Plan:  # fmt: skip
     """`flat`, the best plan without a pipeline and `microbatches`, or a faster one with stages or more microbatches; where `flat` does not
-    fit, the fastest that does, or that of least memory. `schedule`: search only pipelines that run it."""
+    fit, the fastest that does, or that of least memory. `schedule`: search only pipelines that run it.
+
+    The bound is that of plans of its kind: without a pipeline on all meshes and numbers of microbatches; with one, of all plans."""
     world = settings.cluster.world_size
     if world == 1 or not (graph.training and has_loss(graph)):
         return flat
@@ -79,11 +84,20 @@ def with_pipelines(
     if not plans:
         raise InfeasibleError(f"`{graph.name}`: no pipeline under `{schedule}` fits on `{settings.cluster.name}`; use another schedule")
     best = min(plans, key=_rank)
-    bounds = [plan.predicted.lower_bound_s for plan in plans] + [proposals.least_s]
-    predicted = best.predicted.model_copy(update={"lower_bound_s": min(*bounds, best.predicted.cost_s)})
+    kinds = plans if len(best.groups) > 1 else [flat]
+    bounds = [plan.predicted.lower_bound_s for plan in kinds] + ([proposals.least_s] if len(best.groups) > 1 else [])
+    if best.predicted.fits and microbatches is None and schedule is None:
+        bounds.append(_accumulated_s(proposals, best, bound_on))
+    predicted = best.predicted.model_copy(update={"lower_bound_s": min([*bounds, best.predicted.cost_s])})
     notes = () if best.predicted.fits else best.notes or flat.notes
     candidates = tuple(table[groups] for groups in sorted(table))
     return best.model_copy(update={"candidates": candidates, "predicted": predicted, "notes": notes})
+
+
+def _accumulated_s(proposals: Proposals, best: Plan, bound_on: Bound) -> float:
+    """What no plan without a pipeline but with more than one microbatch takes less than, nor `best`."""
+    cost_s = best.predicted.cost_s
+    return min([cost_s, *[bound_on(count, cost_s) for count in proposals.guesses.microbatches(1)]])
 
 
 def _no_better(proposals: Proposals, groups: int) -> Candidate:

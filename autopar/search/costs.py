@@ -17,7 +17,7 @@ Every term adds up over nodes and edges, so that a solver may minimise the sum a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -242,6 +242,15 @@ class Costs:
                 if blocks:
                     backward_s += blocks.merging_bytes()[1] / self._bytes_per_s + blocks.kernels()[1] * self._launch_s
         return forward_s, backward_s
+
+    def starts_s(self, works: Iterable[Work]) -> float:
+        """What starting the kernels of operations takes at least, forward and backward, however they are split."""
+        kernels = 0
+        for work in works:
+            if not work.view and work.experts is None:
+                kernels += work.kernels
+                kernels += max(1, 2 * work.kernels if work.backward_flops else work.kernels) if work.trains else 0
+        return kernels * self._launch_s
 
     def op_term(
         self, work: Work, operands: tuple[Value, ...], outputs: tuple[Value, ...], choice: Choice, kept_outputs: frozenset[int],

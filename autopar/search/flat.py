@@ -6,12 +6,13 @@ for every mesh: structure + prices -> problem -> solution;  the best one -> assi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from autopar.errors import InfeasibleError, PinError
 from autopar.ir.assignment import conflict
 from autopar.ir.cluster import Cluster
-from autopar.search.account import account
+from autopar.search.account import account, resident_bytes
 from autopar.search.build import Built, Restriction, build
 from autopar.search.costs import Costs
 from autopar.search.describe import Part
@@ -19,7 +20,7 @@ from autopar.search.follow import batch_splits
 from autopar.search.meshes import AXES, Mesh, candidates
 from autopar.search.pins import Pins, check_options
 from autopar.search.place import Found, Place, Settings, alone, peak
-from autopar.search.recompute import Relaxed, recomputed
+from autopar.search.recompute import Relaxed, accumulated_bound_s, recomputed
 from autopar.search.remedies import remedies
 from autopar.search.structure import Structure
 
@@ -33,6 +34,8 @@ class Search:
     structure: Structure
     settings: Settings
     microbatches: int = 1
+    looked_at: list[tuple[Place, float]] = field(default_factory=list, compare=False)
+    """Every mesh that was looked at, and the price of memory there, as far as it is known."""
 
     def costs(self, mesh: Mesh, cluster: Cluster | None = None) -> Costs:
         settings, graph = self.settings, self.structure.graph
@@ -40,6 +43,15 @@ class Search:
             cluster or settings.cluster, mesh, AXES, settings.optimizer, graph.training, microbatches=self.microbatches,
             precision=settings.precision,
         )  # fmt: skip
+
+
+def accumulated_s(settings: Settings, looked_at: Sequence[tuple[Place, float]], microbatches: int, enough_s: float) -> float:
+    """What no plan with so many microbatches takes less than, on any mesh that was `looked_at`; not looked for above `enough_s`."""
+    found_s = math.inf
+    for place, price in looked_at:
+        room = settings.limit_bytes - resident_bytes(place.builts[0].structure)
+        found_s = min(found_s, accumulated_bound_s(place, microbatches, room, price, min(enough_s, found_s)))
+    return found_s
 
 
 def best_of(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pins: Pins, what: str) -> tuple[Found, float]:
@@ -78,12 +90,12 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
     bound_s = float("inf")
     price = 0.0  # of memory: what it was on one mesh is a good guess for the next
     waiting: list[tuple[Found | None, Relaxed, Place]] = []  # where recomputing may help
-    for relaxed_s, one in built:
+    places = [alone(one) for _, one in built]
+    for (relaxed_s, _), place in zip(built, places, strict=True):
+        found: Found | None
         if best is not None and best.fits and relaxed_s >= best.cost_s:
             bound_s = min(bound_s, relaxed_s)
             continue
-        place = alone(one)
-        found: Found | None
         if settings.recompute != "auto" or not any(any(row) for row in place.may()):
             solved = settings.solve(place)
             found, bound_s = solved, min(bound_s, solved.bound_s)
@@ -115,6 +127,7 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
         least = [settings.solve_as_is(one) for place in tried for one in (place, place.recomputing(place.may()))]
         best = min([*least, *([best] if best is not None else [])], key=settings.rank)
         bound_s = min(bound_s, best.bound_s)
+    search.looked_at.extend((place, price) for place in places)
     return best, min(bound_s, best.cost_s)
 
 

@@ -23,11 +23,11 @@ from autopar.search.alternatives import price_alternatives
 from autopar.search.baselines import baseline as baseline_of
 from autopar.search.build import FREE
 from autopar.search.choose import with_pipelines
-from autopar.search.flat import Search, best_of, named_for_what_it_does, shortfall
+from autopar.search.flat import Search, accumulated_s, best_of, named_for_what_it_does, shortfall
 from autopar.search.meshes import Mesh, candidates, read_mesh
 from autopar.search.pins import Pins, apply_pins, pins_for, read_pins
 from autopar.search.pipeline import plan_stages
-from autopar.search.place import Effort, Found, Recompute, Settings
+from autopar.search.place import Effort, Found, Place, Recompute, Settings
 from autopar.search.predict import predicted_plan
 from autopar.search.solve import Progress
 from autopar.search.structure import Structure
@@ -102,14 +102,18 @@ def plan_graph(
             )
         if schedule is not None and wanted.flat is not None:
             raise PlanError(f"schedule `{schedule}` is of a pipeline, and mesh {mesh} has none; give it `pp`, or leave out one of the two")
-        flat = _plan_flat(graph, settings, read, wanted.flat, microbatches or 1, baseline, alternatives)
+        looked_at: list[tuple[Place, float]] = []
+        flat = _plan_flat(graph, settings, read, wanted.flat, microbatches or 1, baseline, alternatives, looked_at)
         if wanted.flat is not None or baseline is not None or alternatives:
             return flat
 
         def flat_on(mesh: Mesh, microbatches: int) -> Plan:
             return _plan_flat(graph, settings, read, mesh, microbatches, None, False)
 
-        return with_pipelines(graph, settings, read, flat, flat_on, schedule, microbatches)
+        def bound_on(microbatches: int, enough_s: float) -> float:
+            return accumulated_s(settings, looked_at, microbatches, enough_s)
+
+        return with_pipelines(graph, settings, read, flat, flat_on, bound_on, schedule, microbatches)
 
 
 @contextmanager
@@ -127,12 +131,13 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _plan_flat(
-    graph: Graph, settings: Settings, pins: Pins, forced: Mesh | None, microbatches: int, baseline: str | None, alternatives: bool
-) -> Plan:
+    graph: Graph, settings: Settings, pins: Pins, forced: Mesh | None, microbatches: int, baseline: str | None, alternatives: bool,
+    looked_at: list[tuple[Place, float]] | None = None,
+) -> Plan:  # fmt: skip
     """Without a pipeline."""
     body = microbatched(graph, microbatches).body
     pins = pins_for(pins, graph, body)
-    search = Search(Structure(body), settings, microbatches)
+    search = Search(Structure(body), settings, microbatches, [] if looked_at is None else looked_at)
     restriction, meshes = FREE, candidates(settings.cluster, forced, named=bool(pins.given))
     if baseline is not None:
         own, restriction = baseline_of(baseline, body, settings.cluster.world_size)

@@ -100,7 +100,7 @@ class OpCosts:
 
     def _operations(self) -> None:
         structure, costs = self.structure, self.costs
-        weight_side = _weight_side(self.graph)
+        of_weights = weight_side(self.graph)
         for members in groups_of(np.array(structure.class_of, np.int64), self.choice):
             row, choice = structure.classes[structure.class_of[members[0]]], self.chosen[members[0]]
             forward_s, backward_s = costs.op_times(row.work, row.operands, row.outputs, choice)
@@ -111,7 +111,7 @@ class OpCosts:
             if row.work.backward_flops:
                 # Products make one gradient after the other; what is fused makes all at once.
                 trained = [value.requires_grad for value in row.operands[:2]]
-                weights = [value.requires_grad and value.name in weight_side for value in row.operands[:2]]
+                weights = [value.requires_grad and value.name in of_weights for value in row.operands[:2]]
                 self.scalars["weight_s"][members] += backward_s * sum(weights) / max(1, sum(trained))
             self.scalars["activation_bytes"][members] += term.memory_bytes / costs.live
             self.workspace[members] = costs.workspace_bytes(row.work, row.operands, row.outputs, choice)
@@ -246,7 +246,7 @@ class OpCosts:
         return found
 
 
-def _weight_side(graph: Graph) -> set[str]:
+def weight_side(graph: Graph) -> set[str]:
     """Values made of parameters alone."""
     found = {item.value for item in graph.parameters}
     for op in graph.ops:
