@@ -7,7 +7,7 @@ solved. The table of candidates says what the best plan of every number of group
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from autopar.errors import InfeasibleError, PinError, PlanError
 from autopar.ir.graph import Graph
@@ -23,11 +23,14 @@ _SOLVED = 3  # proposals that are solved stage by stage, at most
 _WORTH = 0.98  # a pipeline must promise at least so much, in times of the plan without one, to be looked at
 _WORTH_IN_ONE_MACHINE = 0.9
 _FULL = 0.9
+_FAR = 1.05  # times the best bound: larger ones are not told apart
+_MOST_MICROBATCHES = 256
+_LITTLE = 0.002  # of a step: numbers of microbatches that promise no more are not searched
 
 Flat = Callable[[Mesh, int], Plan]
 """The best plan without a pipeline on a mesh, with so many microbatches."""
-Bound = Callable[[int, float], float]
-"""What no plan without a pipeline takes less than, with so many microbatches; not looked for above the second number."""
+Bound = Callable[[int, float], tuple[float, Mesh]]
+"""What no plan without a pipeline takes less than, with so many microbatches, and on which mesh; not looked for above the second number."""
 
 
 def with_pipelines(
@@ -45,18 +48,28 @@ def with_pipelines(
         proposals = Proposals(graph, settings, pins, schedule, microbatches)
     except PlanError:
         return flat
-    accumulate = microbatches is None and schedule is None and _tight(flat)
-    if schedule is None and flat.predicted.fits and not _promising(proposals, flat, accumulate):
-        rows = [_no_better(proposals, groups) for groups in proposals.groups()]
-        return flat.model_copy(update={"candidates": (_candidate(flat), *rows)})
-    table: dict[int, Candidate] = {} if schedule else {1: _candidate(flat)}
+    plans: list[Plan] = []
+    accumulated_s = math.inf
+    if schedule is None:
+        plans = [flat]
+        if microbatches is None and _tight(flat):
+            more, accumulated_s = _accumulated(proposals, flat, flat_on, bound_on)
+            plans += more
+    table: dict[int, Candidate] = {1: _candidate(min(plans, key=_rank))} if plans else {}
+    if plans:
+        best = min(plans, key=_rank)
+        if best.predicted.fits and not _promising(proposals, best):
+            rows = [_no_better(proposals, groups) for groups in proposals.groups()]
+            return _bounded(best, [flat.predicted.lower_bound_s, accumulated_s], (table[1], *rows), flat)
+        beat_s = _beat_s(proposals, best)
+    else:
+        beat_s = math.inf
     found: list[Proposal] = []
-    for proposal in proposals.all(accumulate, _beat_s(proposals, flat) if schedule is None else math.inf):
+    for proposal in proposals.all(beat_s):
         if proposal.pipeline is None:
             table.setdefault(proposal.groups, Candidate(groups=proposal.groups, what=f"{proposal.groups} groups", why=proposal.why))
         else:
             found.append(proposal)
-    plans = [] if schedule else [flat]
     solved = 0
     for proposal in sorted(found, key=lambda item: (item.step_s, item.groups)):
         groups, pipeline = proposal.groups, proposal.pipeline
@@ -67,15 +80,13 @@ def with_pipelines(
         if solved < _SOLVED and in_time and hopeful:
             solved += 1
             try:
-                plan = (
-                    Pipelined(graph, settings, pins, pipeline).plan() if groups > 1 else flat_on(pipeline.meshes[0], pipeline.microbatches)
-                )
+                plan = Pipelined(graph, settings, pins, pipeline).plan()
             except (InfeasibleError, PinError) as error:
                 table[groups] = Candidate(groups=groups, what=str(pipeline), why=str(error))
                 continue
             plans.append(plan)
             table[groups] = _better(table.get(groups), _candidate(plan))
-        elif groups > 1:
+        else:
             said = proposal.simulated
             table[groups] = Candidate(
                 groups=groups, what=str(pipeline), cost_s=said.step_s, bubble=said.bubble, communication_s=said.communication_s,
@@ -84,20 +95,44 @@ def with_pipelines(
     if not plans:
         raise InfeasibleError(f"`{graph.name}`: no pipeline under `{schedule}` fits on `{settings.cluster.name}`; use another schedule")
     best = min(plans, key=_rank)
-    kinds = plans if len(best.groups) > 1 else [flat]
-    bounds = [plan.predicted.lower_bound_s for plan in kinds] + ([proposals.least_s] if len(best.groups) > 1 else [])
-    if best.predicted.fits and microbatches is None and schedule is None:
-        bounds.append(_accumulated_s(proposals, best, bound_on))
+    bounds = [flat.predicted.lower_bound_s, accumulated_s] if schedule is None else []
+    if len(best.groups) > 1:
+        bounds += [proposals.least_s, *[plan.predicted.lower_bound_s for plan in plans if len(plan.groups) > 1]]
+    return _bounded(best, bounds, tuple(table[groups] for groups in sorted(table)), flat)
+
+
+def _bounded(best: Plan, bounds: Sequence[float], candidates: tuple[Candidate, ...], flat: Plan) -> Plan:
     predicted = best.predicted.model_copy(update={"lower_bound_s": min([*bounds, best.predicted.cost_s])})
     notes = () if best.predicted.fits else best.notes or flat.notes
-    candidates = tuple(table[groups] for groups in sorted(table))
     return best.model_copy(update={"candidates": candidates, "predicted": predicted, "notes": notes})
 
 
-def _accumulated_s(proposals: Proposals, best: Plan, bound_on: Bound) -> float:
-    """What no plan without a pipeline but with more than one microbatch takes less than, nor `best`."""
-    cost_s = best.predicted.cost_s
-    return min([cost_s, *[bound_on(count, cost_s) for count in proposals.guesses.microbatches(1)]])
+def _accumulated(proposals: Proposals, flat: Plan, flat_on: Flat, bound_on: Bound) -> tuple[list[Plan], float]:
+    """Plans with more microbatches that may be faster than `flat`, the most promising first; and what no such plan takes less than."""
+    batch = proposals.prices.batch
+    counts = [count for count in range(2, min(batch, _MOST_MICROBATCHES) + 1) if batch % count == 0]
+    best_s = flat.predicted.step_s if flat.predicted.fits else math.inf
+    plans: list[Plan] = []
+    ways: list[tuple[float, Mesh, int]] = []
+    for count in counts:
+        least_s = min([bound_s for bound_s, _, _ in ways], default=math.inf)
+        ways.append((*bound_on(count, min(best_s, _FAR * least_s)), count))
+        if _FAR * min(best_s, least_s) <= ways[-1][0] < math.inf:
+            break  # more would start still more kernels
+    ways.sort()
+    for bound_s, mesh, count in ways:
+        if len(plans) == _SOLVED or bound_s >= (1 - _LITTLE) * best_s:
+            break
+        if not proposals.prices.divides(count):
+            continue
+        try:
+            plan = flat_on(mesh, count)
+        except (InfeasibleError, PinError):
+            continue
+        plans.append(plan)
+        if plan.predicted.fits:
+            best_s = min(best_s, plan.predicted.step_s)
+    return plans, min([bound_s for bound_s, _, _ in ways], default=math.inf)
 
 
 def _no_better(proposals: Proposals, groups: int) -> Candidate:
@@ -113,16 +148,14 @@ def _beat_s(proposals: Proposals, flat: Plan) -> float:
     return worth * flat.predicted.step_s if flat.predicted.fits else math.inf
 
 
-def _promising(proposals: Proposals, flat: Plan, accumulate: bool) -> bool:
-    """Whether a pipeline (or, with `accumulate`, more microbatches) may be so much faster than `flat` that it is worth a search: by the
-    bound, and by what is guessed of all ways, at their best."""
+def _promising(proposals: Proposals, best: Plan) -> bool:
+    """Whether a pipeline may be so much faster than `best` that it is worth a search: by the bound, and by what is guessed of all ways, at
+    their best."""
 
     def hope_s(groups: int) -> float:
         return min((guess.hope_s for guess in proposals.guesses.best(groups)), default=math.inf)
 
-    if accumulate and hope_s(1) < flat.predicted.step_s:
-        return True
-    beat_s = _beat_s(proposals, flat)
+    beat_s = _beat_s(proposals, best)
     return proposals.least_s < beat_s and any(hope_s(groups) < beat_s for groups in proposals.groups())
 
 

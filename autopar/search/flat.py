@@ -45,13 +45,17 @@ class Search:
         )  # fmt: skip
 
 
-def accumulated_s(settings: Settings, looked_at: Sequence[tuple[Place, float]], microbatches: int, enough_s: float) -> float:
-    """What no plan with so many microbatches takes less than, on any mesh that was `looked_at`; not looked for above `enough_s`."""
-    found_s = math.inf
+def accumulated_s(settings: Settings, looked_at: Sequence[tuple[Place, float]], microbatches: int, enough_s: float) -> tuple[float, Mesh]:
+    """What no plan with so many microbatches takes less than, and on which mesh of those that were `looked_at`; not looked for above
+    `enough_s`."""
+    found_s, found = math.inf, looked_at[0][0].builts[0].costs.mesh
     for place, price in looked_at:
-        room = settings.limit_bytes - resident_bytes(place.builts[0].structure)
-        found_s = min(found_s, accumulated_bound_s(place, microbatches, room, price, min(enough_s, found_s)))
-    return found_s
+        (built,) = place.builts
+        room = settings.limit_bytes - resident_bytes(built.structure)
+        bound_s = accumulated_bound_s(place, microbatches, room, price, min(enough_s, found_s))
+        if bound_s < found_s:
+            found_s, found = bound_s, built.costs.mesh
+    return found_s, (found[0], found[1])
 
 
 def best_of(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pins: Pins, what: str) -> tuple[Found, float]:

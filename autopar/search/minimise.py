@@ -72,6 +72,7 @@ class Minimiser:
         self.search_s = _SEARCH_S  # at most, for a minimum that elimination cannot hold
         self.steps = 1 + max([len(table.later_bytes) for table in problem.tables], default=0)
         self.weights = (1.0,) + (0.0,) * (self.steps - 1)
+        self._weighted: dict[tuple[float, ...], Minimiser] = {self.weights: self}
         self.regions = None if problem.regions is None else np.array(problem.regions, np.int64)
         self._forget()
         self._orders: dict[tuple[tuple[int, int, int], ...], tuple[Order, Order]] = {}
@@ -107,12 +108,11 @@ class Minimiser:
     def weighted(self, weights: tuple[float, ...]) -> Minimiser:
         """The same with memory as the sum over the steps by these weights."""
         assert len(weights) == self.steps and abs(sum(weights) - 1.0) < 1e-9 and min(weights) >= 0
-        if weights == self.weights:
-            return self
-        other = copy(self)
-        other.weights = weights
-        other._forget()
-        return other
+        if weights not in self._weighted:
+            other = self._weighted[weights] = copy(self)
+            other.weights = weights
+            other._forget()
+        return self._weighted[weights]
 
     @property
     def fits(self) -> bool:

@@ -110,7 +110,7 @@ def plan_graph(
         def flat_on(mesh: Mesh, microbatches: int) -> Plan:
             return _plan_flat(graph, settings, read, mesh, microbatches, None, False)
 
-        def bound_on(microbatches: int, enough_s: float) -> float:
+        def bound_on(microbatches: int, enough_s: float) -> tuple[float, Mesh]:
             return accumulated_s(settings, looked_at, microbatches, enough_s)
 
         return with_pipelines(graph, settings, read, flat, flat_on, bound_on, schedule, microbatches)
@@ -146,7 +146,7 @@ def _plan_flat(
         meshes = (own,)
     what = f"pins {dict(pins.given)}" if pins.given else f"baseline `{baseline}`" if baseline else "its rules"
     best, bound_s = best_of(search, meshes, apply_pins(pins, body, restriction), pins, what)
-    if forced is None and baseline is None and not pins.given:
+    if (forced is None or looked_at is None) and baseline is None and not pins.given:
         best = named_for_what_it_does(search, best)
     return _describe(graph, search, best, bound_s, baseline, pins, alternatives)
 

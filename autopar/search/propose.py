@@ -99,23 +99,22 @@ class Proposals:
         """What no pipeline can beat."""
         return min((self.bound_s(groups) for groups in self.groups()), default=math.inf)
 
-    def all(self, accumulate: bool, beat_s: float = math.inf) -> Iterator[Proposal]:
-        """For every number of groups the best; of one group, which only accumulates gradients, if `accumulate`. Pipelines that
-        are not even guessed to beat `beat_s` are not searched."""
+    def all(self, beat_s: float = math.inf) -> Iterator[Proposal]:
+        """For every number of groups the best. Pipelines that are not even guessed to beat `beat_s` are not searched."""
         best_s, off = math.inf, math.inf
         tried = _TRIED if self.settings.cluster.world_size <= _FEW_RANKS else _TRIED_ON_MANY
-        ways = {groups: self.guesses.best(groups) for groups in ((1,) if accumulate else ()) + self.groups()}
+        ways = {groups: self.guesses.best(groups) for groups in self.groups()}
         for groups, guesses in sorted(ways.items(), key=lambda item: item[1][0].step_s if item[1] else math.inf):
-            bound_s = self.bound_s(groups) if groups > 1 else self.ideal_s
+            bound_s = self.bound_s(groups)
             if not guesses:
                 yield Proposal(groups, bound_s, why="the batch cannot be divided into microbatches")
-            elif groups > 1 and min(guess.hope_s for guess in guesses) >= beat_s:
+            elif min(guess.hope_s for guess in guesses) >= beat_s:
                 yield Proposal(groups, bound_s, why=f"not searched: cannot take less than {seconds(bound_s)}")
             elif bound_s >= best_s:
                 yield Proposal(groups, bound_s, why=f"cannot take less than {seconds(bound_s)}")
             else:
                 hopeful = best_s == math.inf or guesses[0].step_s * off < _HOPELESS * best_s
-                schedules = ("1f1b",) if groups == 1 else self.schedules if hopeful else self.schedules[:1]
+                schedules = self.schedules if hopeful else self.schedules[:1]
                 found = self._best(groups, bound_s, guesses[: tried if hopeful else 1], schedules, best_s)
                 best_s = min(best_s, found.step_s)
                 off = min(off, found.step_s / guesses[0].step_s)

@@ -57,6 +57,10 @@ def accumulated_bound_s(place: Place, microbatches: int, limit_bytes: float, pri
     free = minimiser.minimise(Price(0.0))
     if free.bound + starts_s >= enough_s or minimiser.steps != 2 or not minimiser.fits or minimiser.dear:
         return free.bound + starts_s
+    at_end = minimiser.weighted((0.0, 1.0))
+    least = at_end.minimise(Price(math.inf))
+    if least.exact and at_end.evaluate(least.choice, least.again)[1] > limit_bytes:
+        return math.inf
     minimiser = minimiser.weighted((1.0 / microbatches, 1.0 - 1.0 / microbatches))
     if minimiser.evaluate(free.choice, free.again)[1] <= limit_bytes:
         return free.bound + starts_s
