@@ -18,6 +18,7 @@ from autopar.search.costs import Costs
 from autopar.search.describe import Part
 from autopar.search.follow import batch_splits
 from autopar.search.meshes import AXES, Mesh, candidates
+from autopar.search.minimise import Price
 from autopar.search.pins import Pins, check_options
 from autopar.search.place import Found, Place, Settings, alone, peak
 from autopar.search.recompute import Relaxed, accumulated_bound_s, recomputed
@@ -119,9 +120,13 @@ def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pi
         price = price or found.price_s_per_byte
         if best is None or settings.rank(found) < settings.rank(best):
             best = found
-    waiting.sort(key=lambda one: one[1].bound_s)
+    waiting.sort(key=lambda one: (one[1].guessed, one[1].bound_s))
     for at, (kept, target, place) in enumerate(waiting):
         hope_s = target.bound_s * (1 + _WORTH if settings.effort == "fast" and at else 1)
+        if target.guessed and at and settings.effort == "fast":
+            # As much dearer than with any memory as the mesh before.
+            free_s = waiting[0][2].ready.minimiser.minimise(Price(0.0)).bound
+            hope_s = hope_s / free_s * max(free_s, waiting[0][1].bound_s)
         if target.bound_s == math.inf or (best is not None and best.fits and hope_s >= best.cost_s):
             continue
         found = recomputed(settings, place, target, kept)

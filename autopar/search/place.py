@@ -211,7 +211,7 @@ class Settings:
         enough_s = math.inf if found is None else found.cost_s / (1 + GOOD_GAP)
         target = relaxed(place, limits, price if found is None else found.price_s_per_byte, enough_s)
         if target is None:
-            target = Relaxed(free.bound, self._guessed(place, free, limits))
+            target = Relaxed(free.bound, self._guessed(place, free, limits), guessed=True)
         if found is not None and found.cost_s <= (1 + GOOD_GAP) * target.bound_s:
             return replace(found, bound_s=min(target.bound_s, found.cost_s)), None
         return found, target

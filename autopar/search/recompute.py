@@ -32,11 +32,13 @@ _ENOUGH = 0.002  # above the bound: not searched further
 @dataclass(frozen=True, slots=True)
 class Relaxed:
     """`bound_s`: no choice within the limit costs less, whatever is recomputed; infinite where nothing is within it. `counts`: by stage and
-    segment, how many repeats the mixture that the bound belongs to recomputes. `price_s_per_byte`: of memory, at the bound."""
+    segment, how many repeats the mixture that the bound belongs to recomputes. `price_s_per_byte`: of memory, at the bound. `guessed`: the
+    bound is that of any memory, and the counts are a guess."""
 
     bound_s: float
     counts: tuple[tuple[float, ...], ...]
     price_s_per_byte: float = 0.0
+    guessed: bool = False
 
 
 def accumulated_bound_s(place: Place, microbatches: int, limit_bytes: float, price: float, enough_s: float) -> float:
