@@ -96,6 +96,9 @@ def main() -> int:
     except AutoparError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted before there was an answer", file=sys.stderr)
+        return 130
     print(json.dumps(found))
     return 0 if found["feasible"] else 1
 

@@ -76,7 +76,7 @@ PROCESSING_ORDER = {
         "planner flat choose meshes structure strategies pins baselines follow work experts liveness optimizers collectives "
         "sequence costs "
         "build problem "
-        "check problem_file judge solve over_time shrink shrinking interned contract tighten dominated series "
+        "check problem_file judge solve over_time shrink shrinking interned contract tighten dominated series parts "
         "reduce steps eliminate chain minimise memory local incumbent exact account describe remedies "
         "alternatives propose guess stage_prices short profile stage_search stage_space stage_costs stage_form stage_bounds stage_improve "
         "stage_workload pipeline place recompute segments workload simulate flows timeline quick predict"

@@ -28,7 +28,7 @@ _FEWEST_STEPS, _MOST_STEPS = 5, 50
 _STALLED = 1e-5  # of the bound: less in `_MOST_STEPS` steps is not worth a thread of its own
 _REPAIR = 4.0  # times the highest price is about what it costs to bring a rounding's memory down
 _MOVES_PER_STEP = 3  # of a walk take about as long as one step of the dual
-_ROUNDS_BEFORE_FINISH = 10  # of walks, before what is left open is given to an integer program
+_ROUNDS_BEFORE_FINISH = 10  # of walks, before what is left open is given to an integer program; after each that was in vain, twice as many
 _LONGEST_BLIND = 2000  # steps of the dual without a possible choice to round to
 _IDLE_ROUNDS = 200  # without a better choice: the end where no time limit is given
 
@@ -94,6 +94,7 @@ class _Search:
         self.arrays, self.clock, self.gap, self.progress = arrays, clock, gap, progress
         self.seed = seed
         self.finish: Finish | None = None
+        self.next_finish = _ROUNDS_BEFORE_FINISH
         self.proven = -np.inf
         self.best = Best(arrays)
         self.dual = Dual(arrays)
@@ -158,12 +159,15 @@ class _Search:
     def _look_at_the_rest(self, threads: ThreadPoolExecutor, rounds: int) -> None:
         """Begin the integer program after some rounds of walks, when the best choice is good; see whether it has ended.
 
+        It begins again when the best choice has become better meanwhile: what was too much may be little enough by then.
         Where there is no time limit, its end is waited for: then when it ends is not by chance.
         """
-        if self.finish is None and rounds == _ROUNDS_BEFORE_FINISH:
-            from autopar.search.finish import Finish  # CP-SAT takes a while to import
+        if rounds >= self.next_finish and not self._finishing:
+            self.next_finish = 2 * rounds
+            if self.finish is None or self.best.cost < self.finish.cost:
+                from autopar.search.finish import Finish  # CP-SAT takes a while to import
 
-            self.finish = Finish(self.arrays, self.dual, self.best, threads, self.clock.left_s, self.seed)
+                self.finish = Finish(self.arrays, self.dual, self.best, threads, self.clock.left_s, self.seed)
         if self.finish is not None and self.finish.poll(wait=self.clock.limit_s is None):
             self._finished()
 

@@ -21,6 +21,7 @@ __all__ = ["Best", "Walker", "load_moves"]
 
 _ENTRIES = 16_000_000  # table entries that a round of moves may read, about
 _MOST_MOVES = 1000
+_FEWEST_MOVES, _FEW_MOVES, _MANY_ENTRIES = 5, 20, 100_000_000  # few, but for problems so large that a round would take too long
 _TRIES = 8
 _NOISE = 1e-3  # of the cost
 _ROUNDS = 20  # of the longest episode
@@ -61,7 +62,8 @@ class Walker:
     def __init__(self, arrays: Arrays, state: State) -> None:
         self.arrays, self.state = arrays, state
         self.entries = int((arrays.sizes[arrays.other] * np.repeat(arrays.sizes, np.diff(arrays.start))).sum())
-        self.moves = max(20, min(_MOST_MOVES, _ENTRIES // max(self.entries, 1)))
+        few = max(_FEWEST_MOVES, min(_FEW_MOVES, _MANY_ENTRIES // max(self.entries, 1)))
+        self.moves = max(few, min(_MOST_MOVES, _ENTRIES // max(self.entries, 1)))
         self.current: Walk | None = None
         self.left = self.rounds = 0
         self.tolerance = 0.0

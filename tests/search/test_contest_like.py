@@ -49,7 +49,7 @@ def test_what_is_known_to_fit_is_found(options: dict[str, Any], tmp_path: Path) 
     sizes = {"layers": 4, "width": 6, "strategies": 5} | options
     for seed in range(2):
         raw = layered(np.random.default_rng(seed), **sizes)
-        hold(raw, solved(raw, tmp_path, time_limit_s=20.0, gap=0.05))
+        hold(raw, solved(raw, tmp_path, gap=0.05))
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("limit")])
@@ -57,7 +57,7 @@ def test_changed_copies_are_solved(name: str, tmp_path: Path) -> None:
     first = layered(np.random.default_rng(7), layers=4, width=6, strategies=5, limit=1.6)
     raw = VARIANTS[name](first, np.random.default_rng(1))
     try:
-        hold(raw, solved(raw, tmp_path, time_limit_s=20.0, gap=0.05))
+        hold(raw, solved(raw, tmp_path, gap=0.05))
     except InfeasibleError:
         assert name in ("window", "patch", "at once", "twice")  # with another limit: whether anything fits is not known
 
@@ -66,15 +66,15 @@ def test_a_limit_below_the_least_peak_is_refused_and_one_above_the_most_does_not
     raw = layered(np.random.default_rng(3), layers=3, width=5, strategies=4)
     with pytest.raises(InfeasibleError, match="over the limit"):
         solved({**raw, "usage_limit": least_peak(raw) - 1}, tmp_path)
-    free = solved(VARIANTS["no limit"](raw, np.random.default_rng(0)), tmp_path, time_limit_s=20.0)
-    assert free.cost_s == free.lower_bound_s <= solved(raw, tmp_path, time_limit_s=20.0, gap=0.05).cost_s
+    free = solved(VARIANTS["no limit"](raw, np.random.default_rng(0)), tmp_path)
+    assert free.cost_s == free.lower_bound_s <= solved(raw, tmp_path, gap=0.05).cost_s
     assert with_limit(raw, 2.0)["usage_limit"] == 2 * least_peak(raw)
 
 
 def test_the_order_of_nodes_changes_no_optimum(tmp_path: Path) -> None:
     raw = layered(np.random.default_rng(5), layers=3, width=5, strategies=4, limit=1.2)
     other = VARIANTS["shuffled"](raw, np.random.default_rng(2))
-    first, second = (solved(one, tmp_path, time_limit_s=30.0) for one in (raw, other))
+    first, second = (solved(one, tmp_path) for one in (raw, other))
     hold(raw, first)
     hold(other, second)
     assert max(first.lower_bound_s, second.lower_bound_s) <= min(first.cost_s, second.cost_s)
