@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from autopar.runtime.launch import RankPool
 from zoo import BESIDES, MODELS, Row
-from zoo.page import replaced, summary, table
+from zoo.page import line, replaced, summary, table
 from zoo.run import WAYS, Found, Trial, run, workshop
 
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "models.md").read_text("utf-8")
 NAMES = """gpt2 gpt_neox opt bloom falcon llama mistral qwen2 qwen3 gemma2 gemma3 phi3 olmo2 cohere starcoder2 bert roberta electra albert
 distilbert deberta_v2 t5 bart vit swin convnext resnet efficientnet segformer clip siglip whisper mamba mamba2 rwkv mixtral qwen2_moe
 qwen3_moe olmoe deepseek_v3 gpt_oss"""
@@ -45,6 +47,19 @@ def test_the_list_is_there_in_its_order() -> None:
     assert len(names) >= len(LISTED) + 8 and not set(MODELS) & set(BESIDES)
 
 
+def names(part: str) -> list[str]:
+    """The models in a table."""
+    lines = [text for text in part.split("-->")[1].splitlines() if text.startswith("| ")]
+    return [text.split(" | ")[0].removeprefix("| ") for text in lines[2:]]
+
+
+def test_the_page_has_every_row_in_its_order() -> None:
+    models, besides = PAGE.split("## Tried besides")
+    assert names(models) == list(MODELS) and "**" not in models.split("-->")[1]
+    assert names(besides) == [name for name in BESIDES if name in names(besides)]
+    assert "/site-packages/" not in PAGE
+
+
 class Simple(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +89,11 @@ def test_a_row_that_fails_shows_its_error() -> None:
     text = table([found])
     assert text.count("**error**") == 2 and "batch on 2, features on 2: TraceError: " in text
     assert "0 of 1 models are right in every column, 0 of 2 plans" in summary([found], 60)
+
+
+def test_errors_stand_in_one_cell_without_paths() -> None:
+    trial = Trial(BY_TITLE["batch on 2"], error="TraceError: /a/lib/b.py:3 `if x | y:` (in `l.0`)\n  Remedy: none")
+    assert line(Found(ROW, trials=(trial,))).endswith("| batch on 2: TraceError: b.py:3 `if x \\| y:` (in `l.0`) |")
 
 
 def test_cells() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import platform
+import re
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
@@ -92,6 +93,7 @@ def _refusals(trials: Sequence[Trial]) -> list[str]:
 
 
 def _escaped(text: str) -> str:
+    text = re.sub(r"(?<![\w.])/(?:[^\s`:/]+/)+", "", text)  # of paths the file's name
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
