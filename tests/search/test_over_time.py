@@ -156,7 +156,7 @@ def test_the_command_prints_one_line(tmp_path: Path) -> None:
     ("text", "code", "words"),
     [
         ("{", 2, "no JSON at line 1"),
-        (json.dumps({"problem": {**GOOD["problem"], "usage_limit": 3}}), 1, "time step 2 the least memory"),
+        (json.dumps({"problem": {**GOOD["problem"], "usage_limit": 3}}), 1, "step 2"),
         (json.dumps({"problem": {**random_raw(4), "usage_limit": -1}}), 1, "over the limit"),
     ],
 )
