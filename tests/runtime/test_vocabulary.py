@@ -169,7 +169,6 @@ def test_returned_logits_stay_in_parts() -> None:
 
 
 CAUSAL = {
-    "gpt2": {"n_embd": 32, "n_head": 4},
     "llama": {"hidden_size": 32, "intermediate_size": 64, "tie_word_embeddings": True},
     "gemma2": {"hidden_size": 32, "intermediate_size": 64, "head_dim": 8},
     "cohere": {"hidden_size": 32, "intermediate_size": 64},
@@ -219,7 +218,7 @@ def test_microbatches_on_two_axes_send_no_logits() -> None:
 
 
 def on_a_rank(plan: Plan) -> tuple[float, dict[str, Tensor], list[Sent]]:
-    model = language_model("gpt2", layers=2)
+    model = ZOO["gpt2"].build(layers=2, n_embd=32, n_head=4, vocab_size=VOCABULARY)
     module = autopar.parallelize(model, text(4), plan=plan)
     with counted() as sent, without_dropout(module):
         loss = stepped(module, text(4), plan)
@@ -229,7 +228,7 @@ def on_a_rank(plan: Plan) -> tuple[float, dict[str, Tensor], list[Sent]]:
 
 @pytest.mark.processes
 def test_pipelines_send_no_logits(ranks4: RankPool) -> None:
-    model = language_model("gpt2", layers=2)
+    model = ZOO["gpt2"].build(layers=2, n_embd=32, n_head=4, vocab_size=VOCABULARY)
     plan = autopar.plan(model, text(4), far_apart(4), mesh={"pp": 2, "dp": 1, "tp": 2}, microbatches=2, schedule="1f1b")
     for loss, gradients, sent in ranks4.run(on_a_rank, plan):
         assert error_of(model, text(4), loss, gradients) < 1e-5
