@@ -57,11 +57,11 @@ def with_pipelines(
             plans += more
     table: dict[int, Candidate] = {1: _candidate(min(plans, key=_rank))} if plans else {}
     if plans:
-        best = min(plans, key=_rank)
-        if best.predicted.fits and not _promising(proposals, best):
+        without = min(plans, key=_rank)
+        if without.predicted.fits and not _promising(proposals, without):
             rows = [_no_better(proposals, groups) for groups in proposals.groups()]
-            return _bounded(best, [flat.predicted.lower_bound_s, accumulated_s], (table[1], *rows), flat)
-        beat_s = _beat_s(proposals, best)
+            return _bounded(without, [flat.predicted.lower_bound_s, accumulated_s], (table[1], *rows), flat)
+        beat_s = _beat_s(proposals, without)
     else:
         beat_s = math.inf
     found: list[Proposal] = []
