@@ -91,9 +91,16 @@ class Place:
         whole = [max((segment.count for segment in built.structure.op_segments), default=0) <= 1 for built, _ in rows]
         return tuple(tuple(0 for _ in row) if alone and all_ else row for row, all_ in zip(self.most(), whole, strict=True))
 
+    @cached_property
+    def _with_counts(self) -> dict[tuple[tuple[int, ...], ...], Place]:
+        return {}
+
     def recomputing(self, counts: tuple[tuple[int, ...], ...]) -> Place:
-        """The same with so many repeats recomputed."""
-        return replace(self, builts=tuple(built.recomputing(row) for built, row in zip(self.builts, counts, strict=True)))
+        """The same with so many repeats recomputed, made once."""
+        if counts not in self._with_counts:
+            builts = tuple(built.recomputing(row) for built, row in zip(self.builts, counts, strict=True))
+            self._with_counts[counts] = replace(self, builts=builts)
+        return self._with_counts[counts]
 
 
 def alone(built: Built) -> Place:

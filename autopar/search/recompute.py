@@ -155,12 +155,10 @@ def recomputed(settings: Settings, place: Place, target: Relaxed, kept: Found | 
     counts = _each(target.counts, lambda count: math.ceil(count - 1e-6))
     tried: set[Counts] = {_each(most, lambda _: 0)} if kept is not None else set()
     for _ in range(_SOLVES):
+        counts = _enough(settings, place, counts, most)
         if counts in tried:
             break
         tried.add(counts)
-        if settings.hopeless(place.recomputing(counts)) and (more := _more(counts, most)) != counts:
-            counts = more
-            continue
         found = settings.solve_as_is(place.recomputing(counts))
         better = best is None or settings.rank(found) < settings.rank(best)
         best = found if better or best is None else best
@@ -172,6 +170,16 @@ def recomputed(settings: Settings, place: Place, target: Relaxed, kept: Found | 
             counts = _fewer(counts)
     assert best is not None
     return replace(best, bound_s=min(target.bound_s, best.cost_s))
+
+
+def _enough(settings: Settings, place: Place, counts: Counts, most: Counts) -> Counts:
+    """Those counts, or more where it is plain that nothing fits with so few."""
+    step = 1
+    while counts != most and settings.hopeless(place.recomputing(counts)):
+        for _ in range(step):
+            counts = _more(counts, most)
+        step *= 2
+    return counts
 
 
 def _each(counts: Sequence[Sequence[float]], change: Callable[[float], int]) -> Counts:
