@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from autopar.ir.cluster import Cluster, Device, Link
     from autopar.ir.plan import Plan
     from autopar.ir.rules.register import register_rule
-    from autopar.runtime.checkpoint import full_state_dict, load_optimizer_state_dict, optimizer_state_dict
-    from autopar.runtime.clip import clip_grad_norm_
     from autopar.runtime.module import ParallelModule
-    from autopar.runtime.verify_report import VerifyReport
+    from autopar.runtime.state.checkpoint import full_state_dict, load_optimizer_state_dict, optimizer_state_dict
+    from autopar.runtime.state.clip import clip_grad_norm_
+    from autopar.runtime.verification.verify_report import VerifyReport
 
 __version__ = "0.1.0"
 
@@ -36,11 +36,11 @@ _HOME = {
     "Plan": "autopar.ir.plan",
     "register_rule": "autopar.ir.rules.register",
     "ParallelModule": "autopar.runtime.module",
-    "VerifyReport": "autopar.runtime.verify_report",
-    "clip_grad_norm_": "autopar.runtime.clip",
-    "full_state_dict": "autopar.runtime.checkpoint",
-    "optimizer_state_dict": "autopar.runtime.checkpoint",
-    "load_optimizer_state_dict": "autopar.runtime.checkpoint",
+    "VerifyReport": "autopar.runtime.verification.verify_report",
+    "clip_grad_norm_": "autopar.runtime.state.clip",
+    "full_state_dict": "autopar.runtime.state.checkpoint",
+    "optimizer_state_dict": "autopar.runtime.state.checkpoint",
+    "load_optimizer_state_dict": "autopar.runtime.state.checkpoint",
 }
 
 __all__ = [

@@ -19,20 +19,20 @@ from torch import nn
 
 from autopar.errors import AutoparError, InfeasibleError, PlanError, TraceError
 from autopar.ir.cluster import Cluster, resolve
-from autopar.ir.leaf_modules import Chosen
 from autopar.ir.plan import Plan
 from autopar.ir.precision import Precision
 from autopar.ir.rules.complete import with_rules
-from autopar.ir.trace import TracedModel, split_example, trace
-from autopar.ir.trace_precision import precision_of
+from autopar.ir.tracing.leaf_modules import Chosen
+from autopar.ir.tracing.trace import TracedModel, split_example, trace
+from autopar.ir.tracing.trace_precision import precision_of
 from autopar.search.baselines import BASELINES
 from autopar.search.planner import plan_graph
 
 if TYPE_CHECKING:
     from autopar.runtime.module import ParallelModule
-    from autopar.runtime.pipeline import PipelineModule
-    from autopar.runtime.verify_report import VerifyReport
-    from autopar.search.solve import Progress
+    from autopar.runtime.pipelining.pipeline import PipelineModule
+    from autopar.runtime.verification.verify_report import VerifyReport
+    from autopar.search.solver.solve import Progress
 
 Mesh = Mapping[str, int] | Sequence[int] | Sequence[Mapping[str, int]]
 Effort = Literal["fast", "exact"]
@@ -72,7 +72,7 @@ def plan(
     `[{"dp": 2}, {"tp": 2}]` one of groups with different meshes, in rank order. By default every factorisation is searched.
     `schedule`: of the pipeline: `"gpipe"`, `"1f1b"`, `"interleaved-1f1b"`, `"interleaved-zb"` or `"zbv"`.
     `microbatches`: into how many equal parts a step divides the batch, with a pipeline or without (gradients add up).
-    `stages`: of the pipeline, in all; `cuts`: at which operations of one microbatch's graph they begin, see `autopar.ir.stages`.
+    `stages`: of the pipeline, in all; `cuts`: at which operations of one microbatch's graph they begin, see `autopar.ir.pipelining.stages`.
     `recompute`: of repeated layers, instead of keeping their activations: `"none"`, `"all"`, or as many as memory asks for.
     `baseline`: a well-known plan instead of the best: `"ddp"`, `"zero1"`, `"fsdp"`, `"tp"` or `"tp-sp"`.
     `pins`: glob over parameter names -> placement, `{"model.layers.*.up_proj.weight": "S(0)@tp"}`; over operations ->
@@ -167,7 +167,7 @@ def parallelize(
     from autopar.runtime.deferred import DeferredModule
     from autopar.runtime.handshake import agree
     from autopar.runtime.handshake import compare as compare_ranks
-    from autopar.runtime.pipeline import PipelineModule
+    from autopar.runtime.pipelining.pipeline import PipelineModule
     from autopar.runtime.process_mesh import ensure_process_group, mesh_for
 
     _check_types(model, plan)
@@ -230,10 +230,10 @@ def verify(model: nn.Module, example_inputs: Any, plan: Plan, **options: Any) ->
     """Is it still my model? Runs `model` on one device and under `plan` on local processes, in float64, and compares.
 
     Losses, outputs, gradients, and parameters and buffers after 3 optimizer steps must agree to 1e-10 relative to their norms.
-    `options`: see `autopar.runtime.verify.verify`. Dropout is off on both sides, since its masks are random.
+    `options`: see `autopar.runtime.verification.verify.verify`. Dropout is off on both sides, since its masks are random.
     Raises `PlanMismatchError` for another model's plan, `VerifyError` where the comparison itself could not run.
     """
-    from autopar.runtime.verify import verify as run
+    from autopar.runtime.verification.verify import verify as run
 
     _check_types(model, plan)
     return run(model, example_inputs, plan, **options)
@@ -275,7 +275,7 @@ def _running_cluster() -> Cluster:
 
 def _on_one_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        from autopar.runtime.materialize import materialize_whole
+        from autopar.runtime.state.materialize import materialize_whole
 
         model = materialize_whole(model, torch.device(device or "cpu"))
     from autopar.runtime.one_device import with_step

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from autopar.errors import AutoparError, InfeasibleError, PlanError
-from autopar.ir.schedules import SCHEDULES
+from autopar.ir.pipelining.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from autopar.ir.plan import Plan
@@ -306,7 +306,7 @@ def validate(
             model, inputs = _load(source, *_sizes(found, source, batch, seq, dtype))
             enter("tracing")
 
-            from autopar.ir.trace import split_example, trace
+            from autopar.ir.tracing.trace import split_example, trace
 
             args, kwargs = split_example(inputs)
             again = trace(model, args, kwargs, precision=found.precision, leaf_modules=found.leaf_modules)
@@ -377,7 +377,7 @@ _DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "fl
 
 def _load(source: str, batch: int | None, seq: int | None, dtype: str | None) -> tuple[Any, Any]:
     """The model and its example inputs."""
-    from autopar.ir.sources import load_model
+    from autopar.ir.tracing.sources import load_model
 
     # Unless the user asks for more: advice on a configuration made for planning is not what the command was called for.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -12,7 +12,7 @@ same on a quiet machine and less on a busy one. Of several rounds the fastest co
 | `memory_bytes_per_s` | sums of two tensors of 4 MiB into a third, new one                                                 |
 | `launch_s`           | additions of 16 numbers, with autograd                                                             |
 | `start_s`, `latency_s`, `bytes_per_s` | least squares of `start + hops * (latency + size / ranks / bytes_per_s)` (see             |
-|                      | `autopar/search/collectives.py`), weighted to relative errors, over collectives, sizes and groups  |
+|                      | `autopar/search/prices/collectives.py`), weighted to relative errors, over collectives, sizes and groups  |
 | `gather_factor`      | median over the all-gathers of 512 KiB and more: measured bytes' time against that formula's       |
 | `felt_share`         | wall time: `(both - computing) / collective` for products beside an asynchronous all-reduce        |
 | `collectives`        | what was fitted: measured and modelled seconds                                                     |

@@ -39,12 +39,12 @@ from itertools import combinations, product
 from typing import Any
 
 from autopar.errors import AutoparError, PlanError
-from autopar.search.profile import Profile, batch_of, read_profile
-from autopar.search.stage_bounds import facts_of
-from autopar.search.stage_costs import Devices, Group, Pipeline, PlacedStage, Policy, Simulated, StageCost
-from autopar.search.stage_search import StageSearch, search_stages
-from autopar.search.stage_space import needed_bytes
-from autopar.search.stage_workload import simulated
+from autopar.search.stages.profile import Profile, batch_of, read_profile
+from autopar.search.stages.stage_bounds import facts_of
+from autopar.search.stages.stage_costs import Devices, Group, Pipeline, PlacedStage, Policy, Simulated, StageCost
+from autopar.search.stages.stage_search import StageSearch, search_stages
+from autopar.search.stages.stage_space import needed_bytes
+from autopar.search.stages.stage_workload import simulated
 
 NVLINK_BYTES_PER_S = 25e9
 ETHERNET_BYTES_PER_S = 1e9  # point to point, at 25 Gbps

@@ -26,7 +26,7 @@ from autopar.ir.graph import Graph
 from autopar.ir.plan import Plan
 from autopar.ir.rules.nest import Call, Nest
 from autopar.ir.rules.table import RULES
-from autopar.ir.trace import trace
+from autopar.ir.tracing.trace import trace
 from autopar.search.planner import plan_graph
 
 

@@ -24,9 +24,9 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from autopar.errors import AutoparError, InfeasibleError  # noqa: E402
-from autopar.search.judge import judge  # noqa: E402
-from autopar.search.problem_file import read_instance  # noqa: E402
-from autopar.search.solve import Progress, solve  # noqa: E402
+from autopar.search.solver.judge import judge  # noqa: E402
+from autopar.search.solver.problem_file import read_instance  # noqa: E402
+from autopar.search.solver.solve import Progress, solve  # noqa: E402
 
 RESERVE_S = 1.0  # of the timeout: to judge the answer, and for a step of the search that is under way when time is up
 RESERVE_SHARE = 0.02

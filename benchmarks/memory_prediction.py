@@ -22,8 +22,8 @@ import transformers
 from memory import lasting, measure
 
 import autopar
-from autopar.runtime.launch import RankPool
-from autopar.search.simulate import simulate
+from autopar.runtime.verification.launch import RankPool
+from autopar.search.simulator.simulate import simulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -64,7 +64,7 @@ def measure(depth: int, options: argparse.Namespace) -> dict[str, Any]:
     import autopar
     from autopar.ir.cluster import resolve
     from autopar.ir.fold import fold
-    from autopar.ir.trace import split_example, trace
+    from autopar.ir.tracing.trace import split_example, trace
     from autopar.search.planner import plan_graph
 
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ import transformers
 
 import autopar
 from autopar.ir.cluster import resolve
-from autopar.ir.trace import split_example, trace
+from autopar.ir.tracing.trace import split_example, trace
 from autopar.search.planner import plan_graph
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

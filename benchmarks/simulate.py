@@ -4,7 +4,7 @@
 
 The plan of a transformer of `--layers` layers in `--groups` groups of ranks (mesh: data x 8 tensor), each layer with blocking
 collectives on the tensor axis and gradients reduced on the data axis; every schedule. Prints JSON: by schedule the least CPU seconds of
-the repeats for the whole simulation (events, memory over time) and for the search's inner loop (`autopar.search.quick`), with the
+the repeats for the whole simulation (events, memory over time) and for the search's inner loop (`autopar.search.simulator.quick`), with the
 number of events and the simulated step. `rows` beyond the asked number of groups show how time grows.
 """
 
@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from autopar.ir.schedules import SCHEDULES, Schedule
-from autopar.search.quick import StageTime, quick
-from autopar.search.simulate import run
-from autopar.search.workload import Flow, Piece, Stage, Workload
+from autopar.ir.pipelining.schedules import SCHEDULES, Schedule
+from autopar.search.simulator.quick import StageTime, quick
+from autopar.search.simulator.simulate import run
+from autopar.search.simulator.workload import Flow, Piece, Stage, Workload
 
 
 def arguments() -> argparse.Namespace:

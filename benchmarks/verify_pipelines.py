@@ -19,8 +19,8 @@ import torch
 import transformers
 from verifying import finish, verified
 
-from autopar.ir.schedules import SCHEDULES
-from autopar.runtime.launch import RankPool
+from autopar.ir.pipelining.schedules import SCHEDULES
+from autopar.runtime.verification.launch import RankPool
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

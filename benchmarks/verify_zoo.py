@@ -18,7 +18,7 @@ import transformers
 from verifying import finish, verified
 
 import autopar
-from autopar.runtime.launch import RankPool
+from autopar.runtime.verification.launch import RankPool
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -56,44 +56,47 @@ def errors() -> str:
 PROCESSING_ORDER = {
     "autopar": "api cli errors",
     "autopar/ir": (
-        "graph placement text trace leaf_modules trace_leaves trace_export trace_repeats trace_lower trace_expand trace_assemble "
-        "trace_precision canonical "
-        "canonical_losses "
-        "canonical_bags canonical_rows canonical_masks canonical_experts experts "
-        "rewriter reshard_points trace_errors library_patches own_backward sources modes fold microbatch microbatch_ways "
-        "microbatch_write stages schedules schedule_zbv "
-        "schedule_check conversion cluster precision "
-        "plan plan_json plan_check plan_stages assignment folded_names plan_roles plan_digest plan_text "
-        "units"
+        "graph placement text experts fold conversion cluster precision plan plan_json plan_check plan_stages assignment folded_names "
+        "plan_roles plan_digest plan_text units"
     ),
+    "autopar/ir/tracing": (
+        "sources trace leaf_modules trace_leaves trace_export trace_repeats trace_lower trace_expand trace_assemble trace_precision "
+        "trace_errors library_patches own_backward canonical canonical_losses canonical_bags canonical_rows canonical_masks "
+        "canonical_experts rewriter reshard_points modes"
+    ),
+    "autopar/ir/pipelining": "microbatch microbatch_ways microbatch_write stages schedules schedule_zbv schedule_check",
     "autopar/ir/rules": (
-        "split notation nest table given register neighbours local_args local_context operators expert_operators "
-        "samples pieces check complete discover "
-        "trial remembered"
+        "split notation nest table given register neighbours local_args local_context operators expert_operators samples pieces check "
+        "complete discover trial remembered"
     ),
     "autopar/ir/rules/families": "common pointwise views cuts reductions contractions recurrent indexing losses experts",
     "autopar/search": (
-        "planner flat choose meshes structure strategies pins baselines follow work experts liveness optimizers collectives "
-        "sequence costs "
-        "build problem "
-        "check problem_file judge solve over_time shrink shrinking interned contract tighten dominated series parts "
-        "reduce steps eliminate chain minimise memory local incumbent exact account describe remedies "
-        "alternatives propose guess stage_prices short profile stage_search stage_space stage_costs stage_form stage_bounds stage_improve "
-        "stage_workload pipeline place recompute segments workload simulate flows timeline quick predict"
+        "planner flat choose meshes structure strategies pins baselines follow build recompute account describe remedies alternatives"
     ),
+    "autopar/search/prices": "work experts liveness regions optimizers collectives sequence costs segments",
+    "autopar/search/solver": (
+        "problem check problem_file judge solve reduce steps chain eliminate powers minimise marginals memory local incumbent exact "
+        "over_time shrink shrinking interned rows contract tighten dominated series parts timed arrays compiled warm trees messages "
+        "reduced_costs dual evaluate forest cuts moves possible walker residual finish"
+    ),
+    "autopar/search/stages": (
+        "propose guess short stage_prices profile stage_search stage_costs stage_space stage_form stage_bounds stage_improve "
+        "stage_workload pipeline alike place"
+    ),
+    "autopar/search/simulator": "workload flows timeline simulate quick predict",
     "autopar/runtime": (
-        "build handshake process_mesh lower convert collectives local_ops local_classes local_reduce "
-        "attention_blocks zigzag ring_attention experts experts_even "
-        "dropout alike recompute "
-        "module distributed one_device microbatches "
-        "inputs precision parameters gather gradients "
-        "pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied "
-        "materialize initialise shards strided_shards deferred evaluation sampler clip checkpoint parts parts_checkpoint verify "
-        "verify_runs verify_report one_dtype launch rank_process"
+        "build handshake process_mesh lower convert collectives module distributed one_device microbatches inputs precision parameters "
+        "gather gradients recompute deferred evaluation sampler loss last_words"
     ),
+    "autopar/runtime/operators": (
+        "local_ops local_classes local_reduce attention_blocks zigzag ring_attention experts experts_even dropout leaf"
+    ),
+    "autopar/runtime/pipelining": "pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied",
+    "autopar/runtime/state": "materialize initialise shards strided_shards checkpoint parts parts_checkpoint clip",
+    "autopar/runtime/verification": "verify verify_runs verify_report one_dtype alike launch rank_process",
     "autopar/report": (
-        "show explain explain_stage diff diff_stages validate simulate timeline chrome_trace schedule_svg compare clusters rules "
-        "progress terminal"
+        "show explain explain_stage diff diff_stages validate simulate timeline chrome_trace schedule_svg compare clusters rules progress "
+        "terminal"
     ),
 }
 

@@ -37,5 +37,5 @@ install "$torch"
 echo "installing autopar and the rest"
 install -c constraints.txt setuptools
 install -c constraints.txt --no-build-isolation -e '.[dev]'
-.venv/bin/python -m autopar.search.warm || echo "could not compile the search's loops ahead; the first search will" >&2
+.venv/bin/python -m autopar.search.solver.warm || echo "could not compile the search's loops ahead; the first search will" >&2
 touch .venv/.installed

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from autopar.runtime.launch import RankPool
+from autopar.runtime.verification.launch import RankPool
 from tests import counting
 
 os.environ["AUTOPAR_CACHE_DIR"] = ""  # tests neither read nor fill the user's cache

@@ -7,11 +7,11 @@ from math import prod
 from typing import Any, Literal
 
 import autopar
-from autopar.ir.microbatch import microbatched
-from autopar.ir.stages import candidates
-from autopar.ir.trace import trace
-from autopar.runtime.launch import RankPool
-from autopar.runtime.verify_report import VerifyReport
+from autopar.ir.pipelining.microbatch import microbatched
+from autopar.ir.pipelining.stages import candidates
+from autopar.ir.tracing.trace import trace
+from autopar.runtime.verification.launch import RankPool
+from autopar.runtime.verification.verify_report import VerifyReport
 from tests.zoo import ZOO, talkative
 
 Mesh = tuple[int, int, int] | tuple[dict[str, int], ...]

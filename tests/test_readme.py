@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from autopar.ir.pipelining.schedules import SCHEDULES
 from autopar.ir.rules.table import RULES
-from autopar.ir.schedules import SCHEDULES
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from autopar.ir.schedules import SCHEDULES
-from autopar.runtime.launch import RankPool
+from autopar.ir.pipelining.schedules import SCHEDULES
+from autopar.runtime.verification.launch import RankPool
 from tests.pipelines import Case
 
 pytestmark = pytest.mark.processes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import autopar
-from autopar.runtime.launch import RankPool
+from autopar.runtime.verification.launch import RankPool
 from autopar.search.baselines import BASELINES
 from tests.zoo import ZOO, talkative
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.runtime.launch import RankPool
+from autopar.runtime.verification.launch import RankPool
 from zoo import BESIDES, MODELS, Row
 from zoo.page import line, replaced, summary, table
 from zoo.run import WAYS, Found, Trial, run, workshop

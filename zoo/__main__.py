@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from autopar.runtime.launch import RankPool
+from autopar.runtime.verification.launch import RankPool
 from zoo import BESIDES, MODELS
 from zoo.page import line, replaced, summary, table
 from zoo.run import Found, Trial, run

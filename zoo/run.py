@@ -20,10 +20,10 @@ from autopar.ir.fold import fold
 from autopar.ir.graph import Graph, Op
 from autopar.ir.plan_roles import Roles, operator
 from autopar.ir.rules.complete import with_rules
-from autopar.runtime.launch import RankPool
-from autopar.runtime.verify import Subject, compare, prepare
+from autopar.runtime.verification.launch import RankPool
+from autopar.runtime.verification.verify import Subject, compare, prepare
 from autopar.search.planner import plan_graph
-from autopar.search.work import work
+from autopar.search.prices.work import work
 from zoo.row import Row
 
 BATCH = 2

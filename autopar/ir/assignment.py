@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from autopar.errors import PlanError, PlanMismatchError
-from autopar.ir import folded_names, schedules, units
+from autopar.ir import folded_names, units
 from autopar.ir.conversion import State
 from autopar.ir.experts import with_capacity
 from autopar.ir.graph import Graph, Op
-from autopar.ir.microbatch import Microbatched, microbatched
+from autopar.ir.pipelining import schedules
+from autopar.ir.pipelining.microbatch import Microbatched, microbatched
+from autopar.ir.pipelining.stages import Stage, cut, is_loss
 from autopar.ir.placement import Placement, R, parse
 from autopar.ir.plan import OpPlan, ParameterPlan, PipelinePlan, Plan, SegmentPlan
 from autopar.ir.rules import splits
 from autopar.ir.rules.split import Split
-from autopar.ir.stages import Stage, cut, is_loss
 
 Choice = tuple[Split, ...]
 """One split per mesh axis."""

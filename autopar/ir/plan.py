@@ -7,8 +7,8 @@ What decides is `mesh`, `precision`, the `split` of every operation and the `sto
 `microbatches`, `pipeline` and which `stage` a row is for; and the repeats that `recompute`. All other fields say what follows from these
 (placements, collectives, time, memory), for the reader. `autopar validate` checks that they agree.
 
-Operations are those of the graph of one microbatch (`autopar.ir.microbatch`), cut into stages (`autopar.ir.stages`); with one microbatch
-and one stage that is the traced graph itself. Segments number the operations of their stage's graph from 0.
+Operations are those of the graph of one microbatch (`autopar.ir.pipelining.microbatch`), cut into stages (`autopar.ir.pipelining.stages`);
+with one microbatch and one stage that is the traced graph itself. Segments number the operations of their stage's graph from 0.
 """
 
 from __future__ import annotations
@@ -222,7 +222,8 @@ class StagePlan(_Data):
 
 
 class PipelinePlan(_Data):
-    """`schedule` is a name in `autopar.ir.schedules.SCHEDULES`; `groups` in rank order, together all ranks; `stages` in order."""
+    """`schedule` is a name in `autopar.ir.pipelining.schedules.SCHEDULES`; `groups` in rank order, together all ranks; `stages` in
+    order."""
 
     schedule: str
     groups: tuple[GroupPlan, ...]

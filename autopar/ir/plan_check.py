@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from autopar.errors import RuleError
 from autopar.ir import folded_names
 from autopar.ir.graph import DTYPE_BYTES
+from autopar.ir.pipelining.schedules import MOST_ACTIONS, SCHEDULES
 from autopar.ir.placement import Placement, parse
 from autopar.ir.precision import problems
 from autopar.ir.rules import notation
 from autopar.ir.rules.given import read_split
-from autopar.ir.schedules import MOST_ACTIONS, SCHEDULES
 
 if TYPE_CHECKING:
     from autopar.ir.plan import Axes, InputPlan, OutputPlan, ParameterPlan, PipelinePlan, Plan

@@ -17,7 +17,7 @@ from autopar.ir import units
 
 
 class Step(Protocol):
-    """What the search tells: see `autopar.search.solve.Progress`."""
+    """What the search tells: see `autopar.search.solver.solve.Progress`."""
 
     @property
     def phase(self) -> str: ...

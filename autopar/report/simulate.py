@@ -11,14 +11,14 @@ from rich.text import Text
 
 from autopar.errors import PlanError
 from autopar.ir import plan_text, units
+from autopar.ir.pipelining.schedules import SCHEDULES
 from autopar.ir.plan import Plan
 from autopar.ir.plan_stages import numbers_words, ranks_words
-from autopar.ir.schedules import SCHEDULES
 from autopar.report.terminal import heading, table
 from autopar.report.timeline import Lane, Row, Span, Timeline
-from autopar.search.simulate import Event, GroupTime, Simulation
-from autopar.search.simulate import simulate as run_simulator
-from autopar.search.timeline import KINDS
+from autopar.search.simulator.simulate import Event, GroupTime, Simulation
+from autopar.search.simulator.simulate import simulate as run_simulator
+from autopar.search.simulator.timeline import KINDS
 
 _KINDS = {"forward": "F", "backward": "B", "input": "I", "weight": "W", "recompute": "recompute", "optimizer": "optimizer"}
 _BARS = "▁▂▃▄▅▆▇█"

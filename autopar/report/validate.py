@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # what knows rules and graphs is imported when a model is the
     from autopar.ir.assignment import Assignment
     from autopar.ir.conversion import State
     from autopar.ir.graph import Graph
-    from autopar.ir.stages import Stage
+    from autopar.ir.pipelining.stages import Stage
 
 
 MOST_PASSES = 100_000
@@ -76,7 +76,7 @@ def _simulated(plan: Plan) -> Iterator[str]:
         peak = units.size(max(predicted.stage_memory_bytes))
         yield f"predicted.fits is true, but a group of ranks needs {peak} of {units.size(predicted.memory_limit_bytes)}"
     if predicted.step_s and plan.microbatches * sum(segment.count for segment in plan.segments) <= MOST_PASSES:
-        from autopar.search.simulate import simulate
+        from autopar.search.simulator.simulate import simulate
 
         simulation = simulate(plan)
         if _differ(simulation.step_s, predicted.step_s):

@@ -17,17 +17,17 @@ from autopar.errors import AutoparError, PlanError, PlanMismatchError
 from autopar.ir.assignment import Assignment, Expanded, expand_stages
 from autopar.ir.plan import Plan
 from autopar.ir.rules.complete import confirm
-from autopar.ir.trace import TracedModel
+from autopar.ir.tracing.trace import TracedModel
 from autopar.runtime import handshake
-from autopar.runtime.checkpoint import accept_whole_tensors
 from autopar.runtime.distributed import Options
 from autopar.runtime.evaluation import EvaluationCheck
 from autopar.runtime.inputs import Mode, given_states
-from autopar.runtime.materialize import local_state
 from autopar.runtime.module import ParallelModule
-from autopar.runtime.pipeline import PipelineModule, held_by, storage_of
+from autopar.runtime.pipelining.pipeline import PipelineModule, held_by, storage_of
 from autopar.runtime.precision import stored_dtypes
 from autopar.runtime.process_mesh import check_fits, check_groups_fit, ensure_process_group, group_mesh_for, mesh_for
+from autopar.runtime.state.checkpoint import accept_whole_tensors
+from autopar.runtime.state.materialize import local_state
 
 
 def build(

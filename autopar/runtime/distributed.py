@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autopar.errors import InputError, RuntimeSetupError
 from autopar.ir.conversion import State
 from autopar.ir.plan import Plan
-from autopar.ir.trace import TracedModel
+from autopar.ir.tracing.trace import TracedModel
 from autopar.runtime import inputs, last_words
 from autopar.runtime.convert import Place
 from autopar.runtime.evaluation import EvaluationCheck
@@ -45,7 +45,7 @@ class DistributedModule(nn.Module):
     """A module whose programs are made for one dtype, one device and one job: `traced` under `plan`."""
 
     _dropout: bool = True
-    """Whether dropout is on in training mode; see `autopar.runtime.dropout.without_dropout`."""
+    """Whether dropout is on in training mode; see `autopar.runtime.operators.dropout.without_dropout`."""
 
     _left_words = False
     _binder: inputs.InputBinder

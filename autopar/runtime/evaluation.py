@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from autopar.errors import AutoparError
-from autopar.ir.modes import evaluation_differs
-from autopar.ir.trace import TracedModel, trace
+from autopar.ir.tracing.modes import evaluation_differs
+from autopar.ir.tracing.trace import TracedModel, trace
 
 
 class EvaluationCheck:

@@ -21,7 +21,7 @@ from autopar.errors import InputError
 from autopar.ir.conversion import State
 from autopar.ir.placement import R, S
 from autopar.ir.plan import Plan
-from autopar.ir.trace import TracedModel, leaf_paths
+from autopar.ir.tracing.trace import TracedModel, leaf_paths
 from autopar.runtime import handshake
 from autopar.runtime.convert import Place
 from autopar.runtime.sampler import batch_axes, batch_inputs, batch_parts

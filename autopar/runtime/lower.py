@@ -22,18 +22,18 @@ from torch import fx
 from autopar.ir.assignment import Assignment
 from autopar.ir.conversion import State
 from autopar.ir.graph import Arg, Graph, Op, Ref, Symbol
-from autopar.ir.leaf_modules import LEAF, LeafModule
 from autopar.ir.placement import RP, Placement, R, local_shape
 from autopar.ir.rules import given_rule, has_rule
 from autopar.ir.rules.local_args import local_args
 from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.ir.rules.neighbours import RECEIVE, SEND
 from autopar.ir.rules.operators import operator
-from autopar.runtime import dropout, leaf
-from autopar.runtime.alike import Draw, draws
+from autopar.ir.tracing.leaf_modules import LEAF, LeafModule
 from autopar.runtime.convert import Place, convert, convert_value, local_steps
-from autopar.runtime.local_ops import LOCAL_OPS
+from autopar.runtime.operators import dropout, leaf
+from autopar.runtime.operators.local_ops import LOCAL_OPS
 from autopar.runtime.recompute import Around, folded
+from autopar.runtime.verification.alike import Draw, draws
 
 Hook = Callable[[], None]
 ATTENTION = "aten.scaled_dot_product_attention.default"

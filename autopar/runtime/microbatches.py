@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from autopar.ir.assignment import Assignment
 from autopar.ir.conversion import State
 from autopar.ir.graph import Graph
-from autopar.ir.leaf_modules import LeafModule
-from autopar.ir.microbatch import Microbatched
+from autopar.ir.pipelining.microbatch import Microbatched
 from autopar.ir.placement import Placement, R, S
 from autopar.ir.rules import splits
+from autopar.ir.tracing.leaf_modules import LeafModule
 from autopar.runtime.convert import Place
 from autopar.runtime.lower import Borders, Mode, lower
 

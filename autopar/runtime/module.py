@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from autopar.errors import RuntimeSetupError
 from autopar.ir.assignment import Assignment, expand_stages
 from autopar.ir.conversion import State
-from autopar.ir.microbatch import Microbatched, microbatched
+from autopar.ir.pipelining.microbatch import Microbatched, microbatched
 from autopar.ir.placement import R, parse
 from autopar.ir.plan import Plan
-from autopar.ir.trace import TracedModel
+from autopar.ir.tracing.trace import TracedModel
 from autopar.runtime import last_words
 from autopar.runtime.convert import Place, convert, read_as
 from autopar.runtime.distributed import DistributedModule, Options
@@ -31,9 +31,9 @@ from autopar.runtime.loss import NO_GRADIENTS, NO_LOSS, loss_of
 from autopar.runtime.lower import Borders, Hooks, Mode, lower
 from autopar.runtime.microbatches import Microbatches, joined
 from autopar.runtime.parameters import Leaf, uses
-from autopar.runtime.pipeline_wire import peer_errors
+from autopar.runtime.pipelining.pipeline_wire import peer_errors
 from autopar.runtime.recompute import regions_of
-from autopar.runtime.shards import torch_placements
+from autopar.runtime.state.shards import torch_placements
 
 _Part = tuple[tuple[Tensor, ...], Tensor]
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from autopar.ir.assignment import Assignment, Choice, Storage
 from autopar.search.build import target_states
-from autopar.search.collectives import BUCKET_BYTES
-from autopar.search.costs import AGAIN, WAYS, Costs, Move, Term
-from autopar.search.problem import Floats
-from autopar.search.rows import groups_of
+from autopar.search.prices.collectives import BUCKET_BYTES
+from autopar.search.prices.costs import AGAIN, WAYS, Costs, Move, Term
+from autopar.search.solver.problem import Floats
+from autopar.search.solver.rows import groups_of
 from autopar.search.structure import Structure
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers")

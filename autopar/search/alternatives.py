@@ -12,7 +12,7 @@ from autopar.ir.assignment import Storage
 from autopar.ir.conversion import State
 from autopar.ir.plan import Alternative, Plan
 from autopar.search.build import Built
-from autopar.search.solve import restrict, solve, solve_with
+from autopar.search.solver.solve import restrict, solve, solve_with
 
 
 def price_alternatives(plan: Plan, built: Built, limit_bytes: float) -> Plan:

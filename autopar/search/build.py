@@ -17,8 +17,8 @@ from autopar.ir.assignment import Assignment, Choice, Storage
 from autopar.ir.conversion import State
 from autopar.ir.graph import Value
 from autopar.ir.placement import Placement
-from autopar.search.costs import AGAIN, ENTERS, LEAVES, Costs, Term, Traffic
-from autopar.search.problem import Problem, Segment, Table
+from autopar.search.prices.costs import AGAIN, ENTERS, LEAVES, Costs, Term, Traffic
+from autopar.search.solver.problem import Problem, Segment, Table
 from autopar.search.strategies import Allowed, storages, strategies
 from autopar.search.structure import Edge, Structure
 

@@ -1,7 +1,7 @@
 """The best plan with a pipeline or without one: proposals are solved exactly, simulated, and the fastest that fits is kept.
 
-Without a pipeline the search is exact; what pipelines cost is estimated first (`autopar.search.propose`) and only the most promising are
-solved. The table of candidates says what the best plan of every number of groups takes, or why there is none.
+Without a pipeline the search is exact; what pipelines cost is estimated first (`autopar.search.stages.propose`) and only the most promising
+are solved. The table of candidates says what the best plan of every number of groups takes, or why there is none.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from autopar.ir.plan import Candidate, Plan
 from autopar.ir.units import seconds
 from autopar.search.meshes import AXES, Mesh
 from autopar.search.pins import Pins
-from autopar.search.pipeline import Pipelined, has_loss, pipeline_text, shape
-from autopar.search.place import Settings
-from autopar.search.propose import Proposal, Proposals
+from autopar.search.stages.pipeline import Pipelined, has_loss, pipeline_text, shape
+from autopar.search.stages.place import Settings
+from autopar.search.stages.propose import Proposal, Proposals
 
 _SOLVED = 3  # proposals that are solved stage by stage, at most
 _WORTH = 0.98  # a pipeline must promise at least so much, in times of the plan without one, to be looked at

@@ -35,8 +35,8 @@ from autopar.ir.plan import (
 from autopar.ir.rules import unruled
 from autopar.ir.rules.neighbours import LEAF
 from autopar.search.account import Account, Run
-from autopar.search.costs import Costs, home
-from autopar.search.segments import Row, decided_rows, segment_costs
+from autopar.search.prices.costs import Costs, home
+from autopar.search.prices.segments import Row, decided_rows, segment_costs
 from autopar.search.structure import Structure
 
 T = TypeVar("T", bound=Hashable)

@@ -14,15 +14,15 @@ from autopar.ir.assignment import conflict
 from autopar.ir.cluster import Cluster
 from autopar.search.account import account, resident_bytes
 from autopar.search.build import Built, Restriction, build
-from autopar.search.costs import Costs
 from autopar.search.describe import Part
 from autopar.search.follow import batch_splits
 from autopar.search.meshes import AXES, Mesh, candidates
-from autopar.search.minimise import Price
 from autopar.search.pins import Pins, check_options
-from autopar.search.place import Found, Place, Settings, alone, peak
+from autopar.search.prices.costs import Costs
 from autopar.search.recompute import Relaxed, accumulated_bound_s, recomputed
 from autopar.search.remedies import remedies
+from autopar.search.solver.minimise import Price
+from autopar.search.stages.place import Found, Place, Settings, alone, peak
 from autopar.search.structure import Structure
 
 _WORTH = 0.01  # of a step: of further meshes, those that promise no more are not searched for how much to recompute

@@ -11,7 +11,7 @@ from autopar.ir.graph import Graph, Op
 from autopar.ir.placement import Placement, R, S
 from autopar.ir.rules import splits
 from autopar.ir.rules.split import Split
-from autopar.search.work import base_name
+from autopar.search.prices.work import base_name
 
 Names = frozenset[str]
 _MATRIX = frozenset(("linear", "addmm", "layer_norm", "native_layer_norm", "rms_norm"))

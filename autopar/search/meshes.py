@@ -8,7 +8,7 @@ from itertools import groupby
 
 from autopar.errors import PlanError
 from autopar.ir.cluster import Cluster
-from autopar.search.collectives import axes
+from autopar.search.prices.collectives import axes
 
 AXES = ("dp", "tp")
 Mesh = tuple[int, int]

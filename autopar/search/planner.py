@@ -16,7 +16,7 @@ from autopar.errors import PlanError
 from autopar.ir.cluster import Cluster, resolve
 from autopar.ir.experts import with_capacity
 from autopar.ir.graph import Graph
-from autopar.ir.microbatch import microbatched
+from autopar.ir.pipelining.microbatch import microbatched
 from autopar.ir.plan import Plan
 from autopar.ir.precision import Precision
 from autopar.search.alternatives import price_alternatives
@@ -26,10 +26,10 @@ from autopar.search.choose import with_pipelines
 from autopar.search.flat import Search, accumulated_s, best_of, named_for_what_it_does, shortfall
 from autopar.search.meshes import Mesh, candidates, read_mesh
 from autopar.search.pins import Pins, apply_pins, pins_for, read_pins
-from autopar.search.pipeline import plan_stages
-from autopar.search.place import Effort, Found, Place, Recompute, Settings
-from autopar.search.predict import predicted_plan
-from autopar.search.solve import Progress
+from autopar.search.simulator.predict import predicted_plan
+from autopar.search.solver.solve import Progress
+from autopar.search.stages.pipeline import plan_stages
+from autopar.search.stages.place import Effort, Found, Place, Recompute, Settings
 from autopar.search.structure import Structure
 
 MeshOption = Mapping[str, int] | Sequence[int] | Sequence[Mapping[str, int]]

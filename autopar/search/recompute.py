@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autopar.search.minimise import Minimiser, Minimum, Price
-from autopar.search.problem import Floats
-from autopar.search.segments import weight_side
+from autopar.search.prices.segments import weight_side
+from autopar.search.solver.minimise import Minimiser, Minimum, Price
+from autopar.search.solver.problem import Floats
 
 if TYPE_CHECKING:
-    from autopar.search.place import Found, Place, Settings
+    from autopar.search.stages.place import Found, Place, Settings
 
 Counts = tuple[tuple[int, ...], ...]
 _PRICES = 24

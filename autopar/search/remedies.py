@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from autopar.ir.cluster import Cluster
-from autopar.search.costs import OPTIMIZER_STATES
 from autopar.search.follow import batch_size
+from autopar.search.prices.costs import OPTIMIZER_STATES
 from autopar.search.structure import Structure
 
 _MOST_TIMES_NODES = 16

@@ -23,8 +23,8 @@ from autopar.ir.fold import Ints, Segment, fold, tokens
 from autopar.ir.graph import Graph, Op, Value
 from autopar.ir.rules import splits
 from autopar.ir.rules.split import Split
-from autopar.search.costs import ENTERS, ENTERS_TOO, KEPT, LEAVES, WITHIN
-from autopar.search.work import Work, work
+from autopar.search.prices.costs import ENTERS, ENTERS_TOO, KEPT, LEAVES, WITHIN
+from autopar.search.prices.work import Work, work
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +231,8 @@ class Structure:
         return found
 
     def ways(self, again: Ints | None) -> list[str]:
-        """How each edge runs when operations are recomputed as `recomputed` says; see `autopar.search.costs.WAYS`. An edge from a parameter
-        to an operation that is recomputed counts as within."""
+        """How each edge runs when operations are recomputed as `recomputed` says; see `autopar.search.prices.costs.WAYS`. An edge from a
+        parameter to an operation that is recomputed counts as within."""
         if again is None:
             return [KEPT] * len(self.edges)
         source, target, slot, _ = self.edge_ends

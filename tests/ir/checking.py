@@ -8,7 +8,7 @@ from typing import Any
 from autopar.ir.graph import Graph, Op
 from autopar.ir.rules.check import check_split, one_after_the_other
 from autopar.ir.rules.split import Split
-from autopar.runtime.local_ops import LOCAL_OPS
+from autopar.runtime.operators.local_ops import LOCAL_OPS
 from tests.counting import CHECKED
 from tests.runtime.simulated import simulate
 

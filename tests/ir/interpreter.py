@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.ir.graph import Arg, Ref, Symbol
-from autopar.ir.trace import TracedModel
+from autopar.ir.tracing.trace import TracedModel
 
 
 def run(traced: TracedModel, model: nn.Module, inputs: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from autopar.ir.graph import Graph, Input, Output, refs
-from autopar.ir.microbatch import Microbatched
-from autopar.ir.stages import RECEIVE, SEND, Stage
-from autopar.ir.trace import TracedModel
+from autopar.ir.pipelining.microbatch import Microbatched
+from autopar.ir.pipelining.stages import RECEIVE, SEND, Stage
+from autopar.ir.tracing.trace import TracedModel
 from tests.ir.interpreter import run
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.ir.rules import splits, unruled
-from autopar.ir.trace import trace
+from autopar.ir.tracing.trace import trace
 from tests.ir.interpreter import run
 
 ROWS, WIDTH, BAGS, LENGTH = 12, 8, 4, 6

@@ -18,7 +18,7 @@ from autopar.ir.rules.complete import confirm, with_rules
 from autopar.ir.rules.discover import discover
 from autopar.ir.rules.given import GivenRule
 from autopar.ir.text import parse, to_text
-from autopar.ir.trace import trace
+from autopar.ir.tracing.trace import trace
 from tests import custom_ops  # noqa: F401  (registers the operators)
 from tests.ir.checking import check
 from tests.ir.rule_samples import call, f

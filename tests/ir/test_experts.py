@@ -15,8 +15,8 @@ from autopar.ir.graph import Graph, Op
 from autopar.ir.rules import splits
 from autopar.ir.rules.operators import operator
 from autopar.ir.text import parse, to_text
-from autopar.ir.trace import trace
-from autopar.runtime.one_dtype import EveryDtype
+from autopar.ir.tracing.trace import trace
+from autopar.runtime.verification.one_dtype import EveryDtype
 
 TOKENS, WIDTH, INNER, EXPERTS, SLOTS = 12, 8, 8, 4, 2
 

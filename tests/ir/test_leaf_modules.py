@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from autopar.errors import TraceError
-from autopar.ir.leaf_modules import LEAF
 from autopar.ir.text import parse, to_text
-from autopar.ir.trace import TracedModel, trace
+from autopar.ir.tracing.leaf_modules import LEAF
+from autopar.ir.tracing.trace import TracedModel, trace
 from tests.leafy import Leafy, Router, Rows
 
 

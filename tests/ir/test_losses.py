@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autopar.ir.microbatch import microbatched
+from autopar.ir.pipelining.microbatch import microbatched
 from autopar.ir.rules import unruled
-from autopar.ir.trace import trace
+from autopar.ir.tracing.trace import trace
 from tests.ir.interpreter import run
 
 Loss = Callable[..., Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from autopar.ir.graph import Op
-from autopar.ir.trace import trace
+from autopar.ir.tracing.trace import trace
 from tests.ir.interpreter import run
 
 Mask = Callable[[int, int], Tensor]

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autopar.errors import PlanError
-from autopar.ir.microbatch import microbatched
+from autopar.ir.pipelining.microbatch import microbatched
 from autopar.ir.text import parse, to_text
-from autopar.ir.trace import TracedModel, split_example, trace
+from autopar.ir.tracing.trace import TracedModel, split_example, trace
 from tests.ir.interpreter import run
 from tests.ir.parts import joined, microbatch, prologue_of
 from tests.zoo import ZOO

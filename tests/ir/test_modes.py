@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.ir.modes import evaluation_differs
-from autopar.ir.trace import split_example, trace
+from autopar.ir.tracing.modes import evaluation_differs
+from autopar.ir.tracing.trace import split_example, trace
 from tests.zoo import ZOO
 
 

@@ -12,8 +12,8 @@ from autopar.ir.assignment import conflict
 from autopar.ir.graph import Graph, Op
 from autopar.ir.placement import RP, P, R, S
 from autopar.ir.rules import Split, splits, unruled
-from autopar.ir.trace import trace
-from autopar.runtime.launch import RankPool
+from autopar.ir.tracing.trace import trace
+from autopar.runtime.verification.launch import RankPool
 from tests.ir.checking import check
 from tests.zoo import ZOO
 

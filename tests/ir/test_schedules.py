@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import PlanError
-from autopar.ir.schedule_check import check, live, live_by_stage
-from autopar.ir.schedules import SCHEDULES, Action, Orders, Schedule, group_of, named, read, write
+from autopar.ir.pipelining.schedule_check import check, live, live_by_stage
+from autopar.ir.pipelining.schedules import SCHEDULES, Action, Orders, Schedule, group_of, named, read, write
 
 
 @st.composite

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from autopar.errors import TraceError
-from autopar.ir.sources import load_model
-from autopar.ir.trace import split_example, trace
+from autopar.ir.tracing.sources import load_model
+from autopar.ir.tracing.trace import split_example, trace
 
 SMALL = "num_hidden_layers=1&hidden_size=32&intermediate_size=32&num_attention_heads=2&vocab_size=64"
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import PlanError
-from autopar.ir.microbatch import microbatched
-from autopar.ir.stages import RECEIVE, SEND, candidates, crossing, cut
+from autopar.ir.pipelining.microbatch import microbatched
+from autopar.ir.pipelining.stages import RECEIVE, SEND, candidates, crossing, cut
 from tests.ir.interpreter import run
 from tests.ir.parts import microbatch, prologue_of, run_stages
 from tests.ir.test_microbatch import traced_in_float64, traced_with

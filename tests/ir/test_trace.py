@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.ir.graph import Ref
 from autopar.ir.text import parse, to_text
-from autopar.ir.trace import TracedModel, split_example, trace
+from autopar.ir.tracing.trace import TracedModel, split_example, trace
 from tests.ir.interpreter import run
 from tests.zoo import ZOO
 

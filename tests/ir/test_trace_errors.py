@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autopar.errors import TraceError
-from autopar.ir.trace import trace
+from autopar.ir.tracing.trace import trace
 from tests.zoo import ZOO
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autopar.ir import trace as tracing
 from autopar.ir.fold import fold
 from autopar.ir.text import parse, to_text
-from autopar.ir.trace import split_example, trace
+from autopar.ir.tracing import trace as tracing
+from autopar.ir.tracing.trace import split_example, trace
 from tests.zoo import ZOO
 
 

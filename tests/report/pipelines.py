@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from autopar.ir import folded_names
+from autopar.ir.pipelining.schedules import named
 from autopar.ir.plan import (
     Candidate,
     ClusterInfo,
@@ -23,8 +24,7 @@ from autopar.ir.plan import (
     SegmentPlan,
     StagePlan,
 )
-from autopar.ir.schedules import named
-from autopar.search.simulate import simulate
+from autopar.search.simulator.simulate import simulate
 from tests.report.sample import _AFTER, _BEFORE, _LAYER, _PARAMETERS, GIB
 
 MIB = 2**20

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autopar.ir import plan as ir
 from autopar.ir.graph import DTYPE_BYTES
-from autopar.ir.schedules import SCHEDULES
+from autopar.ir.pipelining.schedules import SCHEDULES
 
 _SIZES = st.integers(0, 2**63 - 1)
 _SECONDS = st.floats(0, 1e300, allow_nan=False)

@@ -13,14 +13,14 @@ import pytest
 
 from autopar.errors import PlanError
 from autopar.ir import units
+from autopar.ir.pipelining.schedules import SCHEDULES
 from autopar.ir.plan import Plan, SegmentCost
-from autopar.ir.schedules import SCHEDULES
 from autopar.report.chrome_trace import chrome_trace
 from autopar.report.schedule_svg import COLOURS, schedule_svg
 from autopar.report.simulate import simulate, timeline_of
 from autopar.report.terminal import console
 from autopar.report.timeline import Row, Timeline
-from autopar.search.simulate import simulate as run_simulator
+from autopar.search.simulator.simulate import simulate as run_simulator
 from tests.report.pipelines import pipeline_plan
 from tests.report.sample import sample_plan
 from tests.report.timelines import schedule_timeline

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autopar.ir.schedules import named
+from autopar.ir.pipelining.schedules import named
 from autopar.report.timeline import Lane, Row, Span, Timeline
 
 GIB = 2**30

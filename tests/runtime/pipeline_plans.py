@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from autopar.ir.assignment import Expanded, Storage
 from autopar.ir.fold import fold
 from autopar.ir.graph import Graph
-from autopar.ir.microbatch import microbatched
+from autopar.ir.pipelining.microbatch import microbatched
+from autopar.ir.pipelining.schedules import named
+from autopar.ir.pipelining.stages import candidates, cut
 from autopar.ir.placement import R, parse
 from autopar.ir.plan import GroupPlan, PipelinePlan, Plan, SegmentPlan, StagePlan
-from autopar.ir.schedules import named
-from autopar.ir.stages import candidates, cut
-from autopar.ir.trace import TracedModel, trace
-from autopar.runtime.checkpoint import whole_tensor
-from autopar.runtime.dropout import without_dropout
-from autopar.runtime.launch import RankPool
-from autopar.runtime.pipeline import PipelineModule, held_by, storage_of
+from autopar.ir.tracing.trace import TracedModel, trace
+from autopar.runtime.operators.dropout import without_dropout
+from autopar.runtime.pipelining.pipeline import PipelineModule, held_by, storage_of
 from autopar.runtime.process_mesh import group_mesh_for
-from autopar.runtime.shards import coordinate_of, local_part
+from autopar.runtime.state.checkpoint import whole_tensor
+from autopar.runtime.state.shards import coordinate_of, local_part
+from autopar.runtime.verification.launch import RankPool
 from tests.runtime.random_plans import AXES, Facts, Mesh, Wide, difference, example, float64, random_assignment, total, widened
 
 

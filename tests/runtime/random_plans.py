@@ -29,10 +29,10 @@ from autopar.ir.graph import Graph, Symbol
 from autopar.ir.placement import R, S
 from autopar.ir.plan import Plan
 from autopar.ir.rules import splits
-from autopar.ir.trace import TracedModel, split_example, trace
-from autopar.runtime.dropout import without_dropout
+from autopar.ir.tracing.trace import TracedModel, split_example, trace
 from autopar.runtime.module import ParallelModule
-from autopar.runtime.shards import coordinate_of, local_part
+from autopar.runtime.operators.dropout import without_dropout
+from autopar.runtime.state.shards import coordinate_of, local_part
 from tests.runtime.simulated import simulate
 from tests.zoo import ZOO
 

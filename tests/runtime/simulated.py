@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-# Test helpers of PyTorch; should they go, gloo processes from `autopar.runtime.launch` run the same functions.
+# Test helpers of PyTorch; should they go, gloo processes from `autopar.runtime.verification.launch` run the same functions.
 from torch.testing._internal.distributed.multi_threaded_pg import ProcessLocalGroup, _install_threaded_pg, _uninstall_threaded_pg
 
 from autopar.runtime.convert import Place

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import autopar
-from autopar.runtime.alike import drawing_alike, draws_alike, eagerly_alike
-from autopar.runtime.launch import RankPool
+from autopar.runtime.verification.alike import drawing_alike, draws_alike, eagerly_alike
+from autopar.runtime.verification.launch import RankPool
 from tests.zoo import talkative
 
 

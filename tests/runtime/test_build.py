@@ -19,13 +19,13 @@ import autopar
 from autopar.errors import AutoparError
 from autopar.ir.cluster import resolve
 from autopar.ir.plan import Plan
-from autopar.ir.trace import TracedModel, split_example, trace
+from autopar.ir.tracing.trace import TracedModel, split_example, trace
 from autopar.runtime.build import build
-from autopar.runtime.checkpoint import whole_tensor
-from autopar.runtime.launch import RankPool
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.process_mesh import mesh_for
 from autopar.runtime.sampler import batch_part
+from autopar.runtime.state.checkpoint import whole_tensor
+from autopar.runtime.verification.launch import RankPool
 from autopar.search.planner import plan_graph
 from tests.zoo import ZOO, talkative
 

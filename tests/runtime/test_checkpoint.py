@@ -22,10 +22,16 @@ from torch.distributed.tensor import DTensor
 from autopar.errors import PlanMismatchError
 from autopar.ir.conversion import State
 from autopar.ir.placement import R, S
-from autopar.runtime.checkpoint import accept_whole_tensors, full_state_dict, load_optimizer_state_dict, optimizer_state_dict, whole_tensor
-from autopar.runtime.launch import RankPool
 from autopar.runtime.process_mesh import mesh_for
-from autopar.runtime.shards import distribute
+from autopar.runtime.state.checkpoint import (
+    accept_whole_tensors,
+    full_state_dict,
+    load_optimizer_state_dict,
+    optimizer_state_dict,
+    whole_tensor,
+)
+from autopar.runtime.state.shards import distribute
+from autopar.runtime.verification.launch import RankPool
 
 SHAPES = {"plain": (6, 5), "rows": (7, 3), "qkv": (3, 12), "qkv_bias": (12,), "both": (8, 6), "mixed": (12, 4)}
 SQUARE: dict[str, State] = {

@@ -12,11 +12,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import autopar
 from autopar.ir.placement import R, S
 from autopar.ir.plan import Plan
-from autopar.runtime.checkpoint import whole_tensor
-from autopar.runtime.clip import clip_grad_norm_
-from autopar.runtime.launch import RankPool
 from autopar.runtime.process_mesh import mesh_for
-from autopar.runtime.shards import distribute
+from autopar.runtime.state.checkpoint import whole_tensor
+from autopar.runtime.state.clip import clip_grad_norm_
+from autopar.runtime.state.shards import distribute
+from autopar.runtime.verification.launch import RankPool
 from tests.runtime.pipelined import example, planned
 from tests.runtime.random_plans import float64
 

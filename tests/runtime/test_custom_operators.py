@@ -9,7 +9,7 @@ import torch
 
 import autopar
 from autopar.ir.plan import Plan
-from autopar.runtime.launch import RankPool
+from autopar.runtime.verification.launch import RankPool
 from tests.custom_ops import Custom
 
 pytestmark = pytest.mark.processes

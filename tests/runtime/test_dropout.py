@@ -15,9 +15,9 @@ from autopar.ir.graph import Graph
 from autopar.ir.placement import R
 from autopar.ir.plan import Plan
 from autopar.ir.rules import splits
-from autopar.ir.trace import trace
-from autopar.runtime.dropout import attention, dropout, without_dropout
-from autopar.runtime.launch import RankPool
+from autopar.ir.tracing.trace import trace
+from autopar.runtime.operators.dropout import attention, dropout, without_dropout
+from autopar.runtime.verification.launch import RankPool
 from tests.runtime.random_plans import AXES, Mesh, parallel_module
 from tests.runtime.simulated import simulate
 from tests.zoo import talkative

@@ -6,7 +6,7 @@ from torch import nn
 
 import autopar
 from autopar.errors import RuntimeSetupError
-from autopar.ir.trace import trace
+from autopar.ir.tracing.trace import trace
 from autopar.runtime.build import build
 from tests.ir.test_modes import Sly
 from tests.zoo import ZOO

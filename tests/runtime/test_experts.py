@@ -14,9 +14,9 @@ from autopar.ir.assignment import conflict
 from autopar.ir.experts import EXPERTS
 from autopar.ir.placement import chunk
 from autopar.ir.rules import splits
-from autopar.runtime.experts import owners
-from autopar.runtime.experts_even import places
-from autopar.runtime.launch import RankPool
+from autopar.runtime.operators.experts import owners
+from autopar.runtime.operators.experts_even import places
+from autopar.runtime.verification.launch import RankPool
 from tests.ir.checking import check
 from tests.ir.rule_samples import samples
 from tests.zoo import talkative

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from autopar.ir.plan import Plan
-from autopar.runtime.launch import RankPool
+from autopar.runtime.verification.launch import RankPool
 from tests.runtime.failing import LAST, STEPS, TIMEOUT_S, build, step
 from tests.runtime.pipelined import planned
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from autopar.errors import AutoparError, InputError, PlanError, PlanMismatchError, RankDisagreementError
 from autopar.runtime import handshake
-from autopar.runtime.launch import RankPool
+from autopar.runtime.verification.launch import RankPool
 
 
 def raised(error: type[AutoparError], call: object, *args: object) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autopar.errors import InputError
 from autopar.ir.placement import R, S
-from autopar.ir.trace import trace
+from autopar.ir.tracing.trace import trace
 from autopar.runtime.convert import Place
 from autopar.runtime.inputs import InputBinder
 

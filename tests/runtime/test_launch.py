@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from autopar.errors import RanksFailedError, RuntimeSetupError
-from autopar.runtime.launch import RankPool, run_ranks
+from autopar.runtime.verification.launch import RankPool, run_ranks
 
 pytestmark = pytest.mark.processes
 
@@ -94,7 +94,7 @@ def test_a_dropped_pool_leaves_nothing() -> None:
 def test_functions_of_a_script_and_the_missing_guard(tmp_path: Path) -> None:
     guarded = tmp_path / "guarded.py"
     guarded.write_text(
-        "import torch.distributed as dist\nfrom autopar.runtime.launch import run_ranks\n"
+        "import torch.distributed as dist\nfrom autopar.runtime.verification.launch import run_ranks\n"
         "def work(x):\n    return x + dist.get_rank()\n"
         "if __name__ == '__main__':\n    print(run_ranks(1, work, 41))\n"
     )

@@ -13,8 +13,8 @@ import autopar
 from autopar.errors import PlanError, RuleError
 from autopar.ir.plan import Plan
 from autopar.ir.rules import register
-from autopar.runtime.launch import RankPool
-from autopar.runtime.verify_report import VerifyReport
+from autopar.runtime.verification.launch import RankPool
+from autopar.runtime.verification.verify_report import VerifyReport
 from tests.leafy import Leafy, Noisy, Rounding, Router, Rows
 
 pytestmark = pytest.mark.processes

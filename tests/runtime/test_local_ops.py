@@ -17,7 +17,7 @@ from torch import Tensor
 from autopar.ir.placement import chunk
 from autopar.ir.rules.local_context import AxisContext, LocalContext
 from autopar.ir.rules.operators import batch_norm, cross_entropy
-from autopar.runtime.local_ops import LOCAL_OPS
+from autopar.runtime.operators.local_ops import LOCAL_OPS
 from tests.runtime.simulated import simulate
 
 

@@ -15,9 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import autopar
 from autopar.ir.assignment import expand
 from autopar.ir.plan import Plan
-from autopar.ir.trace import trace
-from autopar.runtime.launch import RankPool
-from autopar.runtime.verify import verify
+from autopar.ir.tracing.trace import trace
+from autopar.runtime.verification.launch import RankPool
+from autopar.runtime.verification.verify import verify
 from tests.runtime.random_plans import parallel_module
 from tests.runtime.simulated import simulate
 from tests.zoo import ZOO

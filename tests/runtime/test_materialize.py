@@ -15,11 +15,11 @@ from autopar.errors import RuntimeSetupError
 from autopar.ir.conversion import State
 from autopar.ir.graph import Buffer, Graph, Parameter, Value
 from autopar.ir.placement import R, S
-from autopar.runtime.initialise import initialised
-from autopar.runtime.launch import RankPool
-from autopar.runtime.materialize import local_state, materialize_whole
 from autopar.runtime.process_mesh import mesh_for
-from autopar.runtime.shards import local_part
+from autopar.runtime.state.initialise import initialised
+from autopar.runtime.state.materialize import local_state, materialize_whole
+from autopar.runtime.state.shards import local_part
+from autopar.runtime.verification.launch import RankPool
 from tests.zoo import ZOO
 
 CPU = torch.device("cpu")

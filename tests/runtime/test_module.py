@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.errors import RuntimeSetupError
-from autopar.ir.trace import trace
-from autopar.runtime.dropout import without_dropout
+from autopar.ir.tracing.trace import trace
 from autopar.runtime.module import ParallelModule
+from autopar.runtime.operators.dropout import without_dropout
 from tests.runtime import random_plans
 from tests.runtime.random_plans import (
     Facts,

@@ -14,19 +14,19 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar.errors import InputError, PlanError, RanksFailedError, RuntimeSetupError
+from autopar.ir.pipelining.schedule_check import live_by_stage
+from autopar.ir.pipelining.schedules import named
 from autopar.ir.placement import R
 from autopar.ir.plan import Plan
-from autopar.ir.schedule_check import live_by_stage
-from autopar.ir.schedules import named
-from autopar.runtime.checkpoint import accept_whole_tensors, whole_tensor
 from autopar.runtime.convert import Place
-from autopar.runtime.dropout import without_dropout
-from autopar.runtime.launch import RankPool
 from autopar.runtime.lower import Borders, lower
-from autopar.runtime.pipeline import PipelineModule
-from autopar.runtime.pipeline_schedule import PipelineStage
-from autopar.runtime.pipeline_stage import LiveStage
+from autopar.runtime.operators.dropout import without_dropout
+from autopar.runtime.pipelining.pipeline import PipelineModule
+from autopar.runtime.pipelining.pipeline_schedule import PipelineStage
+from autopar.runtime.pipelining.pipeline_stage import LiveStage
 from autopar.runtime.sampler import batch_part, batch_parts
+from autopar.runtime.state.checkpoint import accept_whole_tensors, whole_tensor
+from autopar.runtime.verification.launch import RankPool
 from tests.runtime import pipelined
 from tests.runtime.pipeline_plans import Case, made, plan_of, prepared, run_case
 from tests.runtime.random_plans import Facts, Wide, difference, float64

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.ir.placement import Placement, R, S
-from autopar.runtime.pipeline_transfer import Layout, messages
-from autopar.runtime.shards import local_part
+from autopar.runtime.pipelining.pipeline_transfer import Layout, messages
+from autopar.runtime.state.shards import local_part
 
 
 @st.composite

@@ -19,12 +19,12 @@ import autopar
 from autopar.errors import PlanError, RuntimeSetupError, TraceError
 from autopar.ir.assignment import expand_stages
 from autopar.ir.plan import Plan
-from autopar.ir.trace import split_example, trace
-from autopar.runtime.checkpoint import whole_tensor
-from autopar.runtime.launch import RankPool
-from autopar.runtime.materialize import local_state
+from autopar.ir.tracing.trace import split_example, trace
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.precision import stored_dtypes
+from autopar.runtime.state.checkpoint import whole_tensor
+from autopar.runtime.state.materialize import local_state
+from autopar.runtime.verification.launch import RankPool
 from tests.runtime.counted import Sent, counted
 from tests.runtime.simulated import simulate
 from tests.zoo import ZOO, talkative

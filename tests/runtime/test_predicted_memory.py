@@ -14,9 +14,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
 import autopar
-from autopar.ir.trace import split_example
-from autopar.runtime import handshake, module, pipeline  # noqa: F401  # whoever agrees on something is loaded
-from autopar.search.simulate import simulate
+from autopar.ir.tracing.trace import split_example
+from autopar.runtime import handshake, module  # noqa: F401  # whoever agrees on something is loaded
+from autopar.runtime.pipelining import pipeline  # noqa: F401  # whoever agrees on something is loaded
+from autopar.search.simulator.simulate import simulate
 from benchmarks.memory import StorageTracker
 from tests.zoo import ZOO
 

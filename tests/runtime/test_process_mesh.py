@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from autopar.errors import PlanMismatchError, RuntimeSetupError
-from autopar.runtime.launch import RankPool
 from autopar.runtime.process_mesh import _meshes, ensure_process_group, mesh_for
+from autopar.runtime.verification.launch import RankPool
 
 
 def two_meshes() -> dict[str, Any]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from autopar.ir.trace import trace
-from autopar.runtime.dropout import without_dropout
-from autopar.runtime.launch import RankPool
+from autopar.ir.tracing.trace import trace
+from autopar.runtime.operators.dropout import without_dropout
+from autopar.runtime.verification.launch import RankPool
 from tests.runtime.random_plans import (
     Mesh,
     difference,

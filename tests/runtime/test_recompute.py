@@ -17,11 +17,11 @@ import autopar
 from autopar.ir.fold import fold
 from autopar.ir.graph import Graph
 from autopar.ir.plan import Plan, SegmentPlan
-from autopar.ir.trace import trace
-from autopar.runtime.checkpoint import whole_tensor
-from autopar.runtime.launch import RankPool
+from autopar.ir.tracing.trace import trace
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.recompute import regions_of
+from autopar.runtime.state.checkpoint import whole_tensor
+from autopar.runtime.verification.launch import RankPool
 from benchmarks.memory import measure
 from tests.runtime import pipelined, random_plans
 from tests.runtime.random_plans import Facts, Mesh, difference, example, facts, float64, random_assignment, total, whole, widened

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 import autopar
 from autopar.errors import RuntimeSetupError
 from autopar.ir.plan import Plan
-from autopar.runtime.launch import RankPool
+from autopar.runtime.verification.launch import RankPool
 from tests.runtime.pipelined import example, planned
 from tests.runtime.random_plans import float64
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from autopar.ir.conversion import State
 from autopar.ir.placement import R, S, local_shape
-from autopar.runtime.shards import chunks, local_part, runs
+from autopar.runtime.state.shards import chunks, local_part, runs
 
 STATES = [R, S(0), S(1), S(0, 2), S(1, 3)]
 

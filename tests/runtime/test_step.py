@@ -16,14 +16,14 @@ from torch.utils import _pytree as pytree
 
 import autopar
 from autopar.errors import InputError, RuntimeSetupError
-from autopar.ir.microbatch import microbatched
+from autopar.ir.pipelining.microbatch import microbatched
 from autopar.ir.placement import R, S
 from autopar.ir.plan import InputPlan
-from autopar.ir.trace import trace
-from autopar.runtime.dropout import without_dropout
-from autopar.runtime.launch import RankPool
+from autopar.ir.tracing.trace import trace
 from autopar.runtime.module import ParallelModule
-from autopar.runtime.shards import coordinate_of, local_part
+from autopar.runtime.operators.dropout import without_dropout
+from autopar.runtime.state.shards import coordinate_of, local_part
+from autopar.runtime.verification.launch import RankPool
 from tests.runtime.random_plans import Facts, Mesh, Wide, difference, empty_plan, example, float64, random_assignment, total, whole, widened
 from tests.runtime.simulated import simulate
 

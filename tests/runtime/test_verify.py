@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 import autopar
 from autopar.errors import PlanError, PlanMismatchError, RanksFailedError, TraceError, VerifyError
 from autopar.ir.plan import Plan
-from autopar.runtime import verify_runs
-from autopar.runtime.launch import RankPool
 from autopar.runtime.module import ParallelModule
-from autopar.runtime.pipeline import PipelineModule
-from autopar.runtime.verify import verify
-from autopar.runtime.verify_report import Facts, Key, judge
-from autopar.runtime.verify_runs import Job, on_a_rank
+from autopar.runtime.pipelining.pipeline import PipelineModule
+from autopar.runtime.verification import verify_runs
+from autopar.runtime.verification.launch import RankPool
+from autopar.runtime.verification.verify import verify
+from autopar.runtime.verification.verify_report import Facts, Key, judge
+from autopar.runtime.verification.verify_runs import Job, on_a_rank
 from tests.runtime import pipelined
 from tests.runtime.random_plans import empty_plan
 from tests.zoo import ZOO

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from autopar.ir.graph import Graph
-from autopar.ir.trace import split_example, trace
+from autopar.ir.tracing.trace import split_example, trace
 from tests.zoo import ZOO
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from autopar.ir.schedules import named
-from autopar.search.stage_search import Group, Pipeline, Simulated, StageCost
+from autopar.ir.pipelining.schedules import named
+from autopar.search.stages.stage_search import Group, Pipeline, Simulated, StageCost
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from autopar.ir.assignment import Storage, conflict
 from autopar.ir.cluster import Cluster
 from autopar.search.account import account
 from autopar.search.build import build
-from autopar.search.costs import Costs
+from autopar.search.prices.costs import Costs
 from autopar.search.structure import Structure
 from tests.search.models import graph_of
 

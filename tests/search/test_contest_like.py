@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from autopar.errors import InfeasibleError
-from autopar.search.judge import judge
-from autopar.search.problem import Solution
-from autopar.search.problem_file import read_instance
-from autopar.search.solve import solve
+from autopar.search.solver.judge import judge
+from autopar.search.solver.problem import Solution
+from autopar.search.solver.problem_file import read_instance
+from autopar.search.solver.solve import solve
 from benchmarks.contest_like import VARIANTS, Raw, layered, least_peak, with_limit
 
 

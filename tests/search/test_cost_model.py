@@ -12,9 +12,9 @@ from autopar.ir.cluster import Cluster, resolve
 from autopar.ir.conversion import steps
 from autopar.ir.graph import Graph, Op, Parameter, Ref, Value
 from autopar.ir.placement import RP, P, R, S
-from autopar.search.collectives import axes
-from autopar.search.costs import Costs
-from autopar.search.work import work
+from autopar.search.prices.collectives import axes
+from autopar.search.prices.costs import Costs
+from autopar.search.prices.work import work
 from tests.search.models import graph_of
 
 H100 = Cluster.from_name("h100x8")

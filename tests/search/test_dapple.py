@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from autopar.errors import PlanError
-from autopar.search.profile import parse_profile
-from autopar.search.stage_costs import Devices, Group
+from autopar.search.stages.profile import parse_profile
+from autopar.search.stages.stage_costs import Devices, Group
 
 
 def _load() -> ModuleType:

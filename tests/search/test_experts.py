@@ -20,10 +20,10 @@ from autopar.ir.plan_roles import Roles
 from autopar.ir.rules import splits
 from autopar.ir.rules.nest import Call, Nest
 from autopar.ir.rules.table import RULES
-from autopar.ir.trace import trace
-from autopar.search.costs import Costs
+from autopar.ir.tracing.trace import trace
 from autopar.search.planner import plan_graph
-from autopar.search.work import work
+from autopar.search.prices.costs import Costs
+from autopar.search.prices.work import work
 
 
 def graph_of(kind: str, batch: int = 16, seq: int = 1024, **sizes: Any) -> Graph:

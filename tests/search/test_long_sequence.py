@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from autopar.ir.cluster import resolve
 from autopar.ir.graph import Graph
 from autopar.ir.plan import Plan
-from autopar.ir.trace import trace
-from autopar.search.collectives import axes
+from autopar.ir.tracing.trace import trace
 from autopar.search.planner import plan_graph
-from autopar.search.sequence import sequence_split
+from autopar.search.prices.collectives import axes
+from autopar.search.prices.sequence import sequence_split
 
 LONG = 131072
 NO_LIMIT_BYTES = 1 << 50

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 
 from autopar.errors import InfeasibleError
-from autopar.search.eliminate import hopeless
-from autopar.search.minimise import Minimiser
-from autopar.search.problem import Problem, Segment, Table
-from autopar.search.reduce import reduce
-from autopar.search.solve import Progress, solve
+from autopar.search.solver.eliminate import hopeless
+from autopar.search.solver.minimise import Minimiser
+from autopar.search.solver.problem import Problem, Segment, Table
+from autopar.search.solver.reduce import reduce
+from autopar.search.solver.solve import Progress, solve
 from tests.search.test_problem_file import GOOD, random_raw
 from tests.search.test_shrink import problems, within
 

@@ -14,25 +14,25 @@ from autopar.errors import PlanError
 from autopar.ir.assignment import expand_stages
 from autopar.ir.cluster import Cluster
 from autopar.ir.fold import fold
-from autopar.ir.microbatch import microbatched
+from autopar.ir.pipelining.microbatch import microbatched
+from autopar.ir.pipelining.schedule_check import live_by_stage
+from autopar.ir.pipelining.schedules import named
+from autopar.ir.pipelining.stages import candidates, cut
 from autopar.ir.placement import S
 from autopar.ir.plan import Plan
-from autopar.ir.schedule_check import live_by_stage
-from autopar.ir.schedules import named
-from autopar.ir.stages import candidates, cut
 from autopar.report.validate import contradictions
 from autopar.search.account import account
-from autopar.search.alike import form
 from autopar.search.build import build
-from autopar.search.costs import Costs
 from autopar.search.pins import read_pins
-from autopar.search.pipeline import Pipeline, Pipelined
-from autopar.search.place import Settings
 from autopar.search.planner import plan_graph
-from autopar.search.propose import Proposals
-from autopar.search.quick import StageTime, quick
-from autopar.search.short import KEPT, shortened
-from autopar.search.simulate import simulate
+from autopar.search.prices.costs import Costs
+from autopar.search.simulator.quick import StageTime, quick
+from autopar.search.simulator.simulate import simulate
+from autopar.search.stages.alike import form
+from autopar.search.stages.pipeline import Pipeline, Pipelined
+from autopar.search.stages.place import Settings
+from autopar.search.stages.propose import Proposals
+from autopar.search.stages.short import KEPT, shortened
 from autopar.search.structure import Structure
 from tests.search.models import graph_of
 

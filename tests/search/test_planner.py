@@ -16,8 +16,8 @@ from autopar.ir.plan import Plan
 from autopar.report.validate import contradictions
 from autopar.search.account import account
 from autopar.search.baselines import BASELINES
-from autopar.search.costs import Costs
 from autopar.search.planner import plan_graph
+from autopar.search.prices.costs import Costs
 from autopar.search.structure import Structure
 from tests.search.models import graph_of
 from tests.zoo import ZOO
@@ -92,7 +92,7 @@ def _wide_gpt2(layers: int, hidden: int, sequence: int):  # type: ignore[no-unty
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from autopar.ir.trace import trace
+    from autopar.ir.tracing.trace import trace
 
     config = GPT2Config(n_layer=layers, n_embd=hidden, n_head=hidden // 128, n_positions=sequence)
     with torch.device("meta"):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from autopar.errors import AutoparError, ProblemError
-from autopar.search.check import check
-from autopar.search.judge import judge
-from autopar.search.problem import Problem, Segment, Table
-from autopar.search.problem_file import IMPOSSIBLE, read_instance
+from autopar.search.solver.check import check
+from autopar.search.solver.judge import judge
+from autopar.search.solver.problem import Problem, Segment, Table
+from autopar.search.solver.problem_file import IMPOSSIBLE, read_instance
 
 GOOD: dict[str, Any] = {
     "problem": {

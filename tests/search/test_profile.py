@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from autopar.errors import PlanError
-from autopar.search.profile import Profile, parse_profile, read_profile
+from autopar.search.stages.profile import Profile, parse_profile, read_profile
 
 CHAIN = """\
 node1 -- Input -- forward_compute_time=1.0, backward_compute_time=0.000, activation_size=80.0, parameter_size=0.000

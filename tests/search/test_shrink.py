@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import InfeasibleError
-from autopar.search.check import check
-from autopar.search.contract import settle
-from autopar.search.dominated import drop_dominated, fold_leaves
-from autopar.search.interned import Interned
-from autopar.search.problem import Interval, Problem, Segment, Table
-from autopar.search.series import bridge_series
-from autopar.search.shrink import Shrunk, shrink
-from autopar.search.shrinking import Shrinking
-from autopar.search.tighten import tighten
+from autopar.search.solver.check import check
+from autopar.search.solver.contract import settle
+from autopar.search.solver.dominated import drop_dominated, fold_leaves
+from autopar.search.solver.interned import Interned
+from autopar.search.solver.problem import Interval, Problem, Segment, Table
+from autopar.search.solver.series import bridge_series
+from autopar.search.solver.shrink import Shrunk, shrink
+from autopar.search.solver.shrinking import Shrinking
+from autopar.search.solver.tighten import tighten
 
 Choice = tuple[int, ...]
 MOST_CHOICES = 1500

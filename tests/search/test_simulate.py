@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import PlanError
-from autopar.ir.schedule_check import live
-from autopar.ir.schedules import SCHEDULES
-from autopar.search.flows import Tasks
-from autopar.search.quick import StageTime, as_workload, quick
-from autopar.search.simulate import Simulation, run, simulate
-from autopar.search.timeline import receives
-from autopar.search.workload import Flow, Piece, Stage, Workload, of_plan
+from autopar.ir.pipelining.schedule_check import live
+from autopar.ir.pipelining.schedules import SCHEDULES
+from autopar.search.simulator.flows import Tasks
+from autopar.search.simulator.quick import StageTime, as_workload, quick
+from autopar.search.simulator.simulate import Simulation, run, simulate
+from autopar.search.simulator.timeline import receives
+from autopar.search.simulator.workload import Flow, Piece, Stage, Workload, of_plan
 from tests.report.pipelines import pipeline_plan
 
 SECONDS = st.sampled_from([0.0, 0.25, 1.0, 1.5, 7.0])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from autopar.errors import InfeasibleError, PlanError
-from autopar.search.eliminate import Factor, eliminate, find_order
-from autopar.search.minimise import Minimiser, Price
-from autopar.search.problem import Problem, Segment, Table
-from autopar.search.reduce import reduce, restrict
-from autopar.search.solve import solve
+from autopar.search.solver.eliminate import Factor, eliminate, find_order
+from autopar.search.solver.minimise import Minimiser, Price
+from autopar.search.solver.problem import Problem, Segment, Table
+from autopar.search.solver.reduce import reduce, restrict
+from autopar.search.solver.solve import solve
 
 
 def random_table(rng: np.random.Generator, *shape: int, infinite: float = 0.0, free: float = 0.0) -> Table:

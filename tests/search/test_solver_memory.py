@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from autopar.errors import InfeasibleError
-from autopar.search.incumbent import Incumbent
-from autopar.search.local import Local
-from autopar.search.marginals import min_marginals
-from autopar.search.minimise import Minimiser, Price
-from autopar.search.problem import Problem
-from autopar.search.solve import Progress, search, solve, solve_with
+from autopar.search.solver.incumbent import Incumbent
+from autopar.search.solver.local import Local
+from autopar.search.solver.marginals import min_marginals
+from autopar.search.solver.minimise import Minimiser, Price
+from autopar.search.solver.problem import Problem
+from autopar.search.solver.solve import Progress, search, solve, solve_with
 from tests.search.test_solver import brute_force, random_problem, repeated_problem
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import PlanError
-from autopar.ir.schedules import named
-from autopar.search.stage_bounds import facts_of
-from autopar.search.stage_search import Devices, Pipeline, PlacedStage, StageCost, search_stages
-from autopar.search.stage_workload import simulated
+from autopar.ir.pipelining.schedules import named
+from autopar.search.stages.stage_bounds import facts_of
+from autopar.search.stages.stage_search import Devices, Pipeline, PlacedStage, StageCost, search_stages
+from autopar.search.stages.stage_workload import simulated
 from tests.search.stage_models import TableCosts, Unit, replay
 
 seconds = st.sampled_from([0.0, 0.5, 1.0, 1.7, 3.0]) | st.floats(0.0, 4.0)

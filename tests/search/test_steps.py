@@ -8,11 +8,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from autopar.search.minimise import Minimiser, Price
-from autopar.search.problem import Problem, Table
-from autopar.search.reduce import reduce
-from autopar.search.solve import solve
-from autopar.search.steps import in_steps
+from autopar.search.solver.minimise import Minimiser, Price
+from autopar.search.solver.problem import Problem, Table
+from autopar.search.solver.reduce import reduce
+from autopar.search.solver.solve import solve
+from autopar.search.solver.steps import in_steps
 from tests.search.test_solver import brute_force, random_problem, repeated_problem
 
 

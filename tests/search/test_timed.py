@@ -7,18 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ortools.sat.python import cp_model
 
-from autopar.search.arrays import lay_out
-from autopar.search.compiled import generator, uniform, whole
-from autopar.search.cuts import add_cuts, solve_with_cuts
-from autopar.search.dual import Dual
-from autopar.search.evaluate import add_prices, cost_of, cost_of_change, usage_of
-from autopar.search.forest import clear, grow, new_forest, solve
-from autopar.search.messages import find_core
-from autopar.search.moves import improve, new_walk
-from autopar.search.problem import Ints, Problem
-from autopar.search.residual import residual
-from autopar.search.timed import search_timed
-from autopar.search.trees import choose_down, find_trees, pass_up
+from autopar.search.solver.arrays import lay_out
+from autopar.search.solver.compiled import generator, uniform, whole
+from autopar.search.solver.cuts import add_cuts, solve_with_cuts
+from autopar.search.solver.dual import Dual
+from autopar.search.solver.evaluate import add_prices, cost_of, cost_of_change, usage_of
+from autopar.search.solver.forest import clear, grow, new_forest, solve
+from autopar.search.solver.messages import find_core
+from autopar.search.solver.moves import improve, new_walk
+from autopar.search.solver.problem import Ints, Problem
+from autopar.search.solver.residual import residual
+from autopar.search.solver.timed import search_timed
+from autopar.search.solver.trees import choose_down, find_trees, pass_up
 from tests.search.timed_problems import choices, optimum, problems, timed_problem
 
 several = settings(max_examples=300, deadline=None)

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 from hypothesis import strategies as st
 
-from autopar.search.problem import Problem, Table
+from autopar.search.solver.problem import Problem, Table
 
 
 def timed_problem(seed: int, nodes: int, steps: int, tightness: float, impossible: float = 0.1) -> Problem:

@@ -19,13 +19,13 @@ from torch import Tensor
 import autopar
 from autopar.errors import PlanMismatchError, RuleError
 from autopar.ir.graph import Arg, Graph, Input, Op, Ref, Value
-from autopar.ir.leaf_modules import LEAF, LeafModule
 from autopar.ir.rules import remembered, unruled_kinds
 from autopar.ir.rules.discover import BUDGET_S, checked, discover
 from autopar.ir.rules.given import GivenRule, form, operator_name
 from autopar.ir.rules.operators import leaf_at_hand, operator
 from autopar.ir.rules.register import ALL, Registered, key_of
 from autopar.ir.rules.table import RANDOM
+from autopar.ir.tracing.leaf_modules import LEAF, LeafModule
 
 SWITCH = "AUTOPAR_DISCOVERY"
 MODEL_BUDGET_S = 30.0

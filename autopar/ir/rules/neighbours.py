@@ -16,7 +16,7 @@ from autopar.ir.rules.nest import Blocks, Nest, Term
 RESHARD = "autopar.reshard"
 RECEIVE, SEND = "autopar.receive", "autopar.send"
 LEAF = "autopar.leaf"
-"""A module of the user's that is not traced into; see `autopar.ir.leaf_modules`."""
+"""A module of the user's that is not traced into; see `autopar.ir.tracing.leaf_modules`."""
 
 Wish = tuple[int, int]
 AT_MOST = 3

@@ -1,4 +1,4 @@
-"""Losses, a number for each row or each element: `autopar.ir.canonical_losses` takes sums and means apart from them."""
+"""Losses, a number for each row or each element: `autopar.ir.tracing.canonical_losses` takes sums and means apart from them."""
 
 from __future__ import annotations
 

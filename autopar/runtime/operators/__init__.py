@@ -1,0 +1,1 @@
+"""Operations whose ranks cannot just run the operator on their parts."""

@@ -1,0 +1,1 @@
+"""What a rank holds, and how it is saved."""

@@ -1,0 +1,1 @@
+"""A plan's numbers beside one device's, on local processes."""

@@ -1,0 +1,1 @@
+"""What every decision costs in time and memory."""

@@ -1,0 +1,1 @@
+"""What a step of a plan takes, and where it waits."""

@@ -1,0 +1,1 @@
+"""From a problem to the best choice: reductions, elimination, bounds and search."""

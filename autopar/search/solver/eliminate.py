@@ -1,0 +1,302 @@
+"""Exact min-sum by variable elimination, in min-plus algebra on numpy tables.
+
+Eliminating a variable replaces the factors that mention it by one over their other variables: the minimum over the variable of their
+sum. In any order that leaves the exact minimum; the order only decides how large the tables get. (Bertele and Brioschi 1972;
+Dechter 1999, "Bucket elimination".) Where a table would grow over the limit, the factors are split in groups that are minimised
+apart: a lower bound instead of the minimum (Dechter and Rish 2003, "Mini-buckets"), and `exact` says so.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from string import ascii_letters
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.search.solver.problem import Floats
+
+Ints = NDArray[np.int64]
+
+LIMIT_ENTRIES = 50_000_000
+_IN_CACHE_ENTRIES = 1 << 17
+_CHEAP_ENTRIES = 30e6
+_NOISY_ORDERS = 12
+_HOPELESS = 8  # times the limit on tables: no noise mends that
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """A cost for every choice of `variables`; `table` has one axis per variable, in their order. Variables do not repeat."""
+
+    variables: tuple[int, ...]
+    table: Floats
+
+
+def factor(variables: Sequence[int], table: Floats) -> Factor:
+    """A factor whose `variables` may repeat: equal ones are made one axis (the diagonal)."""
+    distinct = tuple(dict.fromkeys(variables))
+    if len(distinct) < len(variables):
+        letter = {v: ascii_letters[axis] for axis, v in enumerate(distinct)}
+        table = np.einsum("".join(letter[v] for v in variables) + "->" + "".join(letter.values()), table)
+    return Factor(distinct, table)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Variables in the order in which they go; `largest_entries` and `total_entries` of the tables on the way.
+
+    `left`: pairs of variables that are left joined afterwards.
+    """
+
+    variables: tuple[int, ...]
+    largest_entries: float
+    total_entries: float
+    left: tuple[tuple[int, int], ...]
+
+
+def find_order(sizes: dict[int, int], scopes: Iterable[Sequence[int]], keep: Iterable[int] = ()) -> Order:
+    """A good order: the cheapest of some greedy ones.
+
+    `sizes`: strategies per variable; `scopes`: the variables of each factor; those in `keep` are not eliminated. Greedy by the tables
+    that eliminating a variable would make necessary (weighted min-fill, Kjaerulff 1990), then by the size of its own table, then
+    the first with noise from a fixed seed, as long as the order is not cheap enough and noise may make it so.
+    """
+    return _found_order(tuple(sizes.items()), tuple([tuple(scope) for scope in scopes]), frozenset(keep))
+
+
+@lru_cache(maxsize=64)  # one search solves graphs of one structure again and again
+def _found_order(items: tuple[tuple[int, int], ...], scopes: tuple[tuple[int, ...], ...], kept: frozenset[int]) -> Order:
+    sizes = dict(items)
+    best = _greedy(sizes, scopes, kept, _by_fill)
+    if best.total_entries > _CHEAP_ENTRIES:
+        best = min(best, _greedy(sizes, scopes, kept, _by_weight), key=_dearness)
+    for seed in range(_NOISY_ORDERS):
+        if best.total_entries <= _CHEAP_ENTRIES or best.largest_entries > _HOPELESS * LIMIT_ENTRIES:
+            break
+        noise = np.exp(np.random.default_rng(seed).normal(0.0, 0.5, len(sizes)))
+        best = min(best, _greedy(sizes, scopes, kept, _by_fill, dict(zip(sizes, noise.tolist(), strict=True))), key=_dearness)
+    return best
+
+
+def hopeless(sizes: dict[int, int], scopes: Sequence[Sequence[int]]) -> bool:
+    """Whether the order by table size, taken until one is far too large, says that none will do. `find_order` goes on to the end, which
+    takes long in just that case: near the end every variable of an entangled graph is joined to all others."""
+    return _greedy(sizes, scopes, frozenset(), _by_weight, most=_HOPELESS * LIMIT_ENTRIES).largest_entries > _HOPELESS * LIMIT_ENTRIES
+
+
+def _dearness(order: Order) -> float:
+    return order.total_entries
+
+
+def _by_fill(v: int, around: dict[int, set[int]], sizes: dict[int, int]) -> float:
+    """Entries of the pairwise tables that would appear between neighbours of `v`; ties by its own table, much less."""
+    neighbours = sorted(around[v])
+    fill = 0.0
+    entries = float(sizes[v])
+    for position, u in enumerate(neighbours):
+        entries *= sizes[u]
+        near = around[u]
+        for w in neighbours[position + 1 :]:
+            if w not in near:
+                fill += sizes[u] * sizes[w]
+    return fill + 1e-9 * entries
+
+
+def _by_weight(v: int, around: dict[int, set[int]], sizes: dict[int, int]) -> float:
+    """Entries of the table that eliminating `v` needs."""
+    return float(sizes[v]) * prod(sizes[u] for u in around[v])
+
+
+def _greedy(
+    sizes: dict[int, int],
+    scopes: Sequence[Sequence[int]],
+    kept: frozenset[int],
+    score: Callable[[int, dict[int, set[int]], dict[int, int]], float],
+    noise: dict[int, float] | None = None,
+    most: float = np.inf,
+) -> Order:
+    """The order that always eliminates the variable of least `score` times `noise`, the lowest number among equals.
+
+    It ends where a table has over `most` entries.
+    """
+    around: dict[int, set[int]] = {v: set() for v in sizes}
+    for scope in scopes:
+        for v in scope:
+            around[v].update(scope)
+    for v in around:
+        around[v].discard(v)
+
+    def scored(v: int) -> float:
+        return score(v, around, sizes) * (noise[v] if noise else 1.0)
+
+    current = {v: scored(v) for v in sizes if v not in kept}
+    heap = [(w, v) for v, w in current.items()]
+    heapq.heapify(heap)
+    order: list[int] = []
+    largest = total = 0.0
+    while heap and largest <= most:
+        w, v = heapq.heappop(heap)
+        if current.get(v) != w:
+            continue
+        del current[v]
+        order.append(v)
+        entries = _by_weight(v, around, sizes)
+        largest, total = max(largest, entries), total + entries
+        neighbours = around.pop(v)
+        touched = set(neighbours)
+        for u in neighbours:
+            around[u].discard(v)
+            if not neighbours <= around[u] | {u}:
+                around[u] |= neighbours
+                around[u].discard(u)
+                touched |= around[u]
+        for u in touched:
+            if u in current:
+                fresh = scored(u)
+                if fresh != current[u]:
+                    current[u] = fresh
+                    heapq.heappush(heap, (fresh, u))
+    left = tuple((v, u) for v in sorted(around) for u in sorted(around[v]) if v < u)
+    return Order(tuple(order), largest, total, left)
+
+
+@dataclass(frozen=True, slots=True)
+class Eliminated:
+    """What is left: `constant` and the factors in `rest` over variables that were not eliminated, their sum being the minimum.
+
+    `steps` holds the factors met on the way, to choose the eliminated variables again, `messages` what each variable left behind
+    (where its factors were not split). `exact` is False where `rest` only bounds the minimum from below.
+    """
+
+    rest: tuple[Factor, ...]
+    constant: float
+    steps: tuple[tuple[int, tuple[Factor, ...]], ...]
+    messages: dict[int, Factor]
+    exact: bool
+
+    def table(self, keep: Sequence[int], sizes: dict[int, int]) -> Floats:
+        """The minimum as one table with an axis per variable in `keep`, which are all that are left."""
+        table = np.full(tuple([sizes[v] for v in keep]), self.constant)
+        for item in self.rest:
+            table += aligned(item, keep)
+        return table
+
+    def recover(self, chosen: dict[int, Ints]) -> dict[int, Ints]:
+        """Best choices of the eliminated variables, given those of the kept ones.
+
+        `chosen`: per kept variable, indices of shape `(batch,)`. Returns the same for all variables. Ties go to the lowest index.
+        """
+        chosen = dict(chosen)
+        batch = len(next(iter(chosen.values()))) if chosen else 1
+        for variable, factors in reversed(self.steps):
+            total: Floats = np.zeros((1, 1))
+            for item in factors:
+                axis = item.variables.index(variable)
+                table = np.moveaxis(item.table, axis, -1)
+                at = tuple([chosen[v] for v in item.variables if v != variable])
+                total = total + (table[at] if at else table[None])
+            best = total.argmin(1)
+            chosen[variable] = best if len(best) == batch else np.repeat(best, batch)
+        return chosen
+
+
+def eliminate(
+    sizes: dict[int, int],
+    factors: Iterable[Factor],
+    order: Order,
+    limit_entries: int = LIMIT_ENTRIES,
+) -> Eliminated:
+    """Minimise the sum of `factors` over the variables in `order`.
+
+    `sizes`: number of choices per variable of the factors, those that stay included.
+    """
+    pools: dict[int, dict[int, Factor]] = {v: {} for v in sizes}
+    constant = 0.0
+    exact = True
+    number = 0
+    steps: list[tuple[int, tuple[Factor, ...]]] = []
+    messages: dict[int, Factor] = {}
+
+    def add(item: Factor) -> None:
+        nonlocal number, constant
+        for v in item.variables:
+            pools[v][number] = item
+        number += 1
+        if not item.variables:
+            constant += float(item.table)
+
+    for item in factors:
+        add(item)
+    for variable in order.variables:
+        bucket = pools.pop(variable)
+        for key, item in bucket.items():
+            for v in item.variables:
+                if v != variable:
+                    del pools[v][key]
+        steps.append((variable, tuple(bucket.values())))
+        for group in _groups(variable, list(bucket.values()), sizes, limit_entries):
+            exact &= len(group) == len(bucket)
+            messages[variable] = _minimum(variable, group, sizes)
+            add(messages[variable])
+    rest = {key: item for pool in pools.values() for key, item in pool.items()}
+    return Eliminated(tuple(rest[key] for key in sorted(rest)), constant, tuple(steps), messages, exact)
+
+
+def _groups(variable: int, factors: list[Factor], sizes: dict[int, int], limit_entries: int) -> list[list[Factor]]:
+    """The factors in as few groups as keep each group's table within the limit: one, but for the worst of graphs."""
+    groups: list[tuple[set[int], list[Factor]]] = []
+    if prod(sizes[v] for v in {variable}.union(*[item.variables for item in factors])) <= limit_entries:
+        return [factors] if factors else [[]]
+    for item in sorted(factors, key=lambda item: -item.table.size):
+        for scope, members in groups:
+            joint = scope.union(item.variables)
+            if prod(sizes[v] for v in joint) <= max(limit_entries, item.table.size):
+                scope |= joint
+                members.append(item)
+                break
+        else:
+            groups.append((set(item.variables), [item]))
+    return [members for _, members in groups]
+
+
+def aligned(item: Factor, scope: Sequence[int]) -> Floats:
+    """The factor's table with an axis for every variable in `scope`, of length 1 where it does not depend on it."""
+    position = {v: axis for axis, v in enumerate(item.variables)}
+    table = item.table.transpose([position[v] for v in scope if v in position])
+    return table[tuple([slice(None) if v in position else None for v in scope])]
+
+
+def _minimum(variable: int, factors: list[Factor], sizes: dict[int, int]) -> Factor:
+    """Sum `factors` and minimise over `variable`."""
+    if not factors:
+        return Factor((), np.zeros(()))
+    if len(factors) == 1:
+        item = factors[0]
+        axis = item.variables.index(variable)
+        return Factor(item.variables[:axis] + item.variables[axis + 1 :], item.table.min(axis))
+    others = tuple(sorted({v for item in factors for v in item.variables if v != variable}))
+    scope = (variable, *others)
+    parts = sorted((aligned(item, scope) for item in factors), key=lambda part: part.size)
+    shape = tuple(sizes[v] for v in others)
+    entries = prod(shape)
+    if entries * sizes[variable] <= _IN_CACHE_ENTRIES:
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return Factor(others, total.min(0))
+    # one slice after the other stays in cache and never holds the whole sum
+    best = np.full(shape, np.inf)
+    work = np.empty(shape)
+    for choice in range(sizes[variable]):
+        slices = [part[choice] for part in parts]
+        small = slices[0]
+        for part in slices[1:-1]:
+            small = small + part
+        np.add(small, slices[-1], out=work)
+        np.minimum(best, work, out=best)
+    return Factor(others, best)

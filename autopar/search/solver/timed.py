@@ -1,0 +1,205 @@
+"""`search_timed`: choices within the memory of every time step, from the dual's prices and forest moves, until time or gap is up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autopar.search.solver.arrays import Arrays, lay_out
+from autopar.search.solver.compiled import generator
+from autopar.search.solver.dual import Dual
+from autopar.search.solver.incumbent import Progress
+from autopar.search.solver.possible import possible_choice
+from autopar.search.solver.problem import Ints, Problem, Solution
+from autopar.search.solver.walker import Best, Walker, load_moves
+
+if TYPE_CHECKING:
+    from autopar.search.solver.finish import Finish
+
+__all__ = ["search_timed"]
+
+_DUAL_ENTRIES = 60_000_000  # table entries that the dual's steps between two looks at the time may read, about
+_FEWEST_STEPS, _MOST_STEPS = 5, 50
+_STALLED = 1e-5  # of the bound: less in `_MOST_STEPS` steps is not worth a thread of its own
+_REPAIR = 4.0  # times the highest price is about what it costs to bring a rounding's memory down
+_MOVES_PER_STEP = 3  # of a walk take about as long as one step of the dual
+_ROUNDS_BEFORE_FINISH = 10  # of walks, before what is left open is given to an integer program; after each that was in vain, twice as many
+_LONGEST_BLIND = 2000  # steps of the dual without a possible choice to round to
+_IDLE_ROUNDS = 200  # without a better choice: the end where no time limit is given
+
+
+@dataclass
+class _Clock:
+    """Seconds since the start, and whether they are up."""
+
+    limit_s: float | None
+    start: float = field(default_factory=perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return perf_counter() - self.start
+
+    @property
+    def left_s(self) -> float | None:
+        return None if self.limit_s is None else max(0.0, self.limit_s - self.seconds)
+
+    @property
+    def up(self) -> bool:
+        return self.limit_s is not None and self.seconds >= self.limit_s
+
+
+def search_timed(
+    problem: Problem,
+    *,
+    time_limit_s: float | None = None,
+    seed: int = 0,
+    gap: float = 0.0,
+    progress: Callable[[Progress], None] | None = None,
+) -> Solution:
+    """Search until `time_limit_s`, until cost and bound differ by at most `gap` of the bound, or until nothing is found for long.
+
+    No edge may hold memory. The same seed gives the same answer where the limit is
+    not what stops it. Ctrl-C ends the search with the best choice so far. `feasible` of the solution is False
+    where no choice within the limit was found: then the choice is the one that was over it by least, and the bound is `inf` if it is
+    proven that there is none.
+    """
+    clock = _Clock(time_limit_s)
+    search = _Search(lay_out(problem), clock, seed, gap, progress)
+    try:
+        search.run()
+    except KeyboardInterrupt:
+        if search.best.choice is None:
+            raise
+    choice = search.best.choice if search.best.choice is not None else search.dual.choice
+    picked = tuple(choice.tolist())
+    cost, memory = problem.evaluate(picked)
+    feasible = cost < np.inf and memory <= problem.memory_limit_bytes
+    bound = min(search.bound, cost) if feasible else search.bound
+    return Solution(picked, cost, memory, bound, feasible, float(search.dual.best_prices.sum()))
+
+
+class _Search:
+    """The dual, the best choice and the walks of one search, in rounds.
+
+    In each round the dual takes some steps, or a walk a number of moves, on two threads; what they found is looked at when both are
+    done, in the same order always.
+    """
+
+    def __init__(self, arrays: Arrays, clock: _Clock, seed: int, gap: float, progress: Callable[[Progress], None] | None) -> None:
+        self.arrays, self.clock, self.gap, self.progress = arrays, clock, gap, progress
+        self.seed = seed
+        self.finish: Finish | None = None
+        self.next_finish = _ROUNDS_BEFORE_FINISH
+        self.proven = -np.inf
+        self.best = Best(arrays)
+        self.dual = Dual(arrays)
+        self.best.offer(self.dual.choice)
+        self.rounded = Best(arrays)
+        self.state = generator(seed)
+        self.walkers = [Walker(arrays, generator(seed + 1 + number)) for number in range(2)]
+        self.steps = max(_FEWEST_STEPS, min(_MOST_STEPS, _DUAL_ENTRIES // max(self.walkers[0].entries, 1)))
+
+    @property
+    def bound(self) -> float:
+        """The higher of the dual's bound and the integer program's."""
+        return max(self.dual.bound, self.proven)
+
+    @property
+    def done(self) -> bool:
+        if self.bound == np.inf or (self.best.excess == 0 and self.best.cost - self.bound <= self.gap * abs(self.bound)):
+            return True
+        return self.clock.up
+
+    def run(self) -> None:
+        """Rounds until the end. While the bound grows, the dual has one of the two threads; later what is left open, if that is little."""
+        with ThreadPoolExecutor(2) as threads:
+            try:
+                self._raise_bound()
+                self.best.offer(self.rounded.choice if self.rounded.choice is not None else self.dual.choice)
+                self._report("bound")
+                if not self.done:
+                    load_moves(self.arrays).join(self.clock.left_s)
+                self._rounds(threads)
+            finally:
+                if self.finish is not None:
+                    self.finish.stop()
+                    self._finished()
+
+    def _rounds(self, threads: ThreadPoolExecutor) -> None:
+        idle, rounds, steps, before, rising = 0, 0, self.steps, -np.inf, True
+        while not self.done and (self.clock.limit_s is not None or idle < _IDLE_ROUNDS):
+            walkers = self.walkers[1:] if rising or self._finishing else self.walkers
+            repeats = max(1, _MOVES_PER_STEP * self.steps // self.walkers[0].moves) if rising else 1
+            for walker in walkers:
+                walker.prepare(self.best, self.rounded, self.dual, rising)
+            jobs = [threads.submit(self._raise_bound)] if rising else []
+            jobs += [threads.submit(walker.walk, repeats) for walker in walkers if walker.ready]
+            for job in jobs:
+                job.result()
+            if self.best.choice is None:
+                self._settle_on_a_possible()
+            found = [self.best.offer(choice) for choice in self._found(walkers, rising)]
+            idle = 0 if any(found) or rising else idle + 1
+            if rising:
+                steps += self.steps
+                if steps % _MOST_STEPS < self.steps:
+                    grows = self.dual.bound - before > _STALLED * abs(self.dual.bound)
+                    rising = grows or (self.best.choice is None and steps < _LONGEST_BLIND)
+                    before = self.dual.bound
+            else:
+                rounds += 1
+                self._look_at_the_rest(threads, rounds)
+            self._report("bound" if rising else "moves")
+
+    def _look_at_the_rest(self, threads: ThreadPoolExecutor, rounds: int) -> None:
+        """Begin the integer program after some rounds of walks, when the best choice is good; see whether it has ended.
+
+        It begins again when the best choice has become better meanwhile: what was too much may be little enough by then.
+        Where there is no time limit, its end is waited for: then when it ends is not by chance.
+        """
+        if rounds >= self.next_finish and not self._finishing:
+            self.next_finish = 2 * rounds
+            if self.finish is None or self.best.cost < self.finish.cost:
+                from autopar.search.solver.finish import Finish  # CP-SAT takes a while to import
+
+                self.finish = Finish(self.arrays, self.dual, self.best, threads, self.clock.left_s, self.seed)
+        if self.finish is not None and self.finish.poll(wait=self.clock.limit_s is None):
+            self._finished()
+
+    def _finished(self) -> None:
+        assert self.finish is not None
+        if self.finish.choice is not None:
+            self.best.offer(self.finish.choice)
+        self.proven = max(self.proven, self.finish.bound)
+
+    @property
+    def _finishing(self) -> bool:
+        return self.finish is not None and self.finish.running
+
+    def _raise_bound(self) -> None:
+        self.rounded = Best(self.arrays, _REPAIR * float(self.dual.best_prices.max(initial=0.0)))
+        for _ in range(self.steps):
+            if self.clock.up:
+                return
+            self.dual.step()
+            self.rounded.offer(self.dual.choice)
+
+    def _settle_on_a_possible(self) -> None:
+        choice = possible_choice(self.arrays, self.dual.choice, self.state)
+        if choice is not None:
+            self.best.offer(choice)
+
+    def _found(self, walkers: list[Walker], rising: bool) -> list[Ints]:
+        found = [walker.found for walker in walkers if walker.ready]
+        return [*found, self.rounded.choice] if rising and self.rounded.choice is not None else found
+
+    def _report(self, phase: str) -> None:
+        if self.progress is not None:
+            cost, bound = self.best.cost if self.best.excess == 0 else np.inf, self.bound
+            gap = (cost - bound) / abs(bound) if cost > bound and bound != 0 else 0.0
+            self.progress(Progress(phase, cost, bound, gap, self.clock.seconds))

@@ -1,0 +1,35 @@
+"""`python -m autopar.search.solver.warm`: compile the loops of the search over time steps ahead, which takes some ten seconds, once.
+
+Whoever does not call this waits for it in the first search. Compiled code is kept beside the sources, or in the user's cache where
+those cannot be written to.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autopar.search.solver.arrays import lay_out
+from autopar.search.solver.dual import Dual
+from autopar.search.solver.problem import Problem, Segment, Table
+from autopar.search.solver.walker import load_moves
+
+__all__ = ["warm"]
+
+
+def warm() -> None:
+    """Call all loops on a small problem: a grid, and a node that hangs on it."""
+    side, size = 4, 4
+    tables = (Table(np.arange(4.0), np.arange(4.0)[::-1].copy()), Table(np.arange(16.0).reshape(4, 4) % 7, np.zeros((size, size))))
+    edges = [(n, n + 1, 1) for n in range(side * side) if (n + 1) % side] + [(n, n + side, 1) for n in range(side * (side - 1))]
+    count = side * side + 1
+    live = tuple((n, n + 4) for n in range(count))
+    problem = Problem((0,) * count, (*edges, (0, count - 1, 1)), tables, (Segment(0, count, 1),), 6.0, live)
+    arrays = lay_out(problem)
+    dual = Dual(arrays)
+    dual.step()
+    dual.worth_keeping(np.inf)
+    load_moves(arrays).join()
+
+
+if __name__ == "__main__":
+    warm()

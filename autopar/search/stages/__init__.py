@@ -1,0 +1,1 @@
+"""Plans with a pipeline: which stages on which ranks."""
