@@ -86,10 +86,16 @@ def _refusals(trials: Sequence[Trial]) -> list[str]:
     by_error: dict[str, list[str]] = {}
     for trial in trials:
         if trial.error:
-            by_error.setdefault(trial.error.splitlines()[0], []).append(trial.way.title)
+            by_error.setdefault(_short(trial.error), []).append(trial.way.title)
         elif not trial.ok:
             by_error.setdefault(f"off by {trial.worst:.1e} in {trial.where}", []).append(trial.way.title)
     return [f"{', '.join(titles)}: {error}" for error, titles in by_error.items()]
+
+
+def _short(error: str) -> str:
+    """The first line, and of failed ranks what the first of them says."""
+    lines = error.splitlines()
+    return " ".join((lines[0], *(text.strip() for text in lines[1:] if text.startswith("  rank "))))[:400] if len(lines) > 2 else lines[0]
 
 
 def _escaped(text: str) -> str:

@@ -19,8 +19,8 @@ class Row:
     drawn from seed 0; `changes` are options of the model's configuration. `example(model, batch) -> inputs` by name, with what a loss
     needs. `note`: what a reader of the table should know of the row.
 
-    `microbatches`: of a pipeline; 1 where the rows of a batch depend on each other. `leaf_modules`: what cannot be traced, see
-    `autopar.plan`.
+    `batch`: its rows; four ranks can split two of them in two at most, and must split the model too. `microbatches`: of a pipeline; 1 where
+    the rows of a batch depend on each other. `leaf_modules`: what cannot be traced, see `autopar.plan`.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Row:
     build: Callable[..., nn.Module]
     example: Callable[[nn.Module, int], Inputs]
     note: str = ""
+    batch: int = 2
     microbatches: int = 2
     leaf_modules: tuple[str, ...] = ()
 

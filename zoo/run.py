@@ -26,9 +26,6 @@ from autopar.search.planner import plan_graph
 from autopar.search.prices.work import work
 from zoo.row import Row
 
-BATCH = 2
-"""Rows of a batch. Four ranks can split it in two at most, and the model in two."""
-
 STEPS = 3
 LARGE = 0.01
 """The least share of a model's work with which an operator is named that every rank does whole."""
@@ -131,7 +128,7 @@ def run(
 def subject_of(row: Row, training: bool) -> Subject:
     """The row's model and example, made ready for verifying: with a loss in training mode, without one in evaluation mode."""
     model = row.build().train(training)
-    example = row.inputs(model, BATCH) if training else row.questions(model, BATCH)
+    example = row.inputs(model, row.batch) if training else row.questions(model, row.batch)
     return prepare(model, example, leaf_modules=row.leaf_modules)
 
 

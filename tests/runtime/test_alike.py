@@ -19,12 +19,14 @@ class Noisy(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
         self.channels = nn.Dropout1d(0.4)
+        self.elements = nn.Dropout(0.3, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         torch.rand(7, device=x.device)
         keep = torch.rand(x.shape[0], 1, 1, dtype=x.dtype, device=x.device) < 0.5
         x = x + keep * self.up(x)
         x = self.channels(self.channels(x))
+        x = self.elements(x * 1)
         x = x + torch.empty_like(x).uniform_(-1, 1) + torch.randn_like(x)
         return (x + torch.bernoulli(self.down(x).sigmoid())).square().mean()
 

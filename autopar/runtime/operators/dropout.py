@@ -110,15 +110,13 @@ def _composed_attention(
 
 
 class _NoDropout(TorchFunctionMode):
-    """Within, dropout returns its input, and attention keeps all of its weights. Dropout of whole channels and the like, which a program of
-    a rank draws whole (see `alike`), stays."""
-
-    _NAMES = frozenset({"dropout", "dropout_"})
+    """Within, dropout returns its input, and attention keeps all of its weights. Dropout of whole channels or in place, which a
+    program of a rank draws whole (see `alike`), stays."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if name in self._NAMES:
+        if name == "dropout" and not (kwargs.get("inplace") or (len(args) > 3 and args[3])):
             return args[0] if args else kwargs["input"]
         if name == "scaled_dot_product_attention":
             args = (*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:])

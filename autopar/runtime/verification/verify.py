@@ -10,7 +10,6 @@ side is the user's own eager model, not the traced graph, so that tracing is che
 
 from __future__ import annotations
 
-import copy
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from autopar.runtime.state.materialize import materialize_whole
 from autopar.runtime.verification.launch import RankPool
 from autopar.runtime.verification.one_dtype import FLOATS, computing_in, in_dtype, rule_in_dtype
 from autopar.runtime.verification.verify_report import Facts, VerifyReport, judge
-from autopar.runtime.verification.verify_runs import Job, Optimizer, on_a_rank, on_one_device
+from autopar.runtime.verification.verify_runs import Job, Optimizer, copy_of, on_a_rank, on_one_device
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Largest relative error that is still the same model. Rounding is near 1e-15 and 1e-7, and grows with the length of sums."""
@@ -162,7 +161,7 @@ def compare(
     if report.ok:
         return report
     generator = torch.Generator().manual_seed(0)
-    other = copy.deepcopy(reference)
+    other = copy_of(reference)
     with torch.no_grad():
         for tensor in (*other.parameters(), *other.buffers()):
             tensor.copy_(_with_other_last_digits(tensor, generator))
@@ -214,7 +213,7 @@ def _one_device_copy(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, l
     """A copy of `model` on the CPU, with values, all floating-point tensors in `dtype`; and what there is to tell about it."""
     notes: list[str] = []
     try:
-        copied = copy.deepcopy(model, _computed_attributes(model))
+        copied = copy_of(model)
     except Exception as error:  # a module may refuse to be copied in any way it likes
         raise VerifyError(
             f"{type(model).__name__} cannot be copied, and verify trains a copy: `copy.deepcopy(model)` raises "
@@ -239,13 +238,6 @@ def _one_device_copy(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, l
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False  # as while tracing
     return copied.to(device="cpu", dtype=dtype), notes
-
-
-def _computed_attributes(model: nn.Module) -> dict[int, Any]:
-    """What `copy.deepcopy` is to take for tensors that it refuses: those with a gradient history that a module keeps as a plain attribute
-    (`torch.nn.utils.weight_norm`'s weight) and computes anew in forward."""
-    kept = (item for module in model.modules() for item in vars(module).values() if isinstance(item, Tensor))
-    return {id(item): item.detach().clone() for item in kept if not item.is_leaf}
 
 
 def _cast(leaf: Any, dtype: torch.dtype) -> Any:

@@ -89,12 +89,19 @@ def on_one_device(job: Job, model: nn.Module, traced: TracedModel) -> Facts:
     try:
         with computing_in(job.dtype), without_dropout(model):
             for kind in job.optimizers:
-                found |= _train(job, kind, copy.deepcopy(model), call)
+                found |= _train(job, kind, copy_of(model), call)
     except VerifyError:
         raise
     except Exception as error:
         raise VerifyError(f"the model itself fails on one device in {job.dtype}: {type(error).__name__}: {error}") from error
     return found
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy. Of tensors that `copy.deepcopy` refuses, those with a gradient history that a module keeps as a plain attribute
+    (`torch.nn.utils.weight_norm`'s weight, a recurrent layer's last state), it has the values."""
+    kept = (item for module in model.modules() for item in vars(module).values() if isinstance(item, Tensor))
+    return copy.deepcopy(model, {id(item): item.detach().clone() for item in kept if not item.is_leaf})
 
 
 def on_a_rank(job: Job) -> tuple[Facts | None, dict[Key, float]]:
