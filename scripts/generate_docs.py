@@ -89,11 +89,11 @@ PROCESSING_ORDER = {
         "gather gradients recompute deferred evaluation sampler loss last_words"
     ),
     "autopar/runtime/operators": (
-        "local_ops local_classes local_reduce attention_blocks zigzag ring_attention experts experts_even dropout leaf"
+        "local_ops local_classes local_reduce attention_blocks zigzag ring_attention experts experts_even dropout alike leaf"
     ),
     "autopar/runtime/pipelining": "pipeline pipeline_stage pipeline_schedule pipeline_wire pipeline_transfer pipeline_tied",
     "autopar/runtime/state": "materialize initialise shards strided_shards checkpoint parts parts_checkpoint clip",
-    "autopar/runtime/verification": "verify verify_runs verify_report one_dtype alike launch rank_process",
+    "autopar/runtime/verification": "verify verify_runs verify_report one_dtype launch rank_process",
     "autopar/report": (
         "show explain explain_stage diff diff_stages validate simulate timeline chrome_trace schedule_svg compare clusters rules progress "
         "terminal"

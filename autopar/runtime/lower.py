@@ -31,9 +31,9 @@ from autopar.ir.rules.operators import operator
 from autopar.ir.tracing.leaf_modules import LEAF, LeafModule
 from autopar.runtime.convert import Place, convert, convert_value, local_steps
 from autopar.runtime.operators import dropout, leaf
+from autopar.runtime.operators.alike import Draw, draws
 from autopar.runtime.operators.local_ops import LOCAL_OPS
 from autopar.runtime.recompute import Around, folded
-from autopar.runtime.verification.alike import Draw, draws
 
 Hook = Callable[[], None]
 ATTENTION = "aten.scaled_dot_product_attention.default"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import autopar
-from autopar.runtime.verification.alike import drawing_alike, draws_alike, eagerly_alike
+from autopar.runtime.operators.alike import drawing_alike, draws_alike, eagerly_alike
 from autopar.runtime.verification.launch import RankPool
 from tests.zoo import talkative
 

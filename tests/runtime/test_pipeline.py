@@ -20,6 +20,7 @@ from autopar.ir.placement import R
 from autopar.ir.plan import Plan
 from autopar.runtime.convert import Place
 from autopar.runtime.lower import Borders, lower
+from autopar.runtime.operators.alike import draws
 from autopar.runtime.operators.dropout import without_dropout
 from autopar.runtime.pipelining.pipeline import PipelineModule
 from autopar.runtime.pipelining.pipeline_schedule import PipelineStage
@@ -380,6 +381,7 @@ def test_no_two_operations_draw_the_same_mask() -> None:
     _, _, _, traced = prepared(case)
     _, expanded = plan_of(case, traced.graph)
     drawn: list[int] = []
+    draws_of_all = draws(traced.graph)
     for stage, assignment in zip(expanded.stages, expanded.assignments, strict=True):
         for index in range(assignment.mesh[0]):
             place = Place(assignment.mesh, (index, 0), ("", ""))
@@ -388,7 +390,7 @@ def test_no_two_operations_draw_the_same_mask() -> None:
                 {item.value: assignment.storage[item.fqn].stored for item in stage.graph.parameters},
                 ((R, R),) * len(stage.graph.outputs),
             )
-            program = lower(stage.graph, assignment, place, borders, torch.device("cpu"), numbers=traced.graph.op_index)
+            program = lower(stage.graph, assignment, place, borders, torch.device("cpu"), drawn=draws_of_all)
             drawn += _parts_drawn(program)
     by_op: dict[int, set[int]] = {}
     for number in drawn:

@@ -77,7 +77,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 def drawing(function: Callable[..., Any], device: torch.device, part: int, seed: int, counter: Tensor, /, *args: Any, **kwargs: Any) -> Any:
     """`function(*args, **kwargs)`, which draws from the default generator: the same numbers on every rank, others in every step, or from
     `seed` where draws are to be `alike`."""
-    from autopar.runtime.verification.alike import draws_alike
+    from autopar.runtime.operators.alike import draws_alike
 
     with seeded(device, seed if draws_alike() else mix(*counter.tolist(), part)):
         return function(*args, **kwargs)

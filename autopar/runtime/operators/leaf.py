@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from autopar.errors import RuntimeSetupError
 from autopar.ir.tracing.leaf_modules import LeafModule
+from autopar.runtime.operators.alike import draws_alike, eagerly_alike
 from autopar.runtime.operators.dropout import drawing, seeded
-from autopar.runtime.verification.alike import draws_alike, eagerly_alike
 
 Shape = tuple[int, ...]
 

@@ -34,6 +34,7 @@ from autopar.runtime.inputs import given_states
 from autopar.runtime.loss import NO_GRADIENTS, NO_LOSS, loss_of, reached
 from autopar.runtime.microbatches import Microbatches, joined
 from autopar.runtime.module import owner_of, place_on, sharded
+from autopar.runtime.operators.alike import draws
 from autopar.runtime.pipelining.pipeline_schedule import Batch, Interpreter, PipelineStage, Progress, Wire, wire
 from autopar.runtime.pipelining.pipeline_stage import LiveStage, Sources
 from autopar.runtime.pipelining.pipeline_tied import TiedWeight, exchange
@@ -41,7 +42,6 @@ from autopar.runtime.pipelining.pipeline_transfer import Layout, messages
 from autopar.runtime.pipelining.pipeline_wire import Outbox, peer_errors, warm_up
 from autopar.runtime.process_mesh import GroupMesh
 from autopar.runtime.state.clip import PartOfModel, register
-from autopar.runtime.verification.alike import draws
 
 
 class PipelineModule(DistributedModule):

@@ -35,10 +35,10 @@ from autopar.runtime.convert import Place
 from autopar.runtime.gather import Gatherer, buckets_of, hooks_of
 from autopar.runtime.gradients import Message, Reducer
 from autopar.runtime.lower import Borders, Mode, lower
+from autopar.runtime.operators.alike import Draw
 from autopar.runtime.parameters import Leaf, uses
 from autopar.runtime.precision import Dtypes
 from autopar.runtime.recompute import regions_of
-from autopar.runtime.verification.alike import Draw
 
 
 @dataclass(frozen=True, slots=True)

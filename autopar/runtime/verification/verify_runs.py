@@ -24,6 +24,7 @@ from autopar.ir.plan import Plan
 from autopar.ir.tracing.trace import TracedModel, leaf_paths
 from autopar.runtime.loss import NO_LOSS
 from autopar.runtime.module import ParallelModule
+from autopar.runtime.operators.alike import drawing_alike, eagerly_alike
 from autopar.runtime.operators.dropout import without_dropout
 from autopar.runtime.operators.leaf import leaves_run_within
 from autopar.runtime.pipelining.pipeline import PipelineModule, held_by, storage_of
@@ -31,7 +32,6 @@ from autopar.runtime.precision import Dtypes
 from autopar.runtime.process_mesh import group_mesh_for, mesh_for
 from autopar.runtime.state.checkpoint import whole_tensor
 from autopar.runtime.state.shards import coordinate_of, local_part
-from autopar.runtime.verification.alike import drawing_alike, eagerly_alike
 from autopar.runtime.verification.one_dtype import EveryDtype, computing_in
 from autopar.runtime.verification.verify_report import Facts, Key, distance
 
