@@ -7,15 +7,13 @@ from typing import Any
 from torch import nn
 
 from zoo.inputs import SEQUENCE, floats, images, numbers, tokens, tokens_to_tokens
-from zoo.language import _ENDS, _GROUPED, _SIZES, _SMALL, MASKED, NEXT, PAIR
+from zoo.language import _BOTH, _ENDS, _GROUPED, _SIZES, _SMALL, MASKED, NEXT, PAIR
 from zoo.row import Row, hf
 from zoo.vision import _PATCHES, CLASS
 
 SOUND, SERIES = "speech", "time series"
 _POSITIONS = {"n_positions": 64, "n_ctx": 64}
 _OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}
-_MODEL = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-_BOTH = _MODEL | {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
 
 
 def _masked_pair(model: nn.Module, batch: int) -> dict[str, Any]:

@@ -9,6 +9,8 @@ NEXT, MASKED, PAIR = "next token", "masked token", "sequence to sequence"
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 96}
 _SMALL = _SIZES | {"max_position_embeddings": 64}
 _GROUPED = _SMALL | {"num_key_value_heads": 2}
+_MODEL = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+_BOTH = _MODEL | {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
 _ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -113,13 +115,7 @@ ENCODER_DECODERS = (
         hf(
             "BartForConditionalGeneration",
             "BartConfig",
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
+            **_BOTH,
             vocab_size=96,
             max_position_embeddings=64,
         ),

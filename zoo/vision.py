@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from zoo.inputs import SEQUENCE, floats, images, numbers
+from zoo.language import _BOTH
 from zoo.row import Row, hf
 
 CLASS, SEGMENT, MATCH, SPEECH = "class of an image", "class of every pixel", "which text to which image", "speech to text"
@@ -155,13 +156,7 @@ VISION = (
         hf(
             "WhisperForConditionalGeneration",
             "WhisperConfig",
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
+            **_BOTH,
             vocab_size=96,
             num_mel_bins=16,
             max_source_positions=16,
