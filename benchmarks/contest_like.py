@@ -4,7 +4,7 @@ A solver that was built with a few public instances in view must hold on others.
 file (see `autopar/search/solver/problem_file.py`): another limit, other costs, a part of the graph, two graphs in one. `layered` makes one
 from nothing: layers of operations forward and back, whose values live from where they are made to where they are last read, with strategies
 that split a value over 1, 2, 4, ... ranks. Everything follows from a seed. `tests/search/test_contest_like.py` uses small ones,
-`benchmarks/iopddl_unseen.py` large ones.
+`benchmarks/iopddl.md` tells of large ones.
 """
 
 from __future__ import annotations

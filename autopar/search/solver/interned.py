@@ -89,9 +89,10 @@ class Interned:
 
         def make() -> tuple[int, int] | None:
             values = self.tables[table]
-            if not values[0, 0] < np.inf:
+            at, by = divmod(int(values.argmin()), values.shape[1])  # the least entry: no digits of small costs are lost in large ones
+            if not values[at, by] < np.inf:
                 return None
-            column, row = values[:, 0], values[0] - values[0, 0]
+            column, row = values[:, by], values[at] - values[at, by]
             return (self.vector(column), self.vector(row)) if (values == column[:, None] + row).all() else None
 
         found: tuple[int, int] | None = self.once(("separable", table), make)

@@ -109,10 +109,12 @@ class Local:
         if fits:
             useful = (more_cost < -tolerance) & (more_memory <= slack[:, None]).all(0)
             # savings per byte; those that need no memory first, the largest first among them
-            rank = np.where(more <= 0, -np.inf, more_cost / np.maximum(more, 1e-300))
+            with np.errstate(over="ignore"):
+                rank = np.where(more <= 0, -np.inf, more_cost / np.maximum(more, 1e-300))
         else:
             useful = (more < 0) & (more_cost < np.inf)
-            rank = more_cost / np.maximum(-more, 1e-300)
+            with np.errstate(over="ignore"):
+                rank = more_cost / np.maximum(-more, 1e-300)
         moves = np.flatnonzero(useful)
         if not len(moves):
             return False

@@ -206,7 +206,7 @@ class _Reader:
         key = ("self", node_table, edge_table)
         if key not in self.known:
             table = self.tables[node_table]
-            self._note(key, table.cost_s + self.tables[edge_table].cost_s.diagonal(), table.memory_bytes)
+            self._note(key, _sum_from_below(table.cost_s, self.tables[edge_table].cost_s.diagonal()), table.memory_bytes)
         return self.known[key]
 
     def _key(self, key: Any, values: list[Any], place: str) -> Any:
@@ -223,6 +223,9 @@ class _Reader:
 
     def _costs(self, values: list[Any], place: str) -> Floats:
         cost = self._numbers(values, place)
+        for at in np.flatnonzero(cost == IMPOSSIBLE).tolist():
+            if values[at] < IMPOSSIBLE:  # by less than floating-point numbers there differ
+                cost[at] = np.nextafter(cost[at], 0.0)
         cost[cost >= IMPOSSIBLE] = np.inf
         return cost
 
@@ -240,6 +243,15 @@ class _Reader:
             if type(value) not in (int, float) or not value > -np.inf:
                 raise self._wrong(place if single else f"{place}[{at}]", f"is {_shown(value)}; wanted a number")
         raise AssertionError(f"{place}: numbers that are none")
+
+
+def _sum_from_below(a: Floats, b: Floats) -> Floats:
+    """The sum, or the next number below it where it was rounded up (by Knuth's two-sum): what bounds are proven of is never dearer."""
+    total: Floats = a + b
+    with np.errstate(invalid="ignore"):
+        part = total - a
+        error = (a - (total - part)) + (b - part)
+    return np.where(error < 0, np.nextafter(total, -np.inf), total)
 
 
 def _shown(value: Any) -> str:

@@ -17,6 +17,7 @@ from autopar.search.solver.minimise import Minimiser, Price
 from autopar.search.solver.over_time import solve_over_time
 from autopar.search.solver.problem import Problem, Solution, Table
 from autopar.search.solver.reduce import Reduced, reduce, restrict
+from autopar.search.solver.rounding import fits, lowered, on_grids
 from autopar.search.solver.steps import Steps, in_steps
 
 _UNKNOWN_S = 60.0  # how long the fast search looks for anything that fits where no table of elimination does
@@ -58,9 +59,45 @@ def solve(
     Raises `PlanError` for a damaged problem and `InfeasibleError` when every choice is impossible whatever the memory, or, with time
     steps, when it is plain that nothing fits.
     """
-    if ready is None:
-        check(problem)
     gap = (GOOD_GAP if effort == "fast" else 0.0) if gap is None else gap
+    if ready is not None:
+        return _solve(problem, ready, beside_bytes, effort, time_limit_s, seed, gap, progress)
+    check(problem)
+    start = perf_counter()
+    grids = on_grids(problem)
+    if grids is None:
+        return _with_sound_bound(problem, _solve(problem, None, beside_bytes, effort, time_limit_s, seed, gap, progress))
+    part_s = None if time_limit_s is None else time_limit_s / 2
+    found = _solve(grids[0], None, beside_bytes, effort, part_s, seed, gap, progress)
+    found = _with_sound_bound(grids[0], found)
+    if found.feasible and not fits(grids[1], found.choice):
+        found = replace(found, feasible=fits(problem, found.choice))
+        left_s = None if time_limit_s is None else max(0.0, time_limit_s - (perf_counter() - start))
+        try:
+            strict = _solve(grids[1], None, beside_bytes, effort, left_s, seed, gap, progress)
+        except InfeasibleError:
+            strict = found
+        if strict.feasible:
+            found = replace(strict, lower_bound_s=found.lower_bound_s)
+    return replace(found, memory_bytes=problem.evaluate(found.choice)[1])
+
+
+def _with_sound_bound(problem: Problem, found: Solution) -> Solution:
+    """With what rounding can have done to the bound taken off."""
+    price = found.multiplier_s_per_byte
+    return replace(found, lower_bound_s=lowered(problem, found.lower_bound_s, price * problem.memory_limit_bytes if price else 0.0))
+
+
+def _solve(
+    problem: Problem,
+    ready: Ready | None,
+    beside_bytes: tuple[float, ...],
+    effort: Literal["fast", "exact"],
+    time_limit_s: float | None,
+    seed: int,
+    gap: float,
+    progress: Callable[[Progress], None] | None,
+) -> Solution:
     start = perf_counter()
     if ready is None:
         stepped = in_steps(problem)
