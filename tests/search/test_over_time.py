@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,11 @@ import pytest
 from hypothesis import given, settings
 
 from autopar.errors import InfeasibleError
+from autopar.search.solver import timed
+from autopar.search.solver.arrays import lay_out
 from autopar.search.solver.eliminate import hopeless
+from autopar.search.solver.evaluate import add_prices
+from autopar.search.solver.last_resort import least_memory
 from autopar.search.solver.minimise import Minimiser
 from autopar.search.solver.problem import Problem, Segment, Table
 from autopar.search.solver.reduce import reduce
@@ -88,9 +94,33 @@ def test_same_seed_same_answer() -> None:
         assert first.choice == second.choice and first.lower_bound_s == second.lower_bound_s
 
 
-def test_a_time_limit_of_nothing_is_kept() -> None:
-    solution = solve(grid(12, 5, 2), effort="exact", time_limit_s=0.0)
-    assert len(solution.choice) == 144
+def test_without_any_time_what_fits_is_found() -> None:
+    for seed in range(4):
+        problem = grid(12, 5, seed, tightness=0.1 * seed)
+        start = perf_counter()
+        solution = solve(problem, effort="exact", time_limit_s=0.0)
+        assert perf_counter() - start < 10
+        assert solution.feasible and solution.lower_bound_s <= solution.cost_s
+        assert problem.evaluate(solution.choice) == (solution.cost_s, solution.memory_bytes)
+
+
+def test_who_waits_for_a_compiler_in_vain_has_the_choice_of_least_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = Thread(target=Event().wait, daemon=True)
+    never.start()
+    monkeypatch.setattr(timed, "loading", lambda: never)
+    monkeypatch.setattr(timed, "_LOADING_S", 0.1)
+    problem = grid(12, 5, 2)
+    solution = solve(problem, effort="exact", time_limit_s=0.2)
+    assert solution.feasible and 0 < solution.lower_bound_s <= solution.cost_s
+
+
+def test_least_memory_is_least_at_prices_of_one_over_the_room() -> None:
+    arrays = lay_out(grid(6, 4, 3))
+    choice, priced = least_memory(arrays), np.zeros(len(arrays.cost))
+    add_prices(arrays, 1.0 / arrays.room, priced)
+    for node, strategy in enumerate(choice.tolist()):
+        own = priced[arrays.first[node] : arrays.first[node + 1]]
+        assert own[strategy] <= own.min() * (1 + 1e-9)
 
 
 def test_what_elimination_cannot_hold_is_searched_without_time_steps_too() -> None:

@@ -17,6 +17,8 @@ from autopar.search.solver.shrink import shrink
 
 __all__ = ["solve_over_time"]
 
+_SHRINKING = 0.5  # of the time, at most about
+
 
 def solve_over_time(
     problem: Problem,
@@ -31,7 +33,7 @@ def solve_over_time(
     Raises `InfeasibleError` when it is plain that nothing fits.
     """
     start = perf_counter()
-    shrunk = shrink(problem, patient=time_limit_s is None)
+    shrunk = shrink(problem, time_limit_s is None, np.inf if time_limit_s is None else _SHRINKING * time_limit_s)
     if len(shrunk.problem.nodes) > 1:
         from autopar.search.solver.timed import search_timed  # compiled code takes a while to load
 

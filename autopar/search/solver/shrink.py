@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
 
 from autopar.search.solver.contract import settle
 from autopar.search.solver.dominated import drop_dominated, fold_leaves
@@ -34,22 +37,27 @@ class Shrunk:
         return self.state.original(choice[:-1], self.left)
 
 
-def shrink(problem: Problem, patient: bool = True) -> Shrunk:
+def shrink(problem: Problem, patient: bool = True, most_s: float = np.inf) -> Shrunk:
     """The problem made smaller without losing its optimum. `patient`: eliminations may take more than a moment.
 
+    After `most_s` seconds no further reduction is begun; what is impossible is dropped in any case.
     Raises `InfeasibleError` when a node is left without a possible strategy.
     """
+    start = perf_counter()
     state = Shrinking(problem)
-    for _ in range(_ROUNDS):
-        settle(state)
-        tightened = tighten(state)
-        dropped = drop_dominated(state)
-        folded = fold_leaves(state)
-        bridged = bridge_series(state)
-        if not (tightened or dropped or folded or bridged):
-            break
     settle(state)
-    settle_parts(state, patient)
+    for _ in range(_ROUNDS):
+        changed = False
+        for reduction in (tighten, drop_dominated, fold_leaves, bridge_series):
+            if perf_counter() - start > most_s:
+                return Shrunk(*_result(state, problem.memory_limit_bytes))
+            changed = reduction(state) or changed
+        if not changed:
+            break
+        settle(state)
+    settle(state)
+    if perf_counter() - start <= most_s:
+        settle_parts(state, patient)
     return Shrunk(*_result(state, problem.memory_limit_bytes))
 
 

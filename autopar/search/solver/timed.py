@@ -14,9 +14,11 @@ from autopar.search.solver.arrays import Arrays, lay_out
 from autopar.search.solver.compiled import generator
 from autopar.search.solver.dual import Dual
 from autopar.search.solver.incumbent import Progress
+from autopar.search.solver.last_resort import hurry, least_cost, least_memory
 from autopar.search.solver.possible import possible_choice
 from autopar.search.solver.problem import Ints, Problem, Solution
-from autopar.search.solver.walker import Best, Walker, load_moves
+from autopar.search.solver.walker import Best, Walker
+from autopar.search.solver.warm import loading
 
 if TYPE_CHECKING:
     from autopar.search.solver.finish import Finish
@@ -30,6 +32,9 @@ _REPAIR = 4.0  # times the highest price is about what it costs to bring a round
 _MOVES_PER_STEP = 3  # of a walk take about as long as one step of the dual
 _ROUNDS_BEFORE_FINISH = 10  # of walks, before what is left open is given to an integer program; after each that was in vain, twice as many
 _LONGEST_BLIND = 2000  # steps of the dual without a possible choice to round to
+_LATE = 0.5  # of the time: when nothing fits by then, walks begin at what holds least
+_GRACE_S = 0.5  # beyond the time limit, where nothing that fits is known yet
+_LOADING_S = 2.0  # at least, for compiled code to be read
 _IDLE_ROUNDS = 200  # without a better choice: the end where no time limit is given
 
 
@@ -47,6 +52,11 @@ class _Clock:
     @property
     def left_s(self) -> float | None:
         return None if self.limit_s is None else max(0.0, self.limit_s - self.seconds)
+
+    @property
+    def part(self) -> float:
+        """The part of the time that is over."""
+        return 0.0 if self.limit_s is None else self.seconds / max(self.limit_s, 1e-9)
 
     @property
     def up(self) -> bool:
@@ -69,18 +79,26 @@ def search_timed(
     proven that there is none.
     """
     clock = _Clock(time_limit_s)
-    search = _Search(lay_out(problem), clock, seed, gap, progress)
-    try:
-        search.run()
-    except KeyboardInterrupt:
-        if search.best.choice is None:
-            raise
-    choice = search.best.choice if search.best.choice is not None else search.dual.choice
+    arrays = lay_out(problem)
+    least = least_memory(arrays)
+    bound, price = least_cost(arrays), 0.0
+    ready = loading()
+    ready.join(None if time_limit_s is None else max(clock.left_s or 0.0, _LOADING_S))
+    choice = least
+    if not ready.is_alive():
+        search = _Search(arrays, least, clock, seed, gap, progress)
+        try:
+            search.run()
+        except KeyboardInterrupt:
+            if search.best.choice is None:
+                raise
+            search.best.offer(least)  # counts where nothing that fits was known
+        choice = search.best.choice if search.best.choice is not None else search.dual.choice
+        bound, price = search.bound, float(search.dual.best_prices.sum())
     picked = tuple(choice.tolist())
     cost, memory = problem.evaluate(picked)
     feasible = cost < np.inf and memory <= problem.memory_limit_bytes
-    bound = min(search.bound, cost) if feasible else search.bound
-    return Solution(picked, cost, memory, bound, feasible, float(search.dual.best_prices.sum()))
+    return Solution(picked, cost, memory, min(bound, cost) if feasible else bound, feasible, price)
 
 
 class _Search:
@@ -90,8 +108,10 @@ class _Search:
     done, in the same order always.
     """
 
-    def __init__(self, arrays: Arrays, clock: _Clock, seed: int, gap: float, progress: Callable[[Progress], None] | None) -> None:
-        self.arrays, self.clock, self.gap, self.progress = arrays, clock, gap, progress
+    def __init__(
+        self, arrays: Arrays, least: Ints, clock: _Clock, seed: int, gap: float, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.arrays, self.least, self.clock, self.gap, self.progress = arrays, least, clock, gap, progress
         self.seed = seed
         self.finish: Finish | None = None
         self.next_finish = _ROUNDS_BEFORE_FINISH
@@ -122,25 +142,30 @@ class _Search:
                 self._raise_bound()
                 self.best.offer(self.rounded.choice if self.rounded.choice is not None else self.dual.choice)
                 self._report("bound")
-                if not self.done:
-                    load_moves(self.arrays).join(self.clock.left_s)
                 self._rounds(threads)
+                if self.best.excess > 0 and self.bound < np.inf:
+                    self._hurry()
             finally:
                 if self.finish is not None:
                     self.finish.stop()
                     self._finished()
 
     def _rounds(self, threads: ThreadPoolExecutor) -> None:
-        idle, rounds, steps, before, rising = 0, 0, self.steps, -np.inf, True
+        idle, rounds, steps, before, rising, longest_s = 0, 0, self.steps, -np.inf, True, 0.0
         while not self.done and (self.clock.limit_s is not None or idle < _IDLE_ROUNDS):
             walkers = self.walkers[1:] if rising or self._finishing else self.walkers
             repeats = max(1, _MOVES_PER_STEP * self.steps // self.walkers[0].moves) if rising else 1
+            if self.best.excess > 0 and self.clock.part > _LATE:
+                self.best.offer(self.least)
             for walker in walkers:
                 walker.prepare(self.best, self.rounded, self.dual, rising)
             jobs = [threads.submit(self._raise_bound)] if rising else []
-            jobs += [threads.submit(walker.walk, repeats) for walker in walkers if walker.ready]
+            before_s = self.clock.seconds
+            share = self._share(longest_s)
+            jobs += [threads.submit(walker.walk, share * repeats) for walker in walkers if walker.ready]
             for job in jobs:
                 job.result()
+            longest_s = max(0.9 * longest_s, self.clock.seconds - before_s)
             if self.best.choice is None:
                 self._settle_on_a_possible()
             found = [self.best.offer(choice) for choice in self._found(walkers, rising)]
@@ -155,6 +180,22 @@ class _Search:
                 rounds += 1
                 self._look_at_the_rest(threads, rounds)
             self._report("bound" if rising else "moves")
+
+    def _share(self, longest_s: float) -> float:
+        """The part of a round for which there is time: less than 1 in the last, which is not to go on beyond the limit."""
+        left = self.clock.left_s
+        return 1.0 if left is None or left > longest_s else left / longest_s
+
+    def _hurry(self) -> None:
+        """Time is up or the search at its end and nothing that fits is known: take what holds least, and what a moment makes of it."""
+        limit = self.clock.limit_s
+        end_s = np.inf if limit is None else max(limit, self.clock.seconds) + _GRACE_S
+        byte_price = float(self.dual.best_prices.max(initial=0.0))
+        for choice in hurry(self.arrays, self.least, self.best.choice, byte_price, self.state):
+            self.best.offer(choice)
+            if self.clock.seconds > end_s:
+                break
+        self._report("last resort")
 
     def _look_at_the_rest(self, threads: ThreadPoolExecutor, rounds: int) -> None:
         """Begin the integer program after some rounds of walks, when the best choice is good; see whether it has ended.

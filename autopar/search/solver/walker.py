@@ -6,18 +6,17 @@ Threshold accepting: Dueck and Scheuer 1990.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from threading import Thread
 
 import numpy as np
 
 from autopar.search.solver.arrays import Arrays
-from autopar.search.solver.compiled import State, generator, uniform, whole
+from autopar.search.solver.compiled import State, uniform, whole
 from autopar.search.solver.dual import Dual
 from autopar.search.solver.evaluate import cost_of, usage_of
 from autopar.search.solver.moves import Walk, improve, new_walk
 from autopar.search.solver.problem import Ints
 
-__all__ = ["Best", "Walker", "load_moves"]
+__all__ = ["Best", "Walker"]
 
 _ENTRIES = 16_000_000  # table entries that a round of moves may read, about
 _MOST_MOVES = 1000
@@ -98,25 +97,10 @@ class Walker:
         gap = max(best.cost - dual.bound, 0.0) if best.excess == 0 else 0.0
         self.tolerance = gap * float(np.exp(-_FALL * uniform(self.state))) if uniform(self.state) < 0.7 else 0.0
 
-    def walk(self, repeats: int = 1) -> None:
+    def walk(self, repeats: float = 1.0) -> None:
         """One round, of `repeats` times the usual number of moves."""
         assert self.current is not None
         self.left -= 1
         tolerance = self.tolerance * self.left / self.rounds
-        moves = repeats * self.moves
+        moves = max(1, int(repeats * self.moves))
         improve(self.arrays, self.current, self.priced, self.byte_price, self.noise, tolerance, moves, _TRIES, self.state)
-
-
-def load_moves(arrays: Arrays) -> Thread:
-    """A thread that makes the compiled moves ready: read in a moment where they have been compiled before, else made in some ten seconds.
-
-    Whoever waits for it can stop waiting: nothing else stops a compiler.
-    """
-
-    def load() -> None:
-        walk = new_walk(arrays, np.zeros(len(arrays.sizes), np.int64))
-        improve(arrays, walk, arrays.cost, 0.0, 0.0, 0.0, 0, _TRIES, generator(0))
-
-    thread = Thread(target=load, daemon=True)
-    thread.start()
-    return thread

@@ -6,14 +6,18 @@ those cannot be written to.
 
 from __future__ import annotations
 
+from functools import cache
+from threading import Thread
+
 import numpy as np
 
 from autopar.search.solver.arrays import lay_out
+from autopar.search.solver.compiled import generator
 from autopar.search.solver.dual import Dual
+from autopar.search.solver.moves import improve, new_walk
 from autopar.search.solver.problem import Problem, Segment, Table
-from autopar.search.solver.walker import load_moves
 
-__all__ = ["warm"]
+__all__ = ["loading", "warm"]
 
 
 def warm() -> None:
@@ -28,7 +32,19 @@ def warm() -> None:
     dual = Dual(arrays)
     dual.step()
     dual.worth_keeping(np.inf)
-    load_moves(arrays).join()
+    walk = new_walk(arrays, np.zeros(count, np.int64))
+    improve(arrays, walk, arrays.cost, 0.0, 0.0, 0.0, 0, 1, generator(0))
+
+
+@cache
+def loading() -> Thread:
+    """The thread that makes the loops ready, one in a process: read in a moment where they have been compiled before.
+
+    Whoever waits for it can stop waiting: nothing else stops a compiler.
+    """
+    thread = Thread(target=warm, daemon=True)
+    thread.start()
+    return thread
 
 
 if __name__ == "__main__":
