@@ -3,7 +3,8 @@
 A solver that was built with a few public instances in view must hold on others. `VARIANTS` change a `problem` object as it stands in a
 file (see `autopar/search/solver/problem_file.py`): another limit, other costs, a part of the graph, two graphs in one. `layered` makes one
 from nothing: layers of operations forward and back, whose values live from where they are made to where they are last read, with strategies
-that split a value over 1, 2, 4, ... ranks. Everything follows from a seed. `tests/search/test_contest_like.py` uses small ones,
+that split a value over 1, 2, 4, ... ranks. `planted` makes a random graph whose impossible pairs alone are hard to keep clear of.
+Everything follows from a seed. `tests/search/test_contest_like.py` uses small ones,
 `benchmarks/iopddl.md` tells of large ones.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["VARIANTS", "Raw", "layered", "least_peak", "with_limit"]
+__all__ = ["VARIANTS", "Raw", "layered", "least_peak", "planted", "with_limit"]
 
 Raw = dict[str, Any]
 IMPOSSIBLE = 10**18
@@ -266,3 +267,42 @@ def _stack(
         nodes["usages"].append((bytes_of[kind] // split[kind]).tolist())
         sample.append(picked[kind])
     nodes["intervals"] += [[at, end] for at, end in enumerate(ends)]
+
+
+def planted(
+    rng: np.random.Generator,
+    nodes: int,
+    strategies: int = 6,
+    neighbours: float = 5,
+    impossible: float = 0.4,
+    limit: float = 1.3,
+    near: int = 50,
+) -> Raw:
+    """A random graph in which a part `impossible` of all pairs is, but not those of one hidden choice of little memory.
+
+    Each node has about `neighbours`, at most `near` places away, and lives until the last of them. The limit is `limit` times what the
+    hidden choice needs. From a certain density on (with `s` strategies, `log(s) = -neighbours / 2 * log(1 - impossible)`) little else is
+    possible.
+    """
+    sizes = rng.integers(max(2, strategies - 1), strategies + 2, nodes)
+    usages = [rng.integers(0, 1000, size) for size in sizes]
+    hidden = [int(np.argsort(usage)[min(len(usage), int(rng.geometric(0.8))) - 1]) for usage in usages]
+    pairs: Raw = {"nodes": [], "costs": []}
+    ends = list(range(1, nodes + 1))
+    for i in range(nodes):
+        for j in (i + rng.integers(1, near, rng.poisson(neighbours / 2))).tolist():
+            if j < nodes:
+                cost = rng.integers(0, 1000, (sizes[i], sizes[j]))
+                cost[rng.random(cost.shape) < impossible] = IMPOSSIBLE
+                cost[hidden[i], hidden[j]] = rng.integers(0, 1000)
+                pairs["nodes"].append([i, j])
+                pairs["costs"].append(cost.ravel().tolist())
+                ends[i] = max(ends[i], j + 1)
+    own = {
+        "intervals": [[i, end] for i, end in enumerate(ends)],
+        "costs": [rng.integers(0, 1000, size).tolist() for size in sizes],
+        "usages": [usage.tolist() for usage in usages],
+    }
+    raw: Raw = {"nodes": own, "edges": pairs}
+    held = [int(usage[s]) for usage, s in zip(usages, hidden, strict=True)]
+    return {**raw, "usage_limit": int(np.ceil(limit * peak_of(raw, held)))}

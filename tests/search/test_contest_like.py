@@ -14,7 +14,7 @@ from autopar.search.solver.judge import judge
 from autopar.search.solver.problem import Solution
 from autopar.search.solver.problem_file import read_instance
 from autopar.search.solver.solve import solve
-from benchmarks.contest_like import VARIANTS, Raw, layered, least_peak, with_limit
+from benchmarks.contest_like import VARIANTS, Raw, layered, least_peak, planted, with_limit
 
 
 def solved(raw: Raw, folder: Path, **options: Any) -> Solution:
@@ -78,3 +78,9 @@ def test_the_order_of_nodes_changes_no_optimum(tmp_path: Path) -> None:
     hold(raw, first)
     hold(other, second)
     assert max(first.lower_bound_s, second.lower_bound_s) <= min(first.cost_s, second.cost_s)
+
+
+@pytest.mark.parametrize("impossible", [0.3, 0.4, 0.45])
+def test_what_fits_is_found_where_most_pairs_are_impossible(impossible: float, tmp_path: Path) -> None:
+    raw = planted(np.random.default_rng(1), 300, impossible=impossible)
+    hold(raw, solved(raw, tmp_path, time_limit_s=3.0, gap=0.3))

@@ -13,8 +13,11 @@ from autopar.search.solver.cuts import add_cuts, solve_with_cuts
 from autopar.search.solver.dual import Dual
 from autopar.search.solver.evaluate import add_prices, cost_of, cost_of_change, usage_of
 from autopar.search.solver.forest import clear, grow, new_forest, solve
+from autopar.search.solver.last_resort import least_cost, least_memory
 from autopar.search.solver.messages import find_core
 from autopar.search.solver.moves import improve, new_walk
+from autopar.search.solver.pairs import pairs
+from autopar.search.solver.possible import Possible
 from autopar.search.solver.problem import Ints, Problem
 from autopar.search.solver.residual import residual
 from autopar.search.solver.timed import search_timed
@@ -141,6 +144,25 @@ def test_the_program_of_what_is_left_has_the_optimum(problem: Problem) -> None:
     assert choice is None if best == np.inf else problem.evaluate(tuple(choice.tolist()))[0] == best
 
 
+@some
+@given(problems, st.integers(0, 10**6))
+def test_a_possible_choice_is_found_by_moves_and_by_the_program(problem: Problem, seed: int) -> None:
+    arrays = lay_out(problem)
+    start = least_memory(arrays)
+    near, program = Possible(arrays, start, generator(seed)), pairs(arrays, start)
+    near.walk()
+    assert program is not None
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    choice, bound = program.solve(solver)
+    if all(problem.evaluate(c)[0] == np.inf for c in choices(problem)):
+        assert near.choice is None and choice is None and bound == np.inf
+        return
+    for found in (near.choice, choice):
+        assert found is not None and problem.evaluate(tuple(found.tolist()))[0] < np.inf
+    assert bound == -np.inf
+
+
 @several
 @given(problems)
 def test_trees_are_exact(problem: Problem) -> None:
@@ -165,6 +187,7 @@ def test_trees_are_exact(problem: Problem) -> None:
 def test_the_bound_is_never_above_the_optimum(problem: Problem) -> None:
     best = optimum(problem)
     dual = Dual(lay_out(problem), sweeps=3)
+    assert least_cost(dual.arrays) <= best
     for _ in range(30):
         assert dual.bound <= best
         dual.step()

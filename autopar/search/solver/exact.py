@@ -28,6 +28,7 @@ _CLOSED = 1e-9
 _WRONG_BY_ROUNDING = 50
 _COST_RANGE = 1e6
 _MEMORY_RANGE = 1e5
+_LARGEST_COST = 1e15  # HiGHS refuses what is nearly infinite to it
 
 
 def close_gap(minimiser: Minimiser, incumbent: Incumbent, time_limit_s: float | None) -> None:
@@ -130,7 +131,9 @@ class _Program:
         self.free = [v for v, n in enumerate(self.sizes) if n > 1]
         # tolerances of HiGHS are absolute; these scales put what matters well above them
         spread = [float(np.ptp(self.nodes[v].cost_s[np.isfinite(self.nodes[v].cost_s)])) for v in self.free]
-        self.cost_unit = max([abs(self.base_cost) * 1e-9, *spread, 1e-300]) / _COST_RANGE
+        pairs = [edge.table.cost_s[np.isfinite(edge.table.cost_s)] for edge in self.edges]
+        of_pairs = max([float(np.abs(cost).max(initial=0.0)) for cost in pairs], default=0.0)
+        self.cost_unit = max(max([abs(self.base_cost) * 1e-9, *spread, 1e-300]) / _COST_RANGE, of_pairs / _LARGEST_COST)
         held = [float(array.max()) for v in self.free for array in self.nodes[v].step_bytes]
         self.memory_unit = max([1.0, *held]) / _MEMORY_RANGE
         self.model = mathopt.Model(name="autopar")

@@ -13,8 +13,9 @@ import numpy as np
 
 from autopar.search.solver.arrays import Arrays
 from autopar.search.solver.compiled import State
+from autopar.search.solver.evaluate import cost_of
 from autopar.search.solver.moves import improve, new_walk
-from autopar.search.solver.possible import possible_choice
+from autopar.search.solver.possible import Possible
 from autopar.search.solver.problem import Floats, Ints
 
 __all__ = ["hurry", "least_cost", "least_memory"]
@@ -38,11 +39,14 @@ def least_cost(arrays: Arrays) -> float:
 
 
 def hurry(arrays: Arrays, least: Ints, best: Ints | None, byte_price: float, state: State) -> Iterator[Ints]:
-    """`least` itself, or a possible choice near it, and what forest moves make of it, some at a time; where `least` is not possible
-    nor anything near it is found, of `best`, the choice over the limit by least.
+    """`least`, and what forest moves make of it, some at a time. Where it is not possible: of `best`, the choice over the limit by least;
+    without that, of a possible choice near `least`.
     """
-    start = possible_choice(arrays, least, state)
-    start = best if start is None else start
+    start = best
+    if start is None or cost_of(arrays, least) < np.inf:
+        near = Possible(arrays, least, state)
+        near.walk()
+        start = start if near.choice is None else near.choice
     if start is None:
         return
     yield start

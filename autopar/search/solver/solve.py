@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Literal
 
@@ -60,21 +60,19 @@ def solve(
     steps, when it is plain that nothing fits.
     """
     gap = (GOOD_GAP if effort == "fast" else 0.0) if gap is None else gap
+    options = _Options(effort, time_limit_s, seed, gap, progress)
     if ready is not None:
-        return _solve(problem, ready, beside_bytes, effort, time_limit_s, seed, gap, progress)
+        return _by_steps(problem, ready, beside_bytes, options)
     check(problem)
-    start = perf_counter()
     grids = on_grids(problem)
     if grids is None:
-        return _with_sound_bound(problem, _solve(problem, None, beside_bytes, effort, time_limit_s, seed, gap, progress))
-    part_s = None if time_limit_s is None else time_limit_s / 2
-    found = _solve(grids[0], None, beside_bytes, effort, part_s, seed, gap, progress)
-    found = _with_sound_bound(grids[0], found)
+        return _solved(problem, options)
+    start = perf_counter()
+    found = _solved(grids[0], options if time_limit_s is None else replace(options, time_limit_s=time_limit_s / 2))
     if found.feasible and not fits(grids[1], found.choice):
         found = replace(found, feasible=fits(problem, found.choice))
-        left_s = None if time_limit_s is None else max(0.0, time_limit_s - (perf_counter() - start))
         try:
-            strict = _solve(grids[1], None, beside_bytes, effort, left_s, seed, gap, progress)
+            strict = _solved(grids[1], options.after(perf_counter() - start))
         except InfeasibleError:
             strict = found
         if strict.feasible:
@@ -82,47 +80,57 @@ def solve(
     return replace(found, memory_bytes=problem.evaluate(found.choice)[1])
 
 
-def _with_sound_bound(problem: Problem, found: Solution) -> Solution:
-    """With what rounding can have done to the bound taken off."""
-    price = found.multiplier_s_per_byte
-    return replace(found, lower_bound_s=lowered(problem, found.lower_bound_s, price * problem.memory_limit_bytes if price else 0.0))
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How `solve` was asked; `gap` is known."""
+
+    effort: Literal["fast", "exact"]
+    time_limit_s: float | None
+    seed: int
+    gap: float
+    progress: Callable[[Progress], None] | None
+
+    def after(self, seconds: float) -> _Options:
+        """What is left after some time."""
+        return self if self.time_limit_s is None else replace(self, time_limit_s=max(0.0, self.time_limit_s - seconds))
+
+    def over_time(self, problem: Problem) -> Solution:
+        return solve_over_time(problem, time_limit_s=self.time_limit_s, seed=self.seed, gap=self.gap, progress=self.progress)
 
 
-def _solve(
-    problem: Problem,
-    ready: Ready | None,
-    beside_bytes: tuple[float, ...],
-    effort: Literal["fast", "exact"],
-    time_limit_s: float | None,
-    seed: int,
-    gap: float,
-    progress: Callable[[Progress], None] | None,
-) -> Solution:
+def _solved(problem: Problem, options: _Options) -> Solution:
+    """The answer for a problem whose memory adds up exactly; what rounding can have done is taken off its bound."""
+    stepped = in_steps(problem)
+    ready = None if stepped is None else Ready(stepped)
+    if ready is None or (problem.timed and not ready.minimiser.fits):
+        found, paid = options.over_time(problem), 0.0  # prices are accounted for there
+    else:
+        found = _by_steps(problem, ready, (), options)
+        price = found.multiplier_s_per_byte
+        paid = price * problem.memory_limit_bytes if price else 0.0
+    return replace(found, lower_bound_s=lowered(problem, found.lower_bound_s, paid))
+
+
+def _by_steps(problem: Problem, ready: Ready, beside_bytes: tuple[float, ...], options: _Options) -> Solution:
     start = perf_counter()
-    if ready is None:
-        stepped = in_steps(problem)
-        ready = None if stepped is None else Ready(stepped)
-        if ready is not None and problem.timed and not ready.minimiser.fits:
-            ready = None
-    if ready is None:
-        return solve_over_time(problem, time_limit_s=time_limit_s, seed=seed, gap=gap, progress=progress)
-    reduced = ready.reduced
-    incumbent = Incumbent(ready.minimiser, problem.memory_limit_bytes, progress, beside_bytes)
+    reduced, time_limit_s = ready.reduced, options.time_limit_s
+    incumbent = Incumbent(ready.minimiser, problem.memory_limit_bytes, options.progress, beside_bytes)
     if time_limit_s is not None:
         incumbent.minimiser.search_s = min(incumbent.minimiser.search_s, time_limit_s / 4)
     feasible = True
     try:
-        feasible = search(incumbent, effort, time_limit_s)
+        feasible = search(incumbent, options.effort, time_limit_s)
     except KeyboardInterrupt:
         if incumbent.choice is None:
             raise
         return _solution(reduced, incumbent, feasible)
     found = _solution(reduced, incumbent, feasible)
-    if incumbent.minimiser.fits or incumbent.gap <= max(gap, GOOD_GAP) or any(t.memory_bytes.any() for t in _edge_tables(problem)):
+    good = incumbent.gap <= max(options.gap, GOOD_GAP)
+    if incumbent.minimiser.fits or good or any(t.memory_bytes.any() for t in _edge_tables(problem)):
         return found
-    left = _UNKNOWN_S if time_limit_s is None else max(0.0, time_limit_s - (perf_counter() - start))
+    rest = options.after(perf_counter() - start) if time_limit_s is not None else replace(options, time_limit_s=_UNKNOWN_S)
     try:
-        other = solve_over_time(problem, time_limit_s=left, seed=seed, gap=gap, progress=progress)
+        other = rest.over_time(problem)
     except InfeasibleError:
         return found
     better = min(found, other, key=lambda one: (not one.feasible, one.cost_s))

@@ -15,7 +15,7 @@ from autopar.search.solver.compiled import generator
 from autopar.search.solver.dual import Dual
 from autopar.search.solver.incumbent import Progress
 from autopar.search.solver.last_resort import hurry, least_cost, least_memory
-from autopar.search.solver.possible import possible_choice
+from autopar.search.solver.possible import Possible
 from autopar.search.solver.problem import Ints, Problem, Solution
 from autopar.search.solver.walker import Best, Walker
 from autopar.search.solver.warm import loading
@@ -31,7 +31,9 @@ _STALLED = 1e-5  # of the bound: less in `_MOST_STEPS` steps is not worth a thre
 _REPAIR = 4.0  # times the highest price is about what it costs to bring a rounding's memory down
 _MOVES_PER_STEP = 3  # of a walk take about as long as one step of the dual
 _ROUNDS_BEFORE_FINISH = 10  # of walks, before what is left open is given to an integer program; after each that was in vain, twice as many
-_LONGEST_BLIND = 2000  # steps of the dual without a possible choice to round to
+_ROUNDS_BEFORE_PAIRS = 3  # in vain, before a possible choice is asked of CP-SAT
+_PRESSED = 10  # rounds with a possible choice that is over the limit, before memory is worth more than cost
+_LONGEST_BLIND = 300  # steps of the dual without a possible choice to round to
 _LATE = 0.5  # of the time: when nothing fits by then, walks begin at what holds least
 _GRACE_S = 0.5  # beyond the time limit, where nothing that fits is known yet
 _LOADING_S = 2.0  # at least, for compiled code to be read
@@ -121,6 +123,8 @@ class _Search:
         self.best.offer(self.dual.choice)
         self.rounded = Best(arrays)
         self.state = generator(seed)
+        self.possible = Possible(arrays, least, generator(seed + 3))
+        self.blind = 0  # rounds without a possible choice
         self.walkers = [Walker(arrays, generator(seed + 1 + number)) for number in range(2)]
         self.steps = max(_FEWEST_STEPS, min(_MOST_STEPS, _DUAL_ENTRIES // max(self.walkers[0].entries, 1)))
 
@@ -151,23 +155,26 @@ class _Search:
                     self._finished()
 
     def _rounds(self, threads: ThreadPoolExecutor) -> None:
-        idle, rounds, steps, before, rising, longest_s = 0, 0, self.steps, -np.inf, True, 0.0
+        idle, rounds, over, steps, before, rising, longest_s = 0, 0, 0, self.steps, -np.inf, True, 0.0
         while not self.done and (self.clock.limit_s is not None or idle < _IDLE_ROUNDS):
             walkers = self.walkers[1:] if rising or self._finishing else self.walkers
             repeats = max(1, _MOVES_PER_STEP * self.steps // self.walkers[0].moves) if rising else 1
             if self.best.excess > 0 and self.clock.part > _LATE:
                 self.best.offer(self.least)
             for walker in walkers:
-                walker.prepare(self.best, self.rounded, self.dual, rising)
+                walker.prepare(self.best, self.rounded, self.dual, rising, over > _PRESSED)
             jobs = [threads.submit(self._raise_bound)] if rising else []
             before_s = self.clock.seconds
             share = self._share(longest_s)
             jobs += [threads.submit(walker.walk, share * repeats) for walker in walkers if walker.ready]
+            if self.best.choice is None and not (rising and self._finishing):
+                jobs.append(threads.submit(self.possible.walk))
             for job in jobs:
                 job.result()
             longest_s = max(0.9 * longest_s, self.clock.seconds - before_s)
+            over = over + 1 if self.best.excess > 0 and self.best.choice is not None else 0
             if self.best.choice is None:
-                self._settle_on_a_possible()
+                self._look_for_a_possible(threads)
             found = [self.best.offer(choice) for choice in self._found(walkers, rising)]
             idle = 0 if any(found) or rising else idle + 1
             if rising:
@@ -205,10 +212,13 @@ class _Search:
         """
         if rounds >= self.next_finish and not self._finishing:
             self.next_finish = 2 * rounds
+            left_s = self.clock.left_s
             if self.finish is None or self.best.cost < self.finish.cost:
-                from autopar.search.solver.finish import Finish  # CP-SAT takes a while to import
+                from autopar.search.solver.finish import LEAST_S, Finish, rest  # CP-SAT takes a while to import
 
-                self.finish = Finish(self.arrays, self.dual, self.best, threads, self.clock.left_s, self.seed)
+                program = None if left_s is not None and left_s < LEAST_S else rest(self.arrays, self.dual, self.best)
+                cost = self.best.cost if self.best.excess == 0 else np.inf
+                self.finish = Finish(program, cost, threads, left_s, self.seed)
         if self.finish is not None and self.finish.poll(wait=self.clock.limit_s is None):
             self._finished()
 
@@ -230,10 +240,18 @@ class _Search:
             self.dual.step()
             self.rounded.offer(self.dual.choice)
 
-    def _settle_on_a_possible(self) -> None:
-        choice = possible_choice(self.arrays, self.dual.choice, self.state)
-        if choice is not None:
-            self.best.offer(choice)
+    def _look_for_a_possible(self, threads: ThreadPoolExecutor) -> None:
+        """Take the possible choice that moves have come to; after some rounds in vain, ask CP-SAT for one."""
+        self.blind += 1
+        if self.possible.choice is not None:
+            self.best.offer(self.possible.choice)
+        elif self.blind == _ROUNDS_BEFORE_PAIRS:
+            from autopar.search.solver.finish import Finish
+            from autopar.search.solver.pairs import pairs
+
+            self.finish = Finish(pairs(self.arrays, self.least), np.inf, threads, self.clock.left_s, self.seed)
+        if self.finish is not None and self.finish.poll(wait=self.clock.limit_s is None):
+            self._finished()
 
     def _found(self, walkers: list[Walker], rising: bool) -> list[Ints]:
         found = [walker.found for walker in walkers if walker.ready]

@@ -12,9 +12,9 @@ import numpy as np
 from autopar.search.solver.arrays import Arrays
 from autopar.search.solver.compiled import State, uniform, whole
 from autopar.search.solver.dual import Dual
-from autopar.search.solver.evaluate import cost_of, usage_of
+from autopar.search.solver.evaluate import add_prices, cost_of, usage_of
 from autopar.search.solver.moves import Walk, improve, new_walk
-from autopar.search.solver.problem import Ints
+from autopar.search.solver.problem import Floats, Ints
 
 __all__ = ["Best", "Walker"]
 
@@ -26,6 +26,7 @@ _NOISE = 1e-3  # of the cost
 _ROUNDS = 20  # of the longest episode
 _FIRST_ROUNDS = 3  # of the longest while the bound still rises: new roundings are better starts then
 _FROM_ROUNDING, _FIRST_FROM_ROUNDING = 0.3, 0.6  # of the episodes
+_LOWEST, _HIGHEST = -3.0, 4.0  # logarithms of the price of all that is over the limit, in highest prices, when it must come down
 _FALL = 7.0  # the widest tolerance is the gap, the narrowest the gap times exp(-_FALL)
 
 
@@ -77,14 +78,26 @@ class Walker:
         assert self.current is not None
         return self.current.best
 
-    def prepare(self, best: Best, rounded: Best, dual: Dual, rising: bool) -> None:
-        """Begin an episode if the last one is over, and read prices, before the others go on. `rising`: the bound still does."""
+    def prepare(self, best: Best, rounded: Best, dual: Dual, rising: bool, pressed: bool = False) -> None:
+        """Begin an episode if the last one is over, and read prices, before the others go on. `rising`: the bound still does. `pressed`:
+        memory that is over the limit is worth more than cost."""
         if self.left == 0 and best.choice is not None:
             self._begin(best, rounded, dual, rising)
         self.priced = dual.best_priced
         cost = abs(best.cost) if best.choice is not None else 0.0
         self.byte_price = max(float(dual.best_prices.max(initial=0.0)), 1e-6 * cost / self.arrays.unit)
         self.noise = _NOISE * cost
+        if pressed and self.current is not None and self.current.score[1] > 0:
+            self.priced = self._pressed(dual)
+
+    def _pressed(self, dual: Dual) -> Floats:
+        """Priced costs `(S,)` where all steps that are over the limit have a price, some random part of the highest and more."""
+        assert self.current is not None
+        price = self.byte_price * float(np.exp(_LOWEST + (_HIGHEST - _LOWEST) * uniform(self.state)))
+        over = self.current.usage > self.arrays.room
+        priced = self.arrays.cost.copy()
+        add_prices(self.arrays, np.where(over, np.maximum(dual.best_prices, price), dual.best_prices), priced)
+        return priced
 
     def _begin(self, best: Best, rounded: Best, dual: Dual, rising: bool) -> None:
         """A choice over the limit is no place to begin at while new roundings come: they are repaired at less cost."""
