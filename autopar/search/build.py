@@ -118,6 +118,11 @@ class Built:
                 found.setdefault(number, {}).update((option, None) for option in options if not isinstance(option, Storage))
         return {number: list(choices) for number, choices in found.items()}
 
+    def relaxed_bound_s(self) -> float:
+        """A bound without solving: every node takes its cheapest strategy and no edge costs anything."""
+        least = [float(table.cost_s.min()) if table.cost_s.size and table.cost_s.ndim == 1 else 0.0 for table in self.problem.tables]
+        return sum(least[table] for table in self.problem.nodes)
+
     def assignment(self, choice: tuple[int, ...]) -> Assignment:
         """What a solution decides. `gather` becomes `"never"` where a parameter is used as it is stored."""
         structure, costs = self.structure, self.costs

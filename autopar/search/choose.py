@@ -7,13 +7,13 @@ are solved. The table of candidates says what the best plan of every number of g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from autopar.errors import InfeasibleError, PinError, PlanError
 from autopar.ir.graph import Graph
 from autopar.ir.plan import Candidate, Plan
 from autopar.ir.units import seconds
-from autopar.search.meshes import AXES, Mesh
+from autopar.search.meshes import AXES
 from autopar.search.pins import Pins
 from autopar.search.stages.pipeline import Pipelined, has_loss, pipeline_text, shape
 from autopar.search.stages.place import Settings
@@ -22,23 +22,14 @@ from autopar.search.stages.propose import Proposal, Proposals
 _SOLVED = 3  # proposals that are solved stage by stage, at most
 _WORTH = 0.98  # a pipeline must promise at least so much, in times of the plan without one, to be looked at
 _WORTH_IN_ONE_MACHINE = 0.9
-_FULL = 0.9
-_FAR = 1.05  # times the best bound: larger ones are not told apart
-_MOST_MICROBATCHES = 256
-_LITTLE = 0.002  # of a step: numbers of microbatches that promise no more are not searched
-
-Flat = Callable[[Mesh, int], Plan]
-"""The best plan without a pipeline on a mesh, with so many microbatches."""
-Bound = Callable[[int, float], tuple[float, Mesh]]
-"""What no plan without a pipeline takes less than, with so many microbatches, and on which mesh; not looked for above the second number."""
 
 
 def with_pipelines(
-    graph: Graph, settings: Settings, pins: Pins, flat: Plan, flat_on: Flat, bound_on: Bound, schedule: str | None = None,
+    graph: Graph, settings: Settings, pins: Pins, flat: Plan, schedule: str | None = None,
     microbatches: int | None = None,
 ) -> Plan:  # fmt: skip
-    """`flat`, the best plan without a pipeline and `microbatches`, or a faster one with stages or more microbatches; where `flat` does not
-    fit, the fastest that does, or that of least memory. `schedule`: search only pipelines that run it.
+    """`flat`, the best plan without a pipeline, or a faster one with stages; where `flat` does not fit, the fastest that does, or that of
+    least memory. `schedule`, `microbatches`: search only pipelines that run so.
 
     The bound is that of plans of its kind: without a pipeline on all meshes and numbers of microbatches; with one, of all plans."""
     world = settings.cluster.world_size
@@ -48,22 +39,12 @@ def with_pipelines(
         proposals = Proposals(graph, settings, pins, schedule, microbatches)
     except PlanError:
         return flat
-    plans: list[Plan] = []
-    accumulated_s = math.inf
-    if schedule is None:
-        plans = [flat]
-        if microbatches is None and _tight(flat):
-            more, accumulated_s = _accumulated(proposals, flat, flat_on, bound_on)
-            plans += more
-    table: dict[int, Candidate] = {1: _candidate(min(plans, key=_rank))} if plans else {}
-    if plans:
-        without = min(plans, key=_rank)
-        if without.predicted.fits and not _promising(proposals, without):
-            rows = [_no_better(proposals, groups) for groups in proposals.groups()]
-            return _bounded(without, [flat.predicted.lower_bound_s, accumulated_s], (table[1], *rows), flat)
-        beat_s = _beat_s(proposals, without)
-    else:
-        beat_s = math.inf
+    plans = [flat] if schedule is None else []
+    table = {1: _candidate(flat)} if plans else {}
+    if plans and flat.predicted.fits and not _promising(proposals, flat):
+        rows = [_no_better(proposals, groups) for groups in proposals.groups()]
+        return _bounded(flat, [flat.predicted.lower_bound_s], (table[1], *rows), flat)
+    beat_s = _beat_s(proposals, flat) if plans else math.inf
     found: list[Proposal] = []
     for proposal in proposals.all(beat_s):
         if proposal.pipeline is None:
@@ -95,7 +76,7 @@ def with_pipelines(
     if not plans:
         raise InfeasibleError(f"`{graph.name}`: no pipeline under `{schedule}` fits on `{settings.cluster.name}`; use another schedule")
     best = min(plans, key=_rank)
-    bounds = [flat.predicted.lower_bound_s, accumulated_s] if schedule is None else []
+    bounds = [flat.predicted.lower_bound_s] if schedule is None else []
     if len(best.groups) > 1:
         bounds += [proposals.least_s, *[plan.predicted.lower_bound_s for plan in plans if len(plan.groups) > 1]]
     return _bounded(best, bounds, tuple(table[groups] for groups in sorted(table)), flat)
@@ -105,34 +86,6 @@ def _bounded(best: Plan, bounds: Sequence[float], candidates: tuple[Candidate, .
     predicted = best.predicted.model_copy(update={"lower_bound_s": min([*bounds, best.predicted.cost_s])})
     notes = () if best.predicted.fits else best.notes or flat.notes
     return best.model_copy(update={"candidates": candidates, "predicted": predicted, "notes": notes})
-
-
-def _accumulated(proposals: Proposals, flat: Plan, flat_on: Flat, bound_on: Bound) -> tuple[list[Plan], float]:
-    """Plans with more microbatches that may be faster than `flat`, the most promising first; and what no such plan takes less than."""
-    batch = proposals.prices.batch
-    counts = [count for count in range(2, min(batch, _MOST_MICROBATCHES) + 1) if batch % count == 0]
-    best_s = flat.predicted.step_s if flat.predicted.fits else math.inf
-    plans: list[Plan] = []
-    ways: list[tuple[float, Mesh, int]] = []
-    for count in counts:
-        least_s = min([bound_s for bound_s, _, _ in ways], default=math.inf)
-        ways.append((*bound_on(count, min(best_s, _FAR * least_s)), count))
-        if _FAR * min(best_s, least_s) <= ways[-1][0] < math.inf:
-            break  # more would start still more kernels
-    ways.sort()
-    for bound_s, mesh, count in ways:
-        if len(plans) == _SOLVED or bound_s >= (1 - _LITTLE) * best_s:
-            break
-        if not proposals.prices.divides(count):
-            continue
-        try:
-            plan = flat_on(mesh, count)
-        except (InfeasibleError, PinError):
-            continue
-        plans.append(plan)
-        if plan.predicted.fits:
-            best_s = min(best_s, plan.predicted.step_s)
-    return plans, min([bound_s for bound_s, _, _ in ways], default=math.inf)
 
 
 def _no_better(proposals: Proposals, groups: int) -> Candidate:
@@ -157,12 +110,6 @@ def _promising(proposals: Proposals, best: Plan) -> bool:
 
     beat_s = _beat_s(proposals, best)
     return proposals.least_s < beat_s and any(hope_s(groups) < beat_s for groups in proposals.groups())
-
-
-def _tight(flat: Plan) -> bool:
-    """Whether memory has a say: it does not fit, or hardly, or only since something is recomputed."""
-    full = sum(flat.predicted.memory_bytes.values()) > _FULL * flat.predicted.memory_limit_bytes
-    return full or any(segment.recompute for segment in flat.segments)
 
 
 def _rank(plan: Plan) -> tuple[bool, float, int]:

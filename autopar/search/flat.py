@@ -5,27 +5,24 @@ for every mesh: structure + prices -> problem -> solution;  the best one -> assi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from autopar.errors import InfeasibleError, PinError
 from autopar.ir.assignment import conflict
 from autopar.ir.cluster import Cluster
-from autopar.search.account import account, resident_bytes
+from autopar.ir.graph import Graph
+from autopar.search.account import account
+from autopar.search.accumulate import accumulating
 from autopar.search.build import Built, Restriction, build
 from autopar.search.describe import Part
 from autopar.search.follow import batch_splits
 from autopar.search.meshes import AXES, Mesh, candidates
-from autopar.search.pins import Pins, check_options
+from autopar.search.pins import Pins, apply_pins, check_options, pins_for
 from autopar.search.prices.costs import Costs
-from autopar.search.recompute import Relaxed, accumulated_bound_s, recomputed
 from autopar.search.remedies import remedies
-from autopar.search.solver.minimise import Price
 from autopar.search.stages.place import Found, Place, Settings, alone, peak
 from autopar.search.structure import Structure
-
-_WORTH = 0.01  # of a step: of further meshes, those that promise no more are not searched for how much to recompute
+from autopar.search.ways import Way, best_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +32,8 @@ class Search:
     structure: Structure
     settings: Settings
     microbatches: int = 1
-    looked_at: list[tuple[Place, float]] = field(default_factory=list, compare=False)
-    """Every mesh that was looked at, and the price of memory there, as far as it is known."""
+    accumulates: bool = False
+    """Whether the batch may be computed in more microbatches, if that pays."""
 
     def costs(self, mesh: Mesh, cluster: Cluster | None = None) -> Costs:
         settings, graph = self.settings, self.structure.graph
@@ -46,17 +43,10 @@ class Search:
         )  # fmt: skip
 
 
-def accumulated_s(settings: Settings, looked_at: Sequence[tuple[Place, float]], microbatches: int, enough_s: float) -> tuple[float, Mesh]:
-    """What no plan with so many microbatches takes less than, and on which mesh of those that were `looked_at`; not looked for above
-    `enough_s`."""
-    found_s, found = math.inf, looked_at[0][0].builts[0].costs.mesh
-    for place, price in looked_at:
-        (built,) = place.builts
-        room = settings.limit_bytes - resident_bytes(built.structure)
-        bound_s = accumulated_bound_s(place, microbatches, room, price, min(enough_s, found_s))
-        if bound_s < found_s:
-            found_s, found = bound_s, built.costs.mesh
-    return found_s, (found[0], found[1])
+def search_of(settings: Settings, found: Found) -> Search:
+    """What a choice was found in."""
+    (part,) = found.parts
+    return Search(part.structure, settings, part.costs.microbatches)
 
 
 def best_of(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pins: Pins, what: str) -> tuple[Found, float]:
@@ -77,73 +67,43 @@ def best_of(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, 
 
 
 def _best(search: Search, meshes: tuple[Mesh, ...], restriction: Restriction, pins: Pins) -> tuple[Found, float]:
-    """Meshes whose relaxed bound cannot win are not solved."""
+    settings, graph = search.settings, search.structure.graph
     usable = [mesh for mesh in meshes if pins.fits(mesh)] or list(meshes)
-    built: list[tuple[float, Built]] = []
+    places: list[Place] = []
     for mesh in usable:
-        one = build(search.structure, search.costs(mesh), restriction)
         try:
-            check_options(one, pins)
+            places.append(alone(_built(search, mesh, restriction, pins)))
         except PinError:
-            if not pins.given or (mesh == usable[-1] and not built):
+            if not pins.given or (mesh == usable[-1] and not places):
                 raise
-            continue
-        built.append((relaxed_bound_s(one), one))
-    built.sort(key=lambda pair: pair[0])
-    settings = search.settings
-    best: Found | None = None
-    bound_s = float("inf")
-    price = 0.0  # of memory: what it was on one mesh is a good guess for the next
-    waiting: list[tuple[Found | None, Relaxed, Place]] = []  # where recomputing may help
-    places = [alone(one) for _, one in built]
-    for (relaxed_s, _), place in zip(built, places, strict=True):
-        found: Found | None
-        if best is not None and best.fits and relaxed_s >= best.cost_s:
-            bound_s = min(bound_s, relaxed_s)
-            continue
-        if settings.recompute != "auto" or not any(any(row) for row in place.may()):
-            solved = settings.solve(place)
-            found, bound_s = solved, min(bound_s, solved.bound_s)
-        else:
-            beat_s = best.cost_s if best is not None and best.fits else math.inf
-            # What is no better than another mesh may be does not change the bound of all.
-            found, target = settings.kept(place, price, min(beat_s, bound_s) if settings.effort == "fast" else beat_s)
-            if target is not None:
-                bound_s = min(bound_s, target.bound_s)
-                price = price or target.price_s_per_byte
-                if target.counts and (target.bound_s < beat_s or best is None):
-                    waiting.append((found, target, place))
-            elif found is not None:
-                bound_s = min(bound_s, found.bound_s)
-        if found is None:
-            continue
-        price = price or found.price_s_per_byte
-        if best is None or settings.rank(found) < settings.rank(best):
-            best = found
-    waiting.sort(key=lambda one: (one[1].guessed, one[1].bound_s))
-    for at, (kept, target, place) in enumerate(waiting):
-        hope_s = target.bound_s * (1 + _WORTH if settings.effort == "fast" and at else 1)
-        if target.guessed and at and settings.effort == "fast":
-            # As much dearer than with any memory as the mesh before.
-            free_s = waiting[0][2].ready.minimiser.minimise(Price(0.0)).bound
-            hope_s = hope_s / free_s * max(free_s, waiting[0][1].bound_s)
-        if target.bound_s == math.inf or (best is not None and best.fits and hope_s >= best.cost_s):
-            continue
-        found = recomputed(settings, place, target, kept)
-        best = found if best is None or settings.rank(found) < settings.rank(best) else best
+
+    parts: dict[int, Search] = {}
+
+    def make(count: int, body: Graph, place: Place) -> Place:
+        dp, tp = place.builts[0].costs.mesh
+        if count not in parts:
+            parts[count] = Search(Structure(body), settings, count)
+        return alone(_built(parts[count], (dp, tp), restriction, pins_for(pins, graph, body)))
+
+    def more(beat_s: float, price: float) -> list[Way]:
+        return accumulating(graph, settings, places, make, beat_s, price)
+
+    ways = [Way(place.builts[0].relaxed_bound_s(), lambda place=place: place) for place in places]  # type: ignore[misc]
+    first = best_first(settings, ways, more if search.accumulates else None)
+    best, bound_s = first.found, first.bound_s
     if best is None or not best.fits:
-        tried = [place for _, _, place in waiting[:1]]
-        least = [settings.solve_as_is(one) for place in tried for one in (place, place.recomputing(place.may()))]
-        best = min([*least, *([best] if best is not None else [])], key=settings.rank)
+        least = first.least or places[0]
+        others = [settings.solve_as_is(one) for one in (least, least.recomputing(least.may()))]
+        best = min([*others, *([best] if best is not None else [])], key=settings.rank)
         bound_s = min(bound_s, best.bound_s)
-    search.looked_at.extend((place, price) for place in places)
     return best, min(bound_s, best.cost_s)
 
 
-def relaxed_bound_s(built: Built) -> float:
-    """A bound without solving: every node takes its cheapest strategy and no edge costs anything."""
-    least = [float(table.cost_s.min()) if table.cost_s.size and table.cost_s.ndim == 1 else 0.0 for table in built.problem.tables]
-    return sum(least[table] for table in built.problem.nodes)
+def _built(search: Search, mesh: Mesh, restriction: Restriction, pins: Pins) -> Built:
+    """The problem on a mesh, with the pins on top of the restriction. Raises `PinError` where they leave nothing to choose."""
+    built = build(search.structure, search.costs(mesh), apply_pins(pins, search.structure.graph, restriction))
+    check_options(built, pins)
+    return built
 
 
 def named_for_what_it_does(search: Search, best: Found) -> Found:

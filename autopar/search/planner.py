@@ -23,13 +23,13 @@ from autopar.search.alternatives import price_alternatives
 from autopar.search.baselines import baseline as baseline_of
 from autopar.search.build import FREE
 from autopar.search.choose import with_pipelines
-from autopar.search.flat import Search, accumulated_s, best_of, named_for_what_it_does, shortfall
+from autopar.search.flat import Search, best_of, named_for_what_it_does, search_of, shortfall
 from autopar.search.meshes import Mesh, candidates, read_mesh
-from autopar.search.pins import Pins, apply_pins, pins_for, read_pins
+from autopar.search.pins import Pins, pins_for, read_pins
 from autopar.search.simulator.predict import predicted_plan
 from autopar.search.solver.solve import Progress
-from autopar.search.stages.pipeline import plan_stages
-from autopar.search.stages.place import Effort, Found, Place, Recompute, Settings
+from autopar.search.stages.pipeline import has_loss, plan_stages
+from autopar.search.stages.place import Effort, Found, Recompute, Settings
 from autopar.search.structure import Structure
 
 MeshOption = Mapping[str, int] | Sequence[int] | Sequence[Mapping[str, int]]
@@ -102,18 +102,18 @@ def plan_graph(
             )
         if schedule is not None and wanted.flat is not None:
             raise PlanError(f"schedule `{schedule}` is of a pipeline, and mesh {mesh} has none; give it `pp`, or leave out one of the two")
-        looked_at: list[tuple[Place, float]] = []
-        flat = _plan_flat(graph, settings, read, wanted.flat, microbatches or 1, baseline, alternatives, looked_at)
+        accumulates = (
+            cluster.world_size > 1
+            and wanted.flat is None
+            and microbatches is None
+            and schedule is None
+            and graph.training
+            and has_loss(graph)
+        )
+        flat = _plan_flat(graph, settings, read, wanted.flat, microbatches or 1, baseline, alternatives, accumulates)
         if wanted.flat is not None or baseline is not None or alternatives:
             return flat
-
-        def flat_on(mesh: Mesh, microbatches: int) -> Plan:
-            return _plan_flat(graph, settings, read, mesh, microbatches, None, False)
-
-        def bound_on(microbatches: int, enough_s: float) -> tuple[float, Mesh]:
-            return accumulated_s(settings, looked_at, microbatches, enough_s)
-
-        return with_pipelines(graph, settings, read, flat, flat_on, bound_on, schedule, microbatches)
+        return with_pipelines(graph, settings, read, flat, schedule, microbatches)
 
 
 @contextmanager
@@ -132,12 +132,12 @@ def _collector_paused() -> Iterator[None]:
 
 def _plan_flat(
     graph: Graph, settings: Settings, pins: Pins, forced: Mesh | None, microbatches: int, baseline: str | None, alternatives: bool,
-    looked_at: list[tuple[Place, float]] | None = None,
+    accumulates: bool,
 ) -> Plan:  # fmt: skip
     """Without a pipeline."""
     body = microbatched(graph, microbatches).body
     pins = pins_for(pins, graph, body)
-    search = Search(Structure(body), settings, microbatches, [] if looked_at is None else looked_at)
+    search = Search(Structure(body), settings, microbatches, accumulates and baseline is None and not alternatives)
     restriction, meshes = FREE, candidates(settings.cluster, forced, named=bool(pins.given))
     if baseline is not None:
         own, restriction = baseline_of(baseline, body, settings.cluster.world_size)
@@ -145,8 +145,9 @@ def _plan_flat(
             raise PlanError(f"baseline `{baseline}` lies on mesh {own[0]} x {own[1]}; leave `mesh` out")
         meshes = (own,)
     what = f"pins {dict(pins.given)}" if pins.given else f"baseline `{baseline}`" if baseline else "its rules"
-    best, bound_s = best_of(search, meshes, apply_pins(pins, body, restriction), pins, what)
-    if (forced is None or looked_at is None) and baseline is None and not pins.given:
+    best, bound_s = best_of(search, meshes, restriction, pins, what)
+    search = search_of(settings, best)
+    if forced is None and baseline is None and not pins.given:
         best = named_for_what_it_does(search, best)
     return _describe(graph, search, best, bound_s, baseline, pins, alternatives)
 

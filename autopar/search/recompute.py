@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autopar.search.prices.segments import weight_side
 from autopar.search.solver.minimise import Minimiser, Minimum, Price
 from autopar.search.solver.problem import Floats
 
@@ -39,36 +38,6 @@ class Relaxed:
     counts: tuple[tuple[float, ...], ...]
     price_s_per_byte: float = 0.0
     guessed: bool = False
-
-
-def accumulated_bound_s(place: Place, microbatches: int, limit_bytes: float, price: float, enough_s: float) -> float:
-    """What no plan on the mesh of `place`, whose problem is that of the whole batch at once, takes less than with so many microbatches; not
-    looked for above `enough_s`.
-
-    Whatever is chosen, computing in parts takes as long and starts so many times as many kernels, and no collective is faster for being
-    cut; of activations one part is there, of gradients all. So the bound is that of the problem for the whole batch, with memory that
-    weights the loss by `1 / microbatches` and the end of the backward pass by the rest, and all further starts."""
-    (built,) = place.builts
-    structure, made = built.structure, weight_side(built.structure.graph)
-    # What is made of parameters alone, or without a gradient, may be made once.
-    each = [at for at, op in enumerate(structure.graph.ops) if any(name not in made for name in op.operands)]
-    works = [work for work in map(structure.work_of, each) if work.trains]
-    starts_s = (microbatches - 1) * built.costs.starts_s(works)
-    known = "switched" in place.__dict__
-    minimiser = (place.switched if known else place.ready).minimiser
-    free = minimiser.minimise(Price(0.0))
-    if free.bound + starts_s >= enough_s or minimiser.steps != 2 or not minimiser.fits or minimiser.dear:
-        return free.bound + starts_s
-    at_end = minimiser.weighted((0.0, 1.0))
-    least = at_end.minimise(Price(math.inf))
-    if least.exact and at_end.evaluate(least.choice, least.again)[1] > limit_bytes:
-        return math.inf
-    minimiser = minimiser.weighted((1.0 / microbatches, 1.0 - 1.0 / microbatches))
-    if minimiser.evaluate(free.choice, free.again)[1] <= limit_bytes:
-        return free.bound + starts_s
-    if not known and any(any(row) for row in place.may()):
-        minimiser = place.switched.minimiser.weighted(minimiser.weights)
-    return max(free.bound, _walk(minimiser, np.full(2, limit_bytes), place, price, enough_s - starts_s)[0].bound_s) + starts_s
 
 
 class _Corner:

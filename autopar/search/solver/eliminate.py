@@ -23,9 +23,12 @@ from autopar.search.solver.problem import Floats
 Ints = NDArray[np.int64]
 
 LIMIT_ENTRIES = 50_000_000
-_IN_CACHE_ENTRIES = 1 << 17
-_CHEAP_ENTRIES = 30e6
+_COMPILED_ENTRIES = 1 << 20  # of a sum: from there on compiled code pays, even if it must be loaded first
+_CHEAP_ENTRIES = 1e8
 _NOISY_ORDERS = 12
+_NOISE_ENTRIES = 1e5  # by variable: fewer take less time than a search for an order with fewer
+_IN_VAIN = 3
+_MEMO_BYTES = 1 << 28
 _HOPELESS = 8  # times the limit on tables: no noise mends that
 
 
@@ -75,11 +78,15 @@ def _found_order(items: tuple[tuple[int, int], ...], scopes: tuple[tuple[int, ..
     best = _greedy(sizes, scopes, kept, _by_fill)
     if best.total_entries > _CHEAP_ENTRIES:
         best = min(best, _greedy(sizes, scopes, kept, _by_weight), key=_dearness)
+    in_vain = 0
     for seed in range(_NOISY_ORDERS):
-        if best.total_entries <= _CHEAP_ENTRIES or best.largest_entries > _HOPELESS * LIMIT_ENTRIES:
+        worth = best.total_entries > _CHEAP_ENTRIES and best.total_entries > _NOISE_ENTRIES * len(sizes)
+        if not worth or in_vain == _IN_VAIN or best.largest_entries > _HOPELESS * LIMIT_ENTRIES:
             break
         noise = np.exp(np.random.default_rng(seed).normal(0.0, 0.5, len(sizes)))
-        best = min(best, _greedy(sizes, scopes, kept, _by_fill, dict(zip(sizes, noise.tolist(), strict=True))), key=_dearness)
+        other = _greedy(sizes, scopes, kept, _by_fill, dict(zip(sizes, noise.tolist(), strict=True)))
+        in_vain = 0 if other.total_entries < best.total_entries else in_vain + 1
+        best = min(best, other, key=_dearness)
     return best
 
 
@@ -95,16 +102,13 @@ def _dearness(order: Order) -> float:
 
 def _by_fill(v: int, around: dict[int, set[int]], sizes: dict[int, int]) -> float:
     """Entries of the pairwise tables that would appear between neighbours of `v`; ties by its own table, much less."""
-    neighbours = sorted(around[v])
-    fill = 0.0
-    entries = float(sizes[v])
-    for position, u in enumerate(neighbours):
-        entries *= sizes[u]
-        near = around[u]
-        for w in neighbours[position + 1 :]:
-            if w not in near:
-                fill += sizes[u] * sizes[w]
-    return fill + 1e-9 * entries
+    neighbours = around[v]
+    twice = 0  # whole numbers add up the same in any order
+    for u in neighbours:
+        missing = neighbours - around[u]
+        if len(missing) > 1:  # `u` is never around itself
+            twice += sizes[u] * (sum([sizes[w] for w in missing]) - sizes[u])
+    return twice / 2 + 1e-9 * _by_weight(v, around, sizes)
 
 
 def _by_weight(v: int, around: dict[int, set[int]], sizes: dict[int, int]) -> float:
@@ -205,15 +209,43 @@ class Eliminated:
         return chosen
 
 
+class Memo:
+    """Messages by what they were made of: where the same tables meet in the same way, as in equal layers or in the next problem that shares
+    most tables with the last, nothing is added up twice.
+
+    Variables count by their rank among those of the step, so that equal steps elsewhere in the graph are seen to be equal. Tables count by
+    identity, and are kept alive with the entry, so that no other takes their place."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, ...], tuple[Floats, tuple[Factor, ...]]] = {}
+        self._bytes = 0
+
+    def message(self, variable: int, factors: tuple[Factor, ...], sizes: dict[int, int]) -> Factor:
+        """`_minimum` of the factors, looked up."""
+        variables = sorted({v for item in factors for v in item.variables})
+        rank = {v: at for at, v in enumerate(variables)}
+        key = (rank.get(variable), *[(id(item.table), *[rank[v] for v in item.variables]) for item in factors])
+        if key in self._found:
+            return Factor(tuple([v for v in variables if v != variable]), self._found[key][0])
+        found = _minimum(variable, factors, sizes)
+        self._bytes += found.table.nbytes
+        if self._bytes > _MEMO_BYTES:
+            self._found.clear()
+            self._bytes = found.table.nbytes
+        self._found[key] = found.table, factors
+        return found
+
+
 def eliminate(
     sizes: dict[int, int],
     factors: Iterable[Factor],
     order: Order,
     limit_entries: int = LIMIT_ENTRIES,
+    memo: Memo | None = None,
 ) -> Eliminated:
     """Minimise the sum of `factors` over the variables in `order`.
 
-    `sizes`: number of choices per variable of the factors, those that stay included.
+    `sizes`: number of choices per variable of the factors, those that stay included. `memo`: where equal steps are remembered.
     """
     pools: dict[int, dict[int, Factor]] = {v: {} for v in sizes}
     constant = 0.0
@@ -241,7 +273,7 @@ def eliminate(
         steps.append((variable, tuple(bucket.values())))
         for group in _groups(variable, list(bucket.values()), sizes, limit_entries):
             exact &= len(group) == len(bucket)
-            messages[variable] = _minimum(variable, group, sizes)
+            messages[variable] = memo.message(variable, tuple(group), sizes) if memo else _minimum(variable, group, sizes)
             add(messages[variable])
     rest = {key: item for pool in pools.values() for key, item in pool.items()}
     return Eliminated(tuple(rest[key] for key in sorted(rest)), constant, tuple(steps), messages, exact)
@@ -271,32 +303,21 @@ def aligned(item: Factor, scope: Sequence[int]) -> Floats:
     return table[tuple([slice(None) if v in position else None for v in scope])]
 
 
-def _minimum(variable: int, factors: list[Factor], sizes: dict[int, int]) -> Factor:
-    """Sum `factors` and minimise over `variable`."""
+def _minimum(variable: int, factors: Sequence[Factor], sizes: dict[int, int]) -> Factor:
+    """Sum `factors` and minimise over `variable`. The variables of the result are in ascending order."""
     if not factors:
         return Factor((), np.zeros(()))
+    others = tuple(sorted({v for item in factors for v in item.variables if v != variable}))
     if len(factors) == 1:
         item = factors[0]
         axis = item.variables.index(variable)
-        return Factor(item.variables[:axis] + item.variables[axis + 1 :], item.table.min(axis))
-    others = tuple(sorted({v for item in factors for v in item.variables if v != variable}))
+        return Factor(others, aligned(Factor(item.variables[:axis] + item.variables[axis + 1 :], item.table.min(axis)), others))
+    if prod(sizes[v] for v in others) * sizes[variable] > _COMPILED_ENTRIES:
+        from autopar.search.solver.least_sums import least_sum  # numba takes a while to import
+
+        return Factor(others, least_sum(variable, [(item.variables, item.table) for item in factors], sizes))
     scope = (variable, *others)
-    parts = sorted((aligned(item, scope) for item in factors), key=lambda part: part.size)
-    shape = tuple(sizes[v] for v in others)
-    entries = prod(shape)
-    if entries * sizes[variable] <= _IN_CACHE_ENTRIES:
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return Factor(others, total.min(0))
-    # one slice after the other stays in cache and never holds the whole sum
-    best = np.full(shape, np.inf)
-    work = np.empty(shape)
-    for choice in range(sizes[variable]):
-        slices = [part[choice] for part in parts]
-        small = slices[0]
-        for part in slices[1:-1]:
-            small = small + part
-        np.add(small, slices[-1], out=work)
-        np.minimum(best, work, out=best)
-    return Factor(others, best)
+    total, *rest = sorted((aligned(item, scope) for item in factors), key=lambda part: part.size)
+    for part in rest:
+        total = total + part
+    return Factor(others, total.min(0))

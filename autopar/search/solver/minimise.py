@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.search.solver.chain import Chain, find_chains
-from autopar.search.solver.eliminate import LIMIT_ENTRIES, Eliminated, Factor, Order, eliminate, factor, find_order
+from autopar.search.solver.eliminate import LIMIT_ENTRIES, Eliminated, Factor, Memo, Order, eliminate, factor, find_order
 from autopar.search.solver.powers import Body, ChainCost, Shape, shape_of
 from autopar.search.solver.problem import Floats, Problem, Table
 from autopar.search.solver.reduce import domain_sizes
@@ -27,7 +27,7 @@ from autopar.search.solver.reduce import domain_sizes
 Ints = NDArray[np.int64]
 
 _KEPT_PRICES = 6
-_DEAR_ENTRIES = 1e8  # about half a second
+_DEAR_ENTRIES = 1e9  # about half a second
 _SEARCH_S = 10.0
 _SEARCH_GAP = 1e-9
 _SAME = 1e-9
@@ -104,6 +104,7 @@ class Minimiser:
         self._minima: dict[Price, Minimum] = {}
         self._tables: dict[tuple[float, bool], list[Floats]] = {}
         self._bodies: dict[tuple[int, float], Body] = {}
+        self._memo = Memo()
 
     def weighted(self, weights: tuple[float, ...]) -> Minimiser:
         """The same with memory as the sum over the steps by these weights."""
@@ -120,10 +121,15 @@ class Minimiser:
         return self._largest(self._runs_whole()) <= self.limit_entries
 
     @cached_property
+    def entries(self) -> float:
+        """Of all tables on the way to one minimum."""
+        orders = [*self._outer_order(self._runs_whole()), *[shape.order for _, shape in self.chains]]
+        return sum(order.total_entries for order in orders)
+
+    @property
     def dear(self) -> bool:
         """Whether elimination, though its tables fit, takes so long that a search is worth trying first."""
-        orders = self._outer_order(self._runs_whole())
-        return sum(order.total_entries for order in orders) > _DEAR_ENTRIES
+        return self.entries > _DEAR_ENTRIES
 
     def _largest(self, spans: list[tuple[int, int, int]]) -> float:
         return max(order.largest_entries for order in self._outer_order(spans))
@@ -155,7 +161,7 @@ class Minimiser:
         if self.regions is not None and self.regions[chain.rows[0, 0]] >= 0:
             modes.append(self.tables(price, again=True))
         if (number, price) not in self._bodies:
-            self._bodies[number, price] = Body(chain, shape, modes, self.nodes[chain.rows[0]].tolist(), self.limit_entries)
+            self._bodies[number, price] = Body(chain, shape, modes, self.nodes[chain.rows[0]].tolist(), self.limit_entries, self._memo)
         return self._bodies[number, price]
 
     def evaluate(self, choice: Ints, again: Ints | None = None) -> tuple[float, float]:
@@ -200,7 +206,7 @@ class Minimiser:
         parts = [cost.chain for cost in chains]
         sizes = self._outer_sizes(parts)
         first, second = self._outer_order(spans)
-        outer = eliminate(sizes, self._outer_factors(parts, price), first, self.limit_entries)
+        outer = eliminate(sizes, self._outer_factors(parts, price), first, self.limit_entries, self._memo)
         ends = {v: sizes[v] for v in second.variables}
         joint, chosen = self._joint(ends, outer.rest, chains, second)
         chosen = outer.recover(chosen)

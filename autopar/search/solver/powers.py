@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.search.solver.chain import Chain
-from autopar.search.solver.eliminate import Eliminated, Factor, Order, eliminate, factor, find_order
+from autopar.search.solver.eliminate import Eliminated, Factor, Memo, Order, eliminate, factor, find_order
 from autopar.search.solver.problem import Floats
 
 Ints = NDArray[np.int64]
@@ -71,7 +71,7 @@ class Body:
     """One repeat under given costs. `modes[m][t]` is the cost of table `t` where the repeat is computed in mode `m` (once; again, where
     that may be chosen), `unary[p]` the number of the table of position `p`."""
 
-    def __init__(self, chain: Chain, shape: Shape, modes: Sequence[list[Floats]], unary: list[int], limit_entries: int) -> None:
+    def __init__(self, chain: Chain, shape: Shape, modes: Sequence[list[Floats]], unary: list[int], limit_entries: int, memo: Memo) -> None:
         self.shape = shape
         least = [np.minimum(*both) for both in zip(*modes, strict=True)] if len(modes) > 1 else modes[0]
         self.eliminated: list[Eliminated] = []
@@ -80,7 +80,7 @@ class Body:
             factors = [factor((p,), tables[t]) for p, t in enumerate(unary)]
             # An edge to a node behind the repeats is paid as that one is computed: here as if it were at its best.
             factors += [factor(scope, (least if behind else tables)[t]) for scope, t, behind in _scopes(chain)]
-            self.eliminated.append(eliminate(shape.sizes, factors, shape.order, limit_entries))
+            self.eliminated.append(eliminate(shape.sizes, factors, shape.order, limit_entries, memo))
             table = self.eliminated[-1].table(shape.keep, shape.sizes).reshape(shape.states, shape.states, shape.worlds)
             # (worlds, entering, leaving): powers run over the last two, invariants are a batch
             steps.append(np.ascontiguousarray(np.moveaxis(table, 2, 0)))

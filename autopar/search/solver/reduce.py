@@ -23,7 +23,8 @@ from autopar.search.solver.rows import equal_rows
 Ints = NDArray[np.int64]
 
 _ROUNDS = 3
-_FEW_COLUMNS = 4
+_COLUMNS = 8  # of what neighbours may choose, looked at before all
+_ROUNDING = 1e-12
 _HUGE = 1e300  # below every difference of costs, yet finite, so that it adds to `inf` as `inf`
 _SIDE_I, _SIDE_J, _FOREIGN = 0, 1, 2
 
@@ -237,19 +238,22 @@ class _Reduction:
                 known[key] = self._view(edge, side, own, self.kept[other])
             views.append((known[key], often, side >= _FOREIGN))
         count = max([len(modes), *[len(view) for view, _, _ in views]])
-        # a few of the neighbours' choices rule most pairs out; only the rest is compared in full
-        for columns in (_FEW_COLUMNS, None):
-            for mode in range(count):
-                for which, unary in enumerate(modes[min(mode, len(modes) - 1)]):
-                    more = unary[own][a] - unary[own][b]
-                    for view, often, foreign in views:
-                        if foreign and len(view) > 1:
-                            more += often * np.maximum(*[worst_difference(one[which], a, b, columns) for one in view])
-                        else:
-                            more += often * worst_difference(view[min(mode, len(view) - 1)][which], a, b, columns)
-                    a, b = a[more <= 0], b[more <= 0]
-                    if not len(a):
-                        return a, b
+        for mode in range(count):
+            for which, unary in enumerate(modes[min(mode, len(modes) - 1)]):
+                at_some = [(view[min(mode, len(view) - 1)][which], often) for view, often, _ in views]
+                plausible = _plausible(unary[own], at_some, a, b)
+                a, b = a[plausible], b[plausible]
+        for mode in range(count):
+            for which, unary in enumerate(modes[min(mode, len(modes) - 1)]):
+                if not len(a):
+                    return a, b
+                more = unary[own][a] - unary[own][b]
+                for view, often, foreign in views:
+                    if foreign and len(view) > 1:
+                        more += often * np.maximum(*[worst_difference(one[which], a, b) for one in view])
+                    else:
+                        more += often * worst_difference(view[min(mode, len(view) - 1)][which], a, b)
+                a, b = a[more <= 0], b[more <= 0]
         return a, b
 
     def result(self, problem: Problem) -> Reduced:
@@ -289,13 +293,21 @@ def _modes(table: Table) -> tuple[tuple[Floats, ...], ...]:
     return (once,) if table.again is None else (once, (table.again.cost_s, *table.again.step_bytes))
 
 
-def worst_difference(table: Floats, a: Ints, b: Ints, columns: int | None = None) -> Floats:
+def _plausible(own: Floats, views: list[tuple[Floats, int]], a: Ints, b: Ints) -> NDArray[np.bool_]:
+    """Whether `a` may be at least as good as `b`, for each pair: whether it is beside some of what all neighbours may choose.
+
+    `own`: `(n,)`; `views`: tables `(n, neighbour's strategies)`, and how often each counts."""
+    total = np.repeat(own[:, None], _COLUMNS, 1)
+    for view, often in views:
+        total += often * view[:, np.arange(_COLUMNS) * view.shape[1] // _COLUMNS]
+    return np.asarray((total[a] <= (total + _ROUNDING * np.abs(total))[b]).all(1))
+
+
+def worst_difference(table: Floats, a: Ints, b: Ints) -> Floats:
     """Max over `j` of `table[a, j] - table[b, j]` for pairs `a`, `b`; where `b` is impossible nothing is asked of `a`.
 
-    `table`: `(n, m)`, entries finite or `inf`. Returns `(pairs,)`. Given `columns`, only about so many are looked at: a lower bound.
+    `table`: `(n, m)`, entries finite or `inf`. Returns `(pairs,)`.
     """
-    if columns is not None and table.shape[1] > columns:
-        table = table[:, :: table.shape[1] // columns]
     if (table == table[:1]).all():
         return np.zeros(len(a))
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""`python -m autopar.search.solver.warm`: compile the loops of the search over time steps ahead, which takes some ten seconds, once.
+"""`python -m autopar.search.solver.warm`: compile the loops of the solver ahead, which takes some ten seconds, once.
 
 Whoever does not call this waits for it in the first search. Compiled code is kept beside the sources, or in the user's cache where
 those cannot be written to.
@@ -14,6 +14,7 @@ import numpy as np
 from autopar.search.solver.arrays import lay_out
 from autopar.search.solver.compiled import generator
 from autopar.search.solver.dual import Dual
+from autopar.search.solver.least_sums import least_sum
 from autopar.search.solver.moves import improve, new_walk
 from autopar.search.solver.problem import Problem, Segment, Table
 
@@ -21,7 +22,7 @@ __all__ = ["loading", "warm"]
 
 
 def warm() -> None:
-    """Call all loops on a small problem: a grid, and a node that hangs on it."""
+    """Call all loops on a small problem: a grid, and a node that hangs on it; and those of elimination on two tables."""
     side, size = 4, 4
     tables = (Table(np.arange(4.0), np.arange(4.0)[::-1].copy()), Table(np.arange(16.0).reshape(4, 4) % 7, np.zeros((size, size))))
     edges = [(n, n + 1, 1) for n in range(side * side) if (n + 1) % side] + [(n, n + side, 1) for n in range(side * (side - 1))]

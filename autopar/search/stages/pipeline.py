@@ -26,7 +26,6 @@ from autopar.ir.plan import GroupPlan, PipelinePlan, Plan, StagePlan
 from autopar.ir.rules import splits
 from autopar.search.build import FREE, Built, build
 from autopar.search.describe import Part
-from autopar.search.flat import relaxed_bound_s
 from autopar.search.meshes import AXES, Mesh
 from autopar.search.pins import Pins, apply_pins, check_options, pins_for
 from autopar.search.prices.collectives import between
@@ -253,7 +252,7 @@ class Pipelined:
 
     def plan(self) -> Plan:
         pipeline = self.pipeline
-        bound_s = max(sum(relaxed_bound_s(built) for built in found.place.builts) for found in self.found)
+        bound_s = max(sum(built.relaxed_bound_s() for built in found.place.builts) for found in self.found)
         meshes = [dict(zip(AXES, mesh, strict=True)) for mesh in pipeline.meshes]
         shared = meshes[0] if all(mesh == meshes[0] for mesh in meshes) else {}
         return predicted_plan(

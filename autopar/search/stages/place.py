@@ -34,6 +34,7 @@ from autopar.search.solver.steps import Steps, in_steps
 
 Effort = Literal["fast", "exact"]
 Recompute = Literal["auto", "none", "all"]
+_CHEAP_ENTRIES = 1e6  # of tables
 _ROUNDS = 4  # of giving back memory for the workspace of the plan found
 
 
@@ -72,6 +73,12 @@ class Place:
         steps = in_steps(beside([built.switched(row) for built, row in zip(self.builts, self.may(), strict=True)]))
         assert steps is not None, "two steps: the loss, and the end of the backward pass"
         return Ready(steps)
+
+    @property
+    def cheap(self) -> bool:
+        """Whether it was made ready, and bounds cost next to nothing."""
+        made = [vars(self)[name] for name in ("switched", "ready") if name in vars(self)]
+        return any(ready.minimiser.fits and ready.minimiser.entries < _CHEAP_ENTRIES for ready in made[:1])
 
     def most(self) -> tuple[tuple[int, ...], ...]:
         """By stage and segment, how many repeats could be recomputed: those of repeats, or the whole stage where nothing repeats."""
@@ -188,41 +195,50 @@ class Settings:
 
     def solve(self, place: Place) -> Found:
         """Solve the stages of one group, recomputing no repeat, all, or (`"auto"`) as many as pays."""
-        if self.recompute == "none" or not any(any(row) for row in place.most()):
-            return self.solve_as_is(place)
-        if self.recompute == "all":
+        if self.recompute == "all" and any(map(any, place.most())):
             return self.solve_as_is(place.recomputing(place.most()))
-        if not any(any(row) for row in place.may()):
+        if not self._chooses(place):
             return self.solve_as_is(place)
-        kept, target = self.kept(place)
-        return kept if target is None and kept is not None else recomputed(self, place, target or Relaxed(0.0, place.may()), kept)
+        return self.within(place, self.promised(place))
 
-    def kept(self, place: Place, price: float = 0.0, enough_s: float = math.inf) -> tuple[Found | None, Relaxed | None]:
-        """The best of a place without recomputing anything, None where that cannot fit; and, where recomputing may help, what it could do.
-
-        `price`: a guess of that of memory; where nothing here takes less than `enough_s`, a proof of it is all that is returned."""
+    def promised(self, place: Place, price: float = 0.0, enough_s: float = math.inf) -> Relaxed:
+        """What no plan of a place within the limit takes less than; looked for up to `enough_s`. `price`: a guess of that of memory."""
+        if not self._chooses(place):
+            all_ = place.recomputing(place.most()) if self.recompute == "all" else place
+            return Relaxed(all_.ready.minimiser.minimise(Price(0.0)).bound, place.may())
         limits = [self.limit_bytes - size for size in self.beside(place)]
-        if price > 0:
-            target = relaxed(place, limits, price, enough_s)
-            if target is not None and target.bound_s >= enough_s:
-                return None, target
         minimiser = place.ready.minimiser
-        free = minimiser.minimise(Price(0.0))
-        if free.bound >= enough_s:
-            return None, Relaxed(free.bound, ())
-        found: Found | None = None
-        if not self.hopeless(place):
-            found = self.solve_as_is(place)
-            if found.fits and free.exact and found.cost_s <= (1 + GOOD_GAP) * free.bound:
-                return found, None
-            found = found if found.fits else None
-        enough_s = math.inf if found is None else found.cost_s / (1 + GOOD_GAP)
-        target = relaxed(place, limits, price if found is None else found.price_s_per_byte, enough_s)
+        if price == 0:
+            free = minimiser.minimise(Price(0.0))
+            if math.isinf(free.bound):
+                self.solve_as_is(place)  # says why
+            if free.bound >= enough_s or (free.exact and bool((minimiser.usage(free.choice)[1] <= limits).all())):
+                return Relaxed(free.bound, tuple(tuple(0.0 for _ in row) for row in place.may()))
+        target = relaxed(place, limits, price, enough_s)
         if target is None:
+            free = minimiser.minimise(Price(0.0))
             target = Relaxed(free.bound, self._guessed(place, free, limits), guessed=True)
-        if found is not None and found.cost_s <= (1 + GOOD_GAP) * target.bound_s:
-            return replace(found, bound_s=min(target.bound_s, found.cost_s)), None
-        return found, target
+        return target
+
+    def look(self, place: Place, price: float) -> Ready:
+        """What `promised` looks at first."""
+        return place.switched if price and self._chooses(place) else place.ready
+
+    def within(self, place: Place, target: Relaxed) -> Found:
+        """The best found of a place, with about as many repeats recomputed as `target`, what is `promised`, says."""
+        if not self._chooses(place):
+            return self.solve(place)
+        kept: Found | None = None
+        if sum(map(sum, target.counts)) < 1 and not self.hopeless(place):
+            found = self.solve_as_is(place)
+            if found.fits and found.cost_s <= (1 + GOOD_GAP) * target.bound_s:
+                return replace(found, bound_s=min(target.bound_s, found.cost_s))
+            kept = found if found.fits else None
+        return recomputed(self, place, target, kept)
+
+    def _chooses(self, place: Place) -> bool:
+        """Whether how much to recompute is searched for."""
+        return self.recompute == "auto" and any(map(any, place.may()))
 
     def hopeless(self, place: Place) -> bool:
         """Whether it is plain that nothing fits as it is."""

@@ -1,0 +1,83 @@
+"""More microbatches without a pipeline: less memory for activations, at the price of starting every kernel more often.
+
+Every number of microbatches on every mesh is a way of its own (`autopar.search.ways`). What is known of the whole batch gives each a
+bound before its graph is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from autopar.errors import InfeasibleError, PlanError
+from autopar.ir.graph import Graph
+from autopar.ir.pipelining.microbatch import microbatched
+from autopar.search.account import resident_bytes
+from autopar.search.follow import batch_size
+from autopar.search.prices.segments import weight_side
+from autopar.search.solver.minimise import Price
+from autopar.search.stages.place import Place, Settings
+from autopar.search.ways import Way
+
+__all__ = ["accumulating"]
+
+_MOST_MICROBATCHES = 256
+_FAR = 1.05  # times the best bound: a number of microbatches that is so much worse is the last
+
+
+def accumulating(
+    graph: Graph, settings: Settings, places: Sequence[Place], make: Callable[[int, Graph, Place], Place], beat_s: float, price: float
+) -> list[Way]:
+    """Ways to compute `graph`, whose problems on some meshes are `places`, in more microbatches than one.
+
+    `make` gives the problem of a number of microbatches, with the graph of one, on the mesh of a place. `beat_s`: what a way with one
+    microbatch may take; `price`: of memory, as far as it is known, in seconds per byte."""
+    try:
+        batch = batch_size(graph)
+    except PlanError:
+        return []
+
+    @cache
+    def body(count: int) -> Graph:
+        try:
+            return microbatched(graph, count).body
+        except PlanError as error:
+            raise InfeasibleError(str(error)) from error
+
+    ways: list[Way] = []
+    least_s = beat_s
+    for count in range(2, min(batch, _MOST_MICROBATCHES) + 1):
+        if batch % count:
+            continue
+        bounds = [_bound_s(settings, place, count, price) for place in places]
+        for place, bound_s in zip(places, bounds, strict=True):
+            ways.append(Way(bound_s, lambda place=place, count=count: make(count, body(count), place), cheap=place.cheap))  # type: ignore[misc]
+        if _FAR * least_s <= min(bounds) < math.inf:
+            break  # more would start still more kernels
+        least_s = min(least_s, *bounds)
+    return ways
+
+
+def _bound_s(settings: Settings, place: Place, microbatches: int, price: float) -> float:
+    """What no plan on the mesh of `place`, whose problem is that of the whole batch at once, takes less than with so many microbatches.
+
+    Whatever is chosen, computing in parts takes as long and starts so many times as many kernels, and no collective is faster for being
+    cut; of activations one part is there, of gradients all. So a bound is that of the problem for the whole batch, with memory that
+    weights the loss by `1 / microbatches` and the end of the backward pass by the rest, and all further starts. Where that is dear, memory
+    is left to the problem of the microbatch."""
+    (built,) = place.builts
+    structure, made = built.structure, weight_side(built.structure.graph)
+    # What is made of parameters alone, or without a gradient, may be made once.
+    each = [at for at, op in enumerate(structure.graph.ops) if any(name not in made for name in op.operands)]
+    works = [work for work in map(structure.work_of, each) if work.trains]
+    starts_s = (microbatches - 1) * built.costs.starts_s(works)
+    minimiser = (settings.look(place, price) if place.cheap else place.ready).minimiser
+    if not minimiser.fits or minimiser.dear:
+        return built.relaxed_bound_s() + starts_s
+    free_s = minimiser.minimise(Price(0.0)).bound
+    if not place.cheap or not price or minimiser.steps != 2:
+        return free_s + starts_s
+    weighted = minimiser.weighted((1.0 / microbatches, 1.0 - 1.0 / microbatches))
+    room = settings.limit_bytes - resident_bytes(structure)
+    return max(free_s, weighted.minimise(Price(price)).bound - price * room) + starts_s
