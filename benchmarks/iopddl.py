@@ -20,6 +20,7 @@ START = perf_counter()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
+from math import inf, isfinite  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -33,10 +34,10 @@ RESERVE_SHARE = 0.02
 MOST_SLOW = 5.0  # times that, on a machine that is busy with other work
 
 
-def seconds(text: str) -> float:
+def amount(text: str) -> float:
     """A finite number of at least 0."""
     value = float(text)
-    if not 0 <= value < float("inf"):
+    if not 0 <= value < inf:
         raise ValueError
     return value
 
@@ -44,9 +45,9 @@ def seconds(text: str) -> float:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--timeout", type=seconds, required=True, help="seconds from the start of this process")
+    parser.add_argument("--timeout", type=amount, required=True, help="seconds from the start of this process")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gap", type=float, default=0.0, help="stop when cost and bound differ by no more than this part of the bound")
+    parser.add_argument("--gap", type=amount, default=0.0, help="stop when cost and bound differ by no more than this part of the bound")
     parser.add_argument("--progress", action="store_true")
     return parser.parse_args()
 
@@ -84,10 +85,13 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
         return found | {"fault": str(error), "seconds": round(perf_counter() - START, 3)}
     verdict = judge(instance.raw, solution.choice)
     bound = solution.lower_bound_s
-    known = bound > float("-inf")
-    found |= {"feasible": verdict.feasible, "lower_bound": bound if known else None}
+    found |= {"feasible": verdict.feasible, "lower_bound": bound if isfinite(bound) else None}
     if verdict.feasible:
-        found |= {"cost": verdict.cost, "gap": max(0.0, float(verdict.cost) - bound) / abs(bound) if bound and known else None}
+        cost = verdict.cost if isinstance(verdict.cost, int) else float(verdict.cost)
+        over = max(0.0, cost - bound)
+        found |= {"cost": cost, "gap": 0.0 if not over else over / abs(bound) if bound and isfinite(bound) else None}
+    elif bound == inf:
+        found |= {"fault": f"no choice fits; of one that was tried: {verdict.fault}"}
     else:
         found |= {"fault": verdict.fault}
     return found | {"seconds": round(perf_counter() - START, 3)}

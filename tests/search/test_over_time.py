@@ -182,6 +182,18 @@ def test_the_command_prints_one_line(tmp_path: Path) -> None:
     assert 0 < found["seconds"] < 30
 
 
+def test_the_command_prints_fractions_and_refuses_what_is_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "small.json"
+    path.write_text(
+        json.dumps({"problem": {**GOOD["problem"], "nodes": {**GOOD["problem"]["nodes"], "costs": [[1.5, 2.25], [0, 0, 5], [7]]}}})
+    )
+    done = run(str(path), "--timeout", "0")
+    assert done.returncode == 0 and json.loads(done.stdout)["cost"] == 13.25, done.stderr
+    for arguments in (("--timeout", "nan"), ("--timeout", "-1"), ("--timeout", "9", "--gap", "nan")):
+        refused = run(str(path), *arguments)
+        assert refused.returncode == 2 and "invalid" in refused.stderr and "Traceback" not in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "code", "words"),
     [

@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from autopar.errors import AutoparError, ProblemError
 from autopar.search.solver.check import check
 from autopar.search.solver.judge import judge
 from autopar.search.solver.problem import Problem, Segment, Table
-from autopar.search.solver.problem_file import IMPOSSIBLE, read_instance
+from autopar.search.solver.problem_file import IMPOSSIBLE, _sum_from_below, read_instance
 
 GOOD: dict[str, Any] = {
     "problem": {
@@ -96,6 +97,16 @@ def test_gzip_is_read_and_equal_tables_are_stored_once(tmp_path: Path) -> None:
     assert len(problem.tables) == 5 and problem.edges[2][:2] == (1, 2)
 
 
+def test_what_costs_a_little_less_than_the_impossible_is_possible(tmp_path: Path) -> None:
+    raw = copy.deepcopy(GOOD["problem"])
+    raw["nodes"]["costs"][2], raw["edges"]["costs"][1] = [IMPOSSIBLE - 1], [IMPOSSIBLE - 1, 10**400, IMPOSSIBLE]
+    problem = read_instance(written(tmp_path, {"problem": raw})).problem
+    for choice in ((1, 0, 0), (1, 1, 0), (1, 2, 0)):
+        assert (problem.evaluate(choice)[0] < np.inf) == judge(raw, choice).feasible == (choice[1] == 0)
+    own, self_edge = np.array([2.8, 1.0]), np.array([1858779580229217.0, 1.0])
+    assert Fraction(float(_sum_from_below(own, self_edge)[0])) <= Fraction(2.8) + 1858779580229217
+
+
 def test_answers_that_do_not_count() -> None:
     raw = GOOD["problem"]
     assert judge(raw, (0, 0, 0)).fault == "step 2: usage 14 over the limit of 13"
@@ -144,6 +155,7 @@ def damage(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (damage("edges", "costs", 0, 3, value={}), r"edges\.costs\[0\]\[3\] is \{\}"),
         (damage("edges", value=[]), r"edges is \[\]; wanted an object"),
         (damage("nodes", value={}), r"nodes\.intervals is missing"),
+        (damage("nodes", "costs", 0, 1, value=-(10**400)), r"nodes\.costs\[0\]\[1\] is -1000"),
         (damage("usage_limit", value=float("nan")), r"usage_limit is NaN"),
         (damage("usage_limit", value="13"), r'usage_limit is "13"'),
     ],

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from autopar.search.solver.problem import Floats, Ints, Problem, Segment, Table
 __all__ = ["IMPOSSIBLE", "Instance", "read_instance"]
 
 IMPOSSIBLE = 10**18
+_LARGEST = sys.float_info.max
 _MOST_BYTES = 2**30  # unpacked; the largest public instances are a tenth of it
 
 
@@ -235,12 +237,11 @@ class _Reader:
             try:
                 found: Floats = np.array(values, np.float64)
             except OverflowError:  # whole numbers of more than 308 digits
-                found = np.array([min(value, 1e300) for value in values], np.float64)
-                found[found == 1e300] = np.inf
+                found = np.array([value if abs(value) <= _LARGEST else np.inf if value > 0 else -np.inf for value in values], np.float64)
             if not (np.isnan(found).any() or (found == -np.inf).any()):
                 return found
         for at, value in enumerate(values):
-            if type(value) not in (int, float) or not value > -np.inf:
+            if type(value) not in (int, float) or not value >= -_LARGEST:
                 raise self._wrong(place if single else f"{place}[{at}]", f"is {_shown(value)}; wanted a number")
         raise AssertionError(f"{place}: numbers that are none")
 
