@@ -35,6 +35,7 @@ def warm() -> None:
     dual.worth_keeping(np.inf)
     walk = new_walk(arrays, np.zeros(count, np.int64))
     improve(arrays, walk, arrays.cost, 0.0, 0.0, 0.0, 0, 1, generator(0))
+    least_sum(0, [((0, 1), np.zeros((2, 2))), ((0, 2), np.zeros((2, 2)))], {0: 2, 1: 2, 2: 2})
 
 
 @cache
