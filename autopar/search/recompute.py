@@ -119,10 +119,12 @@ def _relaxed(bound_s: float, again: Floats, place: Place, price: float = 0.0) ->
 
 
 def recomputed(settings: Settings, place: Place, target: Relaxed, kept: Found | None) -> Found:
-    """The best found with about as many repeats recomputed as `target` says, or `kept`, the best without."""
+    """The best found with about as many repeats recomputed as `target` says, or `kept`, the best without, where that was looked for."""
     most, best = place.may(), kept
-    counts = _each(target.counts, lambda count: math.ceil(count - 1e-6))
-    tried: set[Counts] = {_each(most, lambda _: 0)} if kept is not None else set()
+    counts, none = _each(target.counts, lambda count: math.ceil(count - 1e-6)), _each(most, lambda _: 0)
+    tried: set[Counts] = {none} if kept is not None else set()
+    if kept is not None and not kept.fits and counts == none:
+        counts = _more(counts, most)
     for _ in range(_SOLVES):
         counts = _enough(settings, place, counts, most)
         if counts in tried:

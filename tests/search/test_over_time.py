@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 
 from autopar.errors import InfeasibleError
-from autopar.search.solver import timed
+from autopar.search.solver import minimise, timed
 from autopar.search.solver.arrays import lay_out
 from autopar.search.solver.eliminate import hopeless
 from autopar.search.solver.evaluate import add_prices
@@ -151,7 +151,8 @@ def cliques(parts: int, count: int, size: int) -> Problem:
     return Problem((0,) * (parts * count), tuple(edges), tuple(tables), (Segment(0, parts * count, 1),))
 
 
-def test_a_dear_elimination_is_searched_once() -> None:
+def test_a_dear_elimination_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minimise, "_DEAR_ENTRIES", 1e8)
     problem = cliques(3, 9, 7)
     minimiser = Minimiser(reduce(problem).problem)
     assert minimiser.fits and minimiser.dear

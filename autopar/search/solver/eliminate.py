@@ -200,10 +200,8 @@ class Eliminated:
         for variable, factors in reversed(self.steps):
             total: Floats = np.zeros((1, 1))
             for item in factors:
-                axis = item.variables.index(variable)
-                table = np.moveaxis(item.table, axis, -1)
-                at = tuple([chosen[v] for v in item.variables if v != variable])
-                total = total + (table[at] if at else table[None])
+                found = item.table[tuple([slice(None) if v == variable else chosen[v] for v in item.variables])]
+                total = total + (found.T if item.variables[0] == variable else found)  # (batch, choices)
             best = total.argmin(1)
             chosen[variable] = best if len(best) == batch else np.repeat(best, batch)
         return chosen
@@ -219,6 +217,9 @@ class Memo:
     def __init__(self) -> None:
         self._found: dict[tuple[object, ...], tuple[Floats, tuple[Factor, ...]]] = {}
         self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._found)
 
     def message(self, variable: int, factors: tuple[Factor, ...], sizes: dict[int, int]) -> Factor:
         """`_minimum` of the factors, looked up."""
@@ -273,7 +274,7 @@ def eliminate(
         steps.append((variable, tuple(bucket.values())))
         for group in _groups(variable, list(bucket.values()), sizes, limit_entries):
             exact &= len(group) == len(bucket)
-            messages[variable] = memo.message(variable, tuple(group), sizes) if memo else _minimum(variable, group, sizes)
+            messages[variable] = memo.message(variable, tuple(group), sizes) if memo is not None else _minimum(variable, group, sizes)
             add(messages[variable])
     rest = {key: item for pool in pools.values() for key, item in pool.items()}
     return Eliminated(tuple(rest[key] for key in sorted(rest)), constant, tuple(steps), messages, exact)

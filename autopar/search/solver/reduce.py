@@ -24,6 +24,7 @@ Ints = NDArray[np.int64]
 
 _ROUNDS = 3
 _COLUMNS = 8  # of what neighbours may choose, looked at before all
+_SOME = np.arange(_COLUMNS)
 _ROUNDING = 1e-12
 _HUGE = 1e300  # below every difference of costs, yet finite, so that it adds to `inf` as `inf`
 _SIDE_I, _SIDE_J, _FOREIGN = 0, 1, 2
@@ -299,7 +300,8 @@ def _plausible(own: Floats, views: list[tuple[Floats, int]], a: Ints, b: Ints) -
     `own`: `(n,)`; `views`: tables `(n, neighbour's strategies)`, and how often each counts."""
     total = np.repeat(own[:, None], _COLUMNS, 1)
     for view, often in views:
-        total += often * view[:, np.arange(_COLUMNS) * view.shape[1] // _COLUMNS]
+        some = view[:, _SOME * view.shape[1] // _COLUMNS]
+        total += some if often == 1 else often * some
     return np.asarray((total[a] <= (total + _ROUNDING * np.abs(total))[b]).all(1))
 
 

@@ -233,7 +233,7 @@ class Settings:
             found = self.solve_as_is(place)
             if found.fits and found.cost_s <= (1 + GOOD_GAP) * target.bound_s:
                 return replace(found, bound_s=min(target.bound_s, found.cost_s))
-            kept = found if found.fits else None
+            kept = found
         return recomputed(self, place, target, kept)
 
     def _chooses(self, place: Place) -> bool:
