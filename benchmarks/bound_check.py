@@ -151,7 +151,7 @@ def checked(raw: Raw, folder: Path, timeout_s: float | None) -> Iterator[str]:
     if not bound <= best:
         yield f"wrong: the bound is above the optimum, by {float(Fraction(bound) - best):.3g} of {float(best):.6g}"
     if not verdict.feasible:
-        yield f"{wrong}: nothing found that fits" if timeout_s is None else "nothing found that fits"
+        yield f"{wrong}: nothing found that fits"
         return
     if verdict.cost == best:
         yield "optimum found"

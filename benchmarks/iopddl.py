@@ -5,8 +5,8 @@
 FILE is one of the contest's instances, JSON or gzipped JSON. Prints one line of JSON: `instance`, `cost`, `feasible`, `lower_bound`,
 `seconds` from the start of this process, imports and reading included, and `gap`. Cost and feasibility are a judge's that shares no
 code with the solver and adds whole numbers from the file. An answer that breaks the limit counts for nothing: then `cost` is null and
-`fault` says why. Ctrl-C ends the search early with the best choice so far. `--progress` writes a line to stderr whenever something
-better is known. The exit code is 0 for a feasible answer, 1 for none, 2 for a file that cannot be used.
+`fault` says why. Ctrl-C, or a signal to terminate, ends the search early with the best choice so far. `--progress` writes a line to
+stderr whenever something better is known. The exit code is 0 for a feasible answer, 1 for none, 2 for a file that cannot be used.
 
 The results are in `benchmarks/iopddl.md`.
 """
@@ -19,6 +19,7 @@ START = perf_counter()
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 from math import inf, isfinite  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -83,6 +84,8 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
         )
     except InfeasibleError as error:
         return found | {"fault": str(error), "seconds": round(perf_counter() - START, 3)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # there is an answer: it is about to be printed
     verdict = judge(instance.raw, solution.choice)
     bound = solution.lower_bound_s
     found |= {"feasible": verdict.feasible, "lower_bound": bound if isfinite(bound) else None}
@@ -97,8 +100,13 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
     return found | {"seconds": round(perf_counter() - START, 3)}
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     options = arguments()
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         found = answer(options)
     except AutoparError as error:

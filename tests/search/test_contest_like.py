@@ -82,5 +82,5 @@ def test_the_order_of_nodes_changes_no_optimum(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("impossible", [0.3, 0.4, 0.45])
 def test_what_fits_is_found_where_most_pairs_are_impossible(impossible: float, tmp_path: Path) -> None:
-    raw = planted(np.random.default_rng(1), 300, impossible=impossible)
+    raw = planted(np.random.default_rng(1), 300, impossible=impossible, limit=1.0)
     hold(raw, solved(raw, tmp_path, time_limit_s=3.0, gap=0.3))

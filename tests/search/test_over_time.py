@@ -26,6 +26,7 @@ from autopar.search.solver.minimise import Minimiser
 from autopar.search.solver.problem import Problem, Segment, Table
 from autopar.search.solver.reduce import reduce
 from autopar.search.solver.solve import Progress, solve
+from benchmarks.contest_like import planted
 from tests.search.test_problem_file import GOOD, random_raw
 from tests.search.test_shrink import problems, within
 
@@ -193,6 +194,20 @@ def test_the_command_prints_fractions_and_refuses_what_is_no_time(tmp_path: Path
     for arguments in (("--timeout", "nan"), ("--timeout", "-1"), ("--timeout", "9", "--gap", "nan")):
         refused = run(str(path), *arguments)
         assert refused.returncode == 2 and "invalid" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_the_command_answers_when_it_is_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "entangled.json"
+    path.write_text(json.dumps({"problem": planted(np.random.default_rng(0), 400, impossible=0.1)}))
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "iopddl.py"), str(path), "--timeout", "100", "--progress"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "cost inf" in process.stderr.readline():
+            pass
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+    found = json.loads(out)
+    assert process.returncode == 0 and found["feasible"] and found["seconds"] < 60
 
 
 @pytest.mark.parametrize(

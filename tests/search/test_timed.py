@@ -150,7 +150,8 @@ def test_a_possible_choice_is_found_by_moves_and_by_the_program(problem: Problem
     arrays = lay_out(problem)
     start = least_memory(arrays)
     near, program = Possible(arrays, start, generator(seed)), pairs(arrays, start)
-    near.walk()
+    for _ in range(10):
+        near.walk()
     assert program is not None
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1

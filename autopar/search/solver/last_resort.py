@@ -1,33 +1,23 @@
 """What is answered when time ends before anything that fits was found: the choice of least memory, made ready before the search begins.
 
 After the reductions the room of a time step is what is left beside the least that nodes can hold: each at its least fits together, unless
-that is impossible for some pair, or a node's least at one step is not its least at another. `least_memory` needs no compiled code;
-`hurry` makes the most of a moment that is left.
+that is impossible for some pair, or a node's least at one step is not its least at another. None of this needs compiled code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from autopar.search.solver.arrays import Arrays
-from autopar.search.solver.compiled import State
-from autopar.search.solver.evaluate import cost_of
-from autopar.search.solver.moves import improve, new_walk
-from autopar.search.solver.possible import Possible
 from autopar.search.solver.problem import Floats, Ints
 
-__all__ = ["hurry", "least_cost", "least_memory"]
-
-_MOVES, _CHUNK = 1000, 20
-_TRIES = 8
+__all__ = ["least_cost", "least_memory", "priced_by_room"]
 
 
 def least_memory(arrays: Arrays) -> Ints:
     """`(n,)`: of each node the strategy that holds least, as a part of the room of its steps; of equals the cheapest."""
     owner = np.repeat(np.arange(len(arrays.sizes)), arrays.sizes)
-    order = np.lexsort((arrays.cost, _priced(arrays), np.isinf(arrays.cost), owner))
+    order = np.lexsort((arrays.cost, priced_by_room(arrays), np.isinf(arrays.cost), owner))
     return np.asarray(order[arrays.first[:-1]] - arrays.first[:-1])
 
 
@@ -38,26 +28,7 @@ def least_cost(arrays: Arrays) -> float:
     return float(np.minimum.reduceat(arrays.cost, arrays.first[:-1]).sum() + edges)
 
 
-def hurry(arrays: Arrays, least: Ints, best: Ints | None, byte_price: float, state: State) -> Iterator[Ints]:
-    """`least`, and what forest moves make of it, some at a time. Where it is not possible: of `best`, the choice over the limit by least;
-    without that, of a possible choice near `least`.
-    """
-    start = best
-    if start is None or cost_of(arrays, least) < np.inf:
-        near = Possible(arrays, least, state)
-        near.walk()
-        start = start if near.choice is None else near.choice
-    if start is None:
-        return
-    yield start
-    walk = new_walk(arrays, start)
-    price = max(byte_price, abs(walk.score[0]) / arrays.unit)
-    for _ in range(_MOVES // _CHUNK):
-        improve(arrays, walk, arrays.cost, price, 0.0, 0.0, _CHUNK, _TRIES, state)
-        yield walk.best
-
-
-def _priced(arrays: Arrays) -> Floats:
+def priced_by_room(arrays: Arrays) -> Floats:
     """`(S,)`: what strategies hold, each step at the price of one over its room."""
     known = np.isfinite(arrays.room)
     prices = np.where(known, 1.0 / np.maximum(np.where(known, arrays.room, 1.0), 1e-3 * arrays.unit), 0.0)

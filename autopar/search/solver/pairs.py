@@ -1,6 +1,6 @@
 """What is possible at all, as a program for CP-SAT: one strategy per node, no impossible pair; memory and costs are left out.
 
-For graphs where moves do not come down to no impossible pair. The choice of least memory is the hint, so that what is found is near it.
+For graphs where moves do not come down to no impossible pair. What they have come to is the hint.
 """
 
 from __future__ import annotations

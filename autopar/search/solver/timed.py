@@ -13,8 +13,9 @@ import numpy as np
 from autopar.search.solver.arrays import Arrays, lay_out
 from autopar.search.solver.compiled import generator
 from autopar.search.solver.dual import Dual
+from autopar.search.solver.hurry import hurry
 from autopar.search.solver.incumbent import Progress
-from autopar.search.solver.last_resort import hurry, least_cost, least_memory
+from autopar.search.solver.last_resort import least_cost, least_memory
 from autopar.search.solver.possible import Possible
 from autopar.search.solver.problem import Ints, Problem, Solution
 from autopar.search.solver.walker import Best, Walker
@@ -31,7 +32,6 @@ _STALLED = 1e-5  # of the bound: less in `_MOST_STEPS` steps is not worth a thre
 _REPAIR = 4.0  # times the highest price is about what it costs to bring a rounding's memory down
 _MOVES_PER_STEP = 3  # of a walk take about as long as one step of the dual
 _ROUNDS_BEFORE_FINISH = 10  # of walks, before what is left open is given to an integer program; after each that was in vain, twice as many
-_ROUNDS_BEFORE_PAIRS = 3  # in vain, before a possible choice is asked of CP-SAT
 _PRESSED = 10  # rounds with a possible choice that is over the limit, before memory is worth more than cost
 _LONGEST_BLIND = 300  # steps of the dual without a possible choice to round to
 _LATE = 0.5  # of the time: when nothing fits by then, walks begin at what holds least
@@ -124,7 +124,6 @@ class _Search:
         self.rounded = Best(arrays)
         self.state = generator(seed)
         self.possible = Possible(arrays, least, generator(seed + 3))
-        self.blind = 0  # rounds without a possible choice
         self.walkers = [Walker(arrays, generator(seed + 1 + number)) for number in range(2)]
         self.steps = max(_FEWEST_STEPS, min(_MOST_STEPS, _DUAL_ENTRIES // max(self.walkers[0].entries, 1)))
 
@@ -159,22 +158,23 @@ class _Search:
         while not self.done and (self.clock.limit_s is not None or idle < _IDLE_ROUNDS):
             walkers = self.walkers[1:] if rising or self._finishing else self.walkers
             repeats = max(1, _MOVES_PER_STEP * self.steps // self.walkers[0].moves) if rising else 1
-            if self.best.excess > 0 and self.clock.part > _LATE:
-                self.best.offer(self.least)
+            late = self.best.excess > 0 and self.clock.part > _LATE
+            if late:
+                self.best.offer(self.least if self.possible.choice is None else self.possible.choice)
             for walker in walkers:
                 walker.prepare(self.best, self.rounded, self.dual, rising, over > _PRESSED)
             jobs = [threads.submit(self._raise_bound)] if rising else []
             before_s = self.clock.seconds
             share = self._share(longest_s)
             jobs += [threads.submit(walker.walk, share * repeats) for walker in walkers if walker.ready]
-            if self.best.choice is None and not (rising and self._finishing):
+            if self.best.choice is None or late:
                 jobs.append(threads.submit(self.possible.walk))
             for job in jobs:
                 job.result()
             longest_s = max(0.9 * longest_s, self.clock.seconds - before_s)
             over = over + 1 if self.best.excess > 0 and self.best.choice is not None else 0
             if self.best.choice is None:
-                self._look_for_a_possible(threads)
+                self._look_for_a_possible(threads, rising)
             found = [self.best.offer(choice) for choice in self._found(walkers, rising)]
             idle = 0 if any(found) or rising else idle + 1
             if rising:
@@ -198,7 +198,7 @@ class _Search:
         limit = self.clock.limit_s
         end_s = np.inf if limit is None else max(limit, self.clock.seconds) + _GRACE_S
         byte_price = float(self.dual.best_prices.max(initial=0.0))
-        for choice in hurry(self.arrays, self.least, self.best.choice, byte_price, self.state):
+        for choice in hurry(self.arrays, self.possible, self.best.choice, byte_price, self.state):
             self.best.offer(choice)
             if self.clock.seconds > end_s:
                 break
@@ -240,16 +240,15 @@ class _Search:
             self.dual.step()
             self.rounded.offer(self.dual.choice)
 
-    def _look_for_a_possible(self, threads: ThreadPoolExecutor) -> None:
-        """Take the possible choice that moves have come to; after some rounds in vain, ask CP-SAT for one."""
-        self.blind += 1
+    def _look_for_a_possible(self, threads: ThreadPoolExecutor, rising: bool) -> None:
+        """Take the possible choice that moves have come to; after some rounds in vain, ask CP-SAT for one, when it has a thread."""
         if self.possible.choice is not None:
             self.best.offer(self.possible.choice)
-        elif self.blind == _ROUNDS_BEFORE_PAIRS:
+        elif self.finish is None and not rising:
             from autopar.search.solver.finish import Finish
             from autopar.search.solver.pairs import pairs
 
-            self.finish = Finish(pairs(self.arrays, self.least), np.inf, threads, self.clock.left_s, self.seed)
+            self.finish = Finish(pairs(self.arrays, self.possible.nearest), np.inf, threads, self.clock.left_s, self.seed)
         if self.finish is not None and self.finish.poll(wait=self.clock.limit_s is None):
             self._finished()
 
