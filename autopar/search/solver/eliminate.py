@@ -24,9 +24,10 @@ Ints = NDArray[np.int64]
 
 LIMIT_ENTRIES = 50_000_000
 _COMPILED_ENTRIES = 1 << 20  # of a sum: from there on compiled code pays, even if it must be loaded first
+_COMPILED_IN_DEAR = 1 << 17  # of a sum on the way to so many in all that it is loaded anyway
 _CHEAP_ENTRIES = 1e8
 _NOISY_ORDERS = 12
-_NOISE_ENTRIES = 1e5  # by variable: fewer take less time than a search for an order with fewer
+_NOISE_ENTRIES = 5e5  # by variable: fewer take less time than a search for an order with fewer
 _IN_VAIN = 3
 _MEMO_BYTES = 1 << 28
 _HOPELESS = 8  # times the limit on tables: no noise mends that
@@ -221,14 +222,14 @@ class Memo:
     def __len__(self) -> int:
         return len(self._found)
 
-    def message(self, variable: int, factors: tuple[Factor, ...], sizes: dict[int, int]) -> Factor:
+    def message(self, variable: int, factors: tuple[Factor, ...], sizes: dict[int, int], compiled_entries: int) -> Factor:
         """`_minimum` of the factors, looked up."""
         variables = sorted({v for item in factors for v in item.variables})
         rank = {v: at for at, v in enumerate(variables)}
         key = (rank.get(variable), *[(id(item.table), *[rank[v] for v in item.variables]) for item in factors])
         if key in self._found:
             return Factor(tuple([v for v in variables if v != variable]), self._found[key][0])
-        found = _minimum(variable, factors, sizes)
+        found = _minimum(variable, factors, sizes, compiled_entries)
         self._bytes += found.table.nbytes
         if self._bytes > _MEMO_BYTES:
             self._found.clear()
@@ -254,6 +255,7 @@ def eliminate(
     number = 0
     steps: list[tuple[int, tuple[Factor, ...]]] = []
     messages: dict[int, Factor] = {}
+    compiled_entries = _COMPILED_IN_DEAR if order.total_entries > _CHEAP_ENTRIES else _COMPILED_ENTRIES
 
     def add(item: Factor) -> None:
         nonlocal number, constant
@@ -274,7 +276,10 @@ def eliminate(
         steps.append((variable, tuple(bucket.values())))
         for group in _groups(variable, list(bucket.values()), sizes, limit_entries):
             exact &= len(group) == len(bucket)
-            messages[variable] = memo.message(variable, tuple(group), sizes) if memo is not None else _minimum(variable, group, sizes)
+            if memo is None:
+                messages[variable] = _minimum(variable, group, sizes, compiled_entries)
+            else:
+                messages[variable] = memo.message(variable, tuple(group), sizes, compiled_entries)
             add(messages[variable])
     rest = {key: item for pool in pools.values() for key, item in pool.items()}
     return Eliminated(tuple(rest[key] for key in sorted(rest)), constant, tuple(steps), messages, exact)
@@ -304,7 +309,7 @@ def aligned(item: Factor, scope: Sequence[int]) -> Floats:
     return table[tuple([slice(None) if v in position else None for v in scope])]
 
 
-def _minimum(variable: int, factors: Sequence[Factor], sizes: dict[int, int]) -> Factor:
+def _minimum(variable: int, factors: Sequence[Factor], sizes: dict[int, int], compiled_entries: int) -> Factor:
     """Sum `factors` and minimise over `variable`. The variables of the result are in ascending order."""
     if not factors:
         return Factor((), np.zeros(()))
@@ -313,7 +318,7 @@ def _minimum(variable: int, factors: Sequence[Factor], sizes: dict[int, int]) ->
         item = factors[0]
         axis = item.variables.index(variable)
         return Factor(others, aligned(Factor(item.variables[:axis] + item.variables[axis + 1 :], item.table.min(axis)), others))
-    if prod(sizes[v] for v in others) * sizes[variable] > _COMPILED_ENTRIES:
+    if prod(sizes[v] for v in others) * sizes[variable] > compiled_entries:
         from autopar.search.solver.least_sums import least_sum  # numba takes a while to import
 
         return Factor(others, least_sum(variable, [(item.variables, item.table) for item in factors], sizes))
