@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -123,9 +124,13 @@ class _Search:
         self.best.offer(self.dual.choice)
         self.rounded = Best(arrays)
         self.state = generator(seed)
-        self.possible = Possible(arrays, least, generator(seed + 3))
         self.walkers = [Walker(arrays, generator(seed + 1 + number)) for number in range(2)]
         self.steps = max(_FEWEST_STEPS, min(_MOST_STEPS, _DUAL_ENTRIES // max(self.walkers[0].entries, 1)))
+
+    @cached_property
+    def possible(self) -> Possible:
+        """Made when it is needed: it has a table of its own, as large as the problem's."""
+        return Possible(self.arrays, self.least, generator(self.seed + 3))
 
     @property
     def bound(self) -> float:
