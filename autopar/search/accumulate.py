@@ -6,7 +6,6 @@ bound before its graph is made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -22,8 +21,7 @@ from autopar.search.ways import Way
 
 __all__ = ["accumulating"]
 
-_MOST_MICROBATCHES = 256
-_FAR = 1.05  # times the best bound: a number of microbatches that is so much worse is the last
+_FAR = 1.05  # times the best bound: larger ones are not told apart
 
 
 def accumulating(
@@ -45,39 +43,42 @@ def accumulating(
         except PlanError as error:
             raise InfeasibleError(str(error)) from error
 
+    known = [_Known(settings, place, price) for place in places]
     ways: list[Way] = []
     least_s = beat_s
-    for count in range(2, min(batch, _MOST_MICROBATCHES) + 1):
-        if batch % count:
-            continue
-        bounds = [_bound_s(settings, place, count, price) for place in places]
+    for count in [count for count in range(2, batch + 1) if batch % count == 0]:
+        bounds = [one.bound_s(count, _FAR * least_s) for one in known]
         for place, bound_s in zip(places, bounds, strict=True):
             ways.append(Way(bound_s, lambda place=place, count=count: make(count, body(count), place), cheap=place.cheap))  # type: ignore[misc]
-        if _FAR * least_s <= min(bounds) < math.inf:
-            break  # more would start still more kernels
         least_s = min(least_s, *bounds)
     return ways
 
 
-def _bound_s(settings: Settings, place: Place, microbatches: int, price: float) -> float:
-    """What no plan on the mesh of `place`, whose problem is that of the whole batch at once, takes less than with so many microbatches.
+class _Known:
+    """What is known of a mesh from `place`, its problem of the whole batch at once.
 
     Whatever is chosen, computing in parts takes as long and starts so many times as many kernels, and no collective is faster for being
     cut; of activations one part is there, of gradients all. So a bound is that of the problem for the whole batch, with memory that
     weights the loss by `1 / microbatches` and the end of the backward pass by the rest, and all further starts. Where that is dear, memory
     is left to the problem of the microbatch."""
-    (built,) = place.builts
-    structure, made = built.structure, weight_side(built.structure.graph)
-    # What is made of parameters alone, or without a gradient, may be made once.
-    each = [at for at, op in enumerate(structure.graph.ops) if any(name not in made for name in op.operands)]
-    works = [work for work in map(structure.work_of, each) if work.trains]
-    starts_s = (microbatches - 1) * built.costs.starts_s(works)
-    minimiser = (settings.look(place, price) if place.cheap else place.ready).minimiser
-    if not minimiser.fits or minimiser.dear:
-        return built.relaxed_bound_s() + starts_s
-    free_s = minimiser.minimise(Price(0.0)).bound
-    if not place.cheap or not price or minimiser.steps != 2:
-        return free_s + starts_s
-    weighted = minimiser.weighted((1.0 / microbatches, 1.0 - 1.0 / microbatches))
-    room = settings.limit_bytes - resident_bytes(structure)
-    return max(free_s, weighted.minimise(Price(price)).bound - price * room) + starts_s
+
+    def __init__(self, settings: Settings, place: Place, price: float) -> None:
+        (built,) = place.builts
+        structure, made = built.structure, weight_side(built.structure.graph)
+        # What is made of parameters alone, or without a gradient, may be made once.
+        each = [at for at, op in enumerate(structure.graph.ops) if any(name not in made for name in op.operands)]
+        self.starts_s = built.costs.starts_s([work for work in map(structure.work_of, each) if work.trains])
+        self.price = price
+        self.room = settings.limit_bytes - resident_bytes(structure)
+        minimiser = (settings.look(place, price) if place.cheap else place.ready).minimiser
+        self.minimiser = minimiser if place.cheap and price and minimiser.steps == 2 else None
+        known = minimiser.fits and not minimiser.dear
+        self.free_s = minimiser.minimise(Price(0.0)).bound if known else built.relaxed_bound_s()
+
+    def bound_s(self, microbatches: int, enough_s: float) -> float:
+        """What no plan takes less than with so many microbatches; not looked for above `enough_s`."""
+        starts_s = (microbatches - 1) * self.starts_s
+        if self.minimiser is None or self.free_s + starts_s >= enough_s:
+            return self.free_s + starts_s
+        weighted = self.minimiser.weighted((1.0 / microbatches, 1.0 - 1.0 / microbatches))
+        return max(self.free_s, weighted.minimise(Price(self.price)).bound - self.price * self.room) + starts_s
