@@ -34,6 +34,7 @@ class Way:
     place: Place | None = None
     cheap: bool = False
     """Whether raising its bound is known to take next to no time: it is looked at before others that are near, for what it says of them."""
+    looked_at: bool = False
     target: Relaxed | None = None
     """What is known of the way, once its bound is as high as it gets."""
 
@@ -114,7 +115,8 @@ class _Search:
         self.settings.look(place, self.price)
         if self.settings.effort == "fast" and not place.cheap:  # bounds of cheap ones say what memory is worth
             others_s = min([other.bound_s for other in self.open if other is not way], default=math.inf)
-            enough_s = min(enough_s, others_s * (1 + _FURTHER))
+            enough_s = min(enough_s, others_s * (1 + _FURTHER if way.looked_at else 1))
+        way.looked_at = True
         target = self.settings.promised(place, self.price, enough_s)
         way.bound_s = max(way.bound_s, target.bound_s)
         self.price = target.price_s_per_byte or self.price

@@ -131,6 +131,10 @@ def _groups(problem: Problem) -> Ints:
     return equal_rows(place, np.array(problem.nodes, np.int64))[1]
 
 
+Views = dict[tuple[int, int, int], tuple[tuple[Floats, ...], ...]]
+"""By edge table, side and neighbour's group: cost and memory of the edge, in every mode."""
+
+
 class _Reduction:
     def __init__(self, nodes: Ints, edges: Ints, tables: list[Table], group: Ints, regions: tuple[int, ...] | None) -> None:
         self.nodes, self.edges, self.tables, self.group = nodes, edges, tables, group
@@ -182,11 +186,12 @@ class _Reduction:
         stale, self.stale = self.stale, set()
         for group in sorted(stale):
             surroundings = self.contexts[group]
-            while self._drop_impossible(group, surroundings):
+            known: Views = {}
+            while self._drop_impossible(group, surroundings, known):
+                known.clear()
                 self._changed(group)
             count = len(self.kept[group])
             a, b = np.nonzero(~np.eye(count, dtype=np.bool_))
-            known: dict[tuple[int, int, int], tuple[tuple[Floats, ...], ...]] = {}
             for around in surroundings:
                 if len(a):
                     a, b = self._dominating(group, around, known, a, b)
@@ -202,8 +207,8 @@ class _Reduction:
         """Neighbours of `group` are worth another look."""
         self.stale |= {other for around in self.contexts[group] for _, _, other, _ in around}
 
-    def _drop_impossible(self, group: int, surroundings: list[list[tuple[int, int, int, int]]]) -> bool:
-        """Drop strategies that cost `inf`, alone or beside all that a neighbour may choose."""
+    def _drop_impossible(self, group: int, surroundings: list[list[tuple[int, int, int, int]]], known: Views) -> bool:
+        """Drop strategies that cost `inf`, alone or beside all that a neighbour may choose. Views that were made are `known`."""
         own = self.kept[group]
         possible = self.tables[self.table_of[group]].cost_s[own] < np.inf
         # a node is impossible where *its* surroundings say so; the group keeps what any of its nodes may still need
@@ -211,7 +216,10 @@ class _Reduction:
         for around in surroundings or [[]]:
             here = possible.copy()
             for table, side, other, _ in around:
-                here &= self._view(table, side, own, self.kept[other])[0][0].min(1) < np.inf
+                key = (table, side, other)
+                if key not in known:
+                    known[key] = self._view(table, side, own, self.kept[other])
+                here &= known[key][0][0].min(1) < np.inf
             if not here.any():
                 node = int(np.flatnonzero(self.group == group)[0])
                 raise InfeasibleError(f"node {node} has no possible strategy left: every choice costs inf, alone or with its neighbours")
@@ -225,19 +233,14 @@ class _Reduction:
         self,
         group: int,
         around: list[tuple[int, int, int, int]],
-        known: dict[tuple[int, int, int], tuple[tuple[Floats, ...], ...]],
+        known: Views,
         a: Ints,
         b: Ints,
     ) -> tuple[Ints, Ints]:
         """Those of the pairs `a`, `b` of strategies where `a` is at least as good as `b` in this surrounding."""
         own = self.kept[group]
         modes = _modes(self.tables[self.table_of[group]])
-        views = []
-        for edge, side, other, often in around:
-            key = (edge, side, other)
-            if key not in known:
-                known[key] = self._view(edge, side, own, self.kept[other])
-            views.append((known[key], often, side >= _FOREIGN))
+        views = [(known[edge, side, other], often, side >= _FOREIGN) for edge, side, other, often in around]
         count = max([len(modes), *[len(view) for view, _, _ in views]])
         for mode in range(count):
             for which, unary in enumerate(modes[min(mode, len(modes) - 1)]):
