@@ -71,13 +71,15 @@ PROCESSING_ORDER = {
     ),
     "autopar/ir/rules/families": "common pointwise views cuts reductions contractions recurrent indexing losses experts",
     "autopar/search": (
-        "planner flat ways accumulate choose meshes structure strategies pins baselines follow build recompute account describe remedies alternatives"
+        "planner flat ways accumulate choose meshes structure strategies pins baselines follow build recompute account describe remedies "
+        "alternatives"
     ),
     "autopar/search/prices": "work experts liveness regions optimizers collectives sequence costs segments",
     "autopar/search/solver": (
-        "problem check problem_file judge solve reduce steps chain eliminate least_sums powers minimise marginals memory local incumbent exact "
-        "over_time shrink shrinking interned rows contract tighten dominated series parts timed arrays compiled warm trees messages "
-        "reduced_costs dual evaluate forest cuts moves possible walker residual finish"
+        "problem check problem_file judge solve rounding reduce steps chain eliminate least_sums powers minimise marginals memory "
+        "local incumbent exact over_time last_resort shrink shrinking interned rows contract tighten dominated series parts timed "
+        "arrays compiled warm trees messages reduced_costs dual evaluate forest cuts moves possible pairs hurry walker residual "
+        "finish"
     ),
     "autopar/search/stages": (
         "propose guess short stage_prices profile stage_search stage_costs stage_space stage_form stage_bounds stage_improve "

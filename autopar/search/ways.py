@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from autopar.errors import InfeasibleError, PinError, PlanError
 from autopar.search.recompute import Relaxed
 from autopar.search.solver.minimise import Price
-from autopar.search.stages.place import Found, Place, Settings
+from autopar.search.stages.place import LEAST_LEFT_S, Found, Place, Settings
 
 __all__ = ["Best", "More", "Way", "best_first"]
 
@@ -96,8 +96,13 @@ class _Search:
         return Best(self.best, min([self.proven_s, *[way.bound_s for way in self.open]]), self.least)
 
     def _enough(self, way: Way) -> bool:
-        """Whether no way promises to be faster than the best found, when the first promises `way.bound_s`."""
-        if self.best is None or not self.best.fits:
+        """Whether no way promises to be faster than the best found, when the first promises `way.bound_s`; or whether time is up."""
+        if self.best is None:
+            return False
+        left_s = self.settings.seconds_left()
+        if left_s is not None and left_s <= LEAST_LEFT_S:
+            return True
+        if not self.best.fits:
             return False
         return self.solved >= _SOLVED or way.bound_s * self._hope(way) >= self.best.cost_s
 
@@ -115,7 +120,10 @@ class _Search:
         self.settings.look(place, self.price)
         if self.settings.effort == "fast" and not place.cheap:  # bounds of cheap ones say what memory is worth
             others_s = min([other.bound_s for other in self.open if other is not way], default=math.inf)
-            enough_s = min(enough_s, others_s * (1 + _FURTHER if way.looked_at else 1))
+            further_s = max(
+                others_s * (1 + _FURTHER), math.nextafter(way.bound_s, math.inf)
+            )  # else ways as good would be looked at forever
+            enough_s = min(enough_s, further_s if way.looked_at else others_s)
         way.looked_at = True
         target = self.settings.promised(place, self.price, enough_s)
         way.bound_s = max(way.bound_s, target.bound_s)

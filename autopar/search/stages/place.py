@@ -34,6 +34,7 @@ from autopar.search.solver.steps import Steps, in_steps
 
 Effort = Literal["fast", "exact"]
 Recompute = Literal["auto", "none", "all"]
+LEAST_LEFT_S = 0.1  # what a search is given at least, when time is up before it begins
 _CHEAP_ENTRIES = 1e6  # of tables
 _ROUNDS = 4  # of giving back memory for the workspace of the plan found
 
@@ -191,7 +192,7 @@ class Settings:
     precision: Precision | None = None
 
     def seconds_left(self) -> float | None:
-        return None if self.deadline_s is None else max(0.1, self.deadline_s - perf_counter())
+        return None if self.deadline_s is None else max(LEAST_LEFT_S, self.deadline_s - perf_counter())
 
     def solve(self, place: Place) -> Found:
         """Solve the stages of one group, recomputing no repeat, all, or (`"auto"`) as many as pays."""
@@ -207,8 +208,8 @@ class Settings:
             all_ = place.recomputing(place.most()) if self.recompute == "all" else place
             return Relaxed(all_.ready.minimiser.minimise(Price(0.0)).bound, place.may())
         limits = [self.limit_bytes - size for size in self.beside(place)]
-        minimiser = place.ready.minimiser
         if price == 0:
+            minimiser = place.ready.minimiser
             free = minimiser.minimise(Price(0.0))
             if math.isinf(free.bound):
                 self.solve_as_is(place)  # says why
@@ -216,7 +217,7 @@ class Settings:
                 return Relaxed(free.bound, tuple(tuple(0.0 for _ in row) for row in place.may()))
         target = relaxed(place, limits, price, enough_s)
         if target is None:
-            free = minimiser.minimise(Price(0.0))
+            free = place.ready.minimiser.minimise(Price(0.0))
             target = Relaxed(free.bound, self._guessed(place, free, limits), guessed=True)
         return target
 
