@@ -49,7 +49,8 @@ def accumulating(
     for count in [count for count in range(2, batch + 1) if batch % count == 0]:
         bounds = [one.bound_s(count, _FAR * least_s) for one in known]
         for place, bound_s in zip(places, bounds, strict=True):
-            ways.append(Way(bound_s, lambda place=place, count=count: make(count, body(count), place), cheap=place.cheap))  # type: ignore[misc]
+            even = batch // count % place.builts[0].costs.mesh[0] == 0
+            ways.append(Way(bound_s, lambda place=place, count=count: make(count, body(count), place), cheap=place.cheap, even=even))  # type: ignore[misc]
         least_s = min(least_s, *bounds)
     return ways
 

@@ -21,6 +21,7 @@ __all__ = ["Best", "More", "Way", "best_first"]
 _WORTH = 0.01  # of a step: once a way is solved, others that recompute are not where they promise no more
 _LITTLE = 0.002  # of a step: nor are those that do not
 _SOLVED = 3
+_LOOKS = 16  # ways of which the problem is made, where one of them has a plan: on many devices there are hundreds
 _NEAR = 1.02  # times the least bound
 _FURTHER = 1e-3  # of a bound: ways that are so close are not raised in turn, step by step
 
@@ -34,6 +35,8 @@ class Way:
     place: Place | None = None
     cheap: bool = False
     """Whether raising its bound is known to take next to no time: it is looked at before others that are near, for what it says of them."""
+    even: bool = True
+    """Whether the batch can be divided so by the mesh without a rest. Others are left for last."""
     looked_at: bool = False
     target: Relaxed | None = None
     """What is known of the way, once its bound is as high as it gets."""
@@ -67,17 +70,16 @@ class _Search:
         self.least: Place | None = None
         self.proven_s = math.inf
         self.solved = 0
+        self.looks = 0
         self.price = 0.0  # of memory: what it was on one way is a good guess for the next
         self.dearer = 1.0  # a step within the limit, in times of one with any memory, where both bounds are known
 
     def run(self) -> Best:
         error: PlanError | None = None
         while self.open:
-            way = min(self.open, key=lambda one: one.bound_s)
-            if self._enough(way):
+            way = self._next()
+            if way is None:
                 break
-            quick = [one for one in self.open if one.cheap and one.target is None and one.bound_s <= _NEAR * way.bound_s]
-            way = min(quick, key=lambda one: one.bound_s) if quick and way.target is None else way
             try:
                 way.place = way.place or way.make()
                 if way.target is None:
@@ -94,6 +96,23 @@ class _Search:
         if self.best is None and self.least is None and error is not None:
             raise error
         return Best(self.best, min([self.proven_s, *[way.bound_s for way in self.open]]), self.least)
+
+    def _next(self) -> Way | None:
+        """The way to take up; None where none promises to be better than what was found, or the rest is too many to look at all."""
+        known, even = [one for one in self.open if one.looked_at], [one for one in self.open if one.even]
+        found = self.best is not None and self.best.fits
+        if self.settings.effort == "exact":
+            orders = [self.open]
+        elif self.looks >= _LOOKS:
+            orders = [known] if found else [known, even, self.open]
+        else:
+            orders = [even, self.open]
+        for ways in orders:
+            least = min(ways, key=lambda one: one.bound_s, default=None)
+            if least is not None and not self._enough(least):
+                quick = [one for one in ways if one.cheap and one.target is None and one.bound_s <= _NEAR * least.bound_s]
+                return min(quick, key=lambda one: one.bound_s) if quick and least.target is None else least
+        return None
 
     def _enough(self, way: Way) -> bool:
         """Whether no way promises to be faster than the best found, when the first promises `way.bound_s`; or whether time is up."""
@@ -124,6 +143,7 @@ class _Search:
                 others_s * (1 + _FURTHER), math.nextafter(way.bound_s, math.inf)
             )  # else ways as good would be looked at forever
             enough_s = min(enough_s, further_s if way.looked_at else others_s)
+        self.looks += not way.looked_at
         way.looked_at = True
         target = self.settings.promised(place, self.price, enough_s)
         way.bound_s = max(way.bound_s, target.bound_s)
