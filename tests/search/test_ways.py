@@ -9,6 +9,7 @@ import pytest
 
 from autopar.errors import InfeasibleError
 from autopar.ir.cluster import resolve
+from autopar.search import ways
 from autopar.search.build import FREE
 from autopar.search.flat import Search, best_of
 from autopar.search.meshes import candidates
@@ -46,6 +47,16 @@ def test_no_way_planned_by_itself_is_better(name: str, layers: int, share: float
         assert plan.cost_s <= 1.01 * min(costs)
 
 
+def test_the_bound_covers_ways_that_were_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = graph_of("gpt2", 3)
+    limit = int(0.75 * sum(plan_graph(graph, CLUSTER).memory_bytes.values()))
+    whole = plan_graph(graph, CLUSTER, memory_limit_bytes=limit)
+    monkeypatch.setattr(ways, "_LOOKS", 1)
+    few = plan_graph(graph, CLUSTER, memory_limit_bytes=limit)
+    assert few.predicted.fits
+    assert few.lower_bound_s <= whole.cost_s * (1 + 1e-9) and whole.cost_s <= few.cost_s * 1.01
+
+
 def settings(limit_bytes: int) -> Settings:
     return Settings(CLUSTER, limit_bytes, "adamw", "fast")
 
@@ -79,8 +90,8 @@ def test_a_way_whose_bound_is_above_the_best_is_never_made() -> None:
     def made() -> None:
         raise AssertionError("nothing asks for it")
 
-    ways = [Way(0.0, lambda: found.place), Way(2 * found.cost_s, made), Way(math.inf, made)]  # type: ignore[arg-type, list-item]
-    best = best_first(search.settings, ways)
+    three = [Way(0.0, lambda: found.place), Way(2 * found.cost_s, made), Way(math.inf, made)]  # type: ignore[arg-type, list-item]
+    best = best_first(search.settings, three)
     assert best.found is not None and best.found.cost_s == found.cost_s and best.bound_s <= found.cost_s
 
 
