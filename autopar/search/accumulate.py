@@ -7,6 +7,7 @@ bound before its graph is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 
 from autopar.errors import InfeasibleError, PlanError
@@ -43,15 +44,18 @@ def accumulating(
         except PlanError as error:
             raise InfeasibleError(str(error)) from error
 
-    known = [_Known(settings, place, price) for place in places]
+    known: list[_Known] = []
+    for place in places:
+        with suppress(InfeasibleError):  # nothing can run on that mesh, whatever the number
+            known.append(_Known(settings, place, price))
     ways: list[Way] = []
     least_s = beat_s
     for count in [count for count in range(2, batch + 1) if batch % count == 0]:
         bounds = [one.bound_s(count, _FAR * least_s) for one in known]
-        for place, bound_s in zip(places, bounds, strict=True):
+        for place, bound_s in zip([one.place for one in known], bounds, strict=True):
             even = batch // count % place.builts[0].costs.mesh[0] == 0
             ways.append(Way(bound_s, lambda place=place, count=count: make(count, body(count), place), cheap=place.cheap, even=even))  # type: ignore[misc]
-        least_s = min(least_s, *bounds)
+        least_s = min([least_s, *bounds])
     return ways
 
 
@@ -64,6 +68,7 @@ class _Known:
     is left to the problem of the microbatch."""
 
     def __init__(self, settings: Settings, place: Place, price: float) -> None:
+        self.place = place
         (built,) = place.builts
         structure, made = built.structure, weight_side(built.structure.graph)
         # What is made of parameters alone, or without a gradient, may be made once.

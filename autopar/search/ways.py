@@ -139,9 +139,8 @@ class _Search:
         self.settings.look(place, self.price)
         if self.settings.effort == "fast" and not place.cheap:  # bounds of cheap ones say what memory is worth
             others_s = min([other.bound_s for other in self.open if other is not way], default=math.inf)
-            further_s = max(
-                others_s * (1 + _FURTHER), math.nextafter(way.bound_s, math.inf)
-            )  # else ways as good would be looked at forever
+            # Higher than the bound is, or ways as good as each other would be looked at for ever.
+            further_s = max(others_s * (1 + _FURTHER), math.nextafter(way.bound_s, math.inf))
             enough_s = min(enough_s, further_s if way.looked_at else others_s)
         self.looks += not way.looked_at
         way.looked_at = True
@@ -166,6 +165,6 @@ class _Search:
             self._add_more(way.bound_s)
 
     def _add_more(self, bound_s: float) -> None:
-        if self.more is not None:
-            self.open += self.more(bound_s, self.price)
-            self.more = None
+        more, self.more = self.more, None
+        if more is not None:
+            self.open += more(bound_s, self.price)
